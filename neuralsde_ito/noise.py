@@ -1,0 +1,239 @@
+"""Noise with an address: counter-based normals, and the Brownian path that is built from them.
+
+Every normal is a pure function of ``(key, block, level, index, component, element)``. A key names one
+inference of one image, so its noise depends neither on the batch, nor on the number of processes,
+nor on the global random state, and whoever knows the key can replay it.
+
+The generator mixes 64-bit counters as SplitMix64 does (Steele, Lea, Flood 2014,
+https://doi.org/10.1145/2714064.2660195) and turns each word into two normals by Box-Muller.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from functools import lru_cache
+
+import torch
+import torchsde
+from torch import Tensor
+
+# The multipliers of SplitMix64's finaliser and its increment, as signed 64-bit integers.
+_M1, _M2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
+
+# What a path is used for. Different purposes never share a path: an attack that saw the report's paths
+# would be judged by what it has fitted.
+PURPOSES = ("fresh", "train", "gradient", "selection", "report")
+
+_LEVELS = 20  # a block is never cut finer than 2**20 steps
+_CHUNK = 1 << 17  # words worked on at a time: 1 MiB, so that the dozen passes of the mix stay in the cache
+
+
+def _mix_(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser, in place. Shifts of int64 are arithmetic in torch: the mask makes them logical."""
+    for shift, factor in ((30, _M1), (27, _M2)):
+        z ^= (z >> shift) & ((1 << (64 - shift)) - 1)
+        z *= factor
+    z ^= (z >> 31) & ((1 << 33) - 1)
+    return z
+
+
+def _absorb(state: Tensor, field: Tensor | int) -> Tensor:
+    """Mix one more field into the state. Never a plain addition: offsets of two fields could meet."""
+    if not isinstance(field, Tensor):
+        field = torch.tensor(field, dtype=torch.int64, device=state.device)
+    return _mix_(state * _M1 + _mix_(field.to(state.device, torch.int64) + _GOLDEN))
+
+
+def make_keys(
+    seed: int | Tensor,
+    purpose: str,
+    member: int | Tensor = 0,
+    inference: int | Tensor = 0,
+    index: int | Tensor = 0,
+) -> Tensor:
+    """Keys that name inferences: a mixed hash of all the fields.
+
+    Args:
+        seed: any integer of 64 bits.
+        purpose: one of `PURPOSES`; separates training, gradient, selection and report.
+        member, inference, index: integers or int64 tensors that broadcast together; ``index`` names the image.
+
+    Returns:
+        int64 keys of the broadcast shape (at least one dimension is the caller's to give).
+    """
+    if purpose not in PURPOSES:
+        raise ValueError(f"Unknown purpose {purpose!r}. Known: {', '.join(PURPOSES)}.")
+    device = next((f.device for f in (index, inference, member, seed) if isinstance(f, Tensor)), None)
+    state = torch.full((), PURPOSES.index(purpose) + 1, dtype=torch.int64, device=device)
+    for field in (seed, member, inference, index):
+        state = _absorb(state, field)
+    return state
+
+
+def fresh_keys(n: int, device: torch.device | str | None = None) -> Tensor:
+    """Keys ``(n,)`` that nobody can foretell: from the operating system, not from a generator one can reseed."""
+    seed = secrets.randbits(63)
+    return make_keys(seed, "fresh", index=torch.arange(n, device=device))
+
+
+@lru_cache(maxsize=64)
+def _elements(words: int, device: torch.device) -> Tensor:
+    return _mix_(torch.arange(1, words + 1, device=device) * _GOLDEN)[None]
+
+
+def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normals ``(N, size)``, a pure function of each key, of the address and of the element.
+
+    Args:
+        keys: int64 ``(N,)``.
+        size: how many normals a key.
+        address: further fields, each mixed in: block, level, index in the level, component.
+        dtype: float32 or float64. Both come from the same words and agree to float32's rounding.
+    """
+    if keys.dtype != torch.int64 or keys.dim() != 1:
+        raise ValueError(f"keys must be int64 of shape (N,), got {keys.dtype} of shape {tuple(keys.shape)}.")
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    base = keys
+    for field in address:
+        base = _absorb(base, field)
+    half = (size + 1) // 2
+    elements = _elements(half, keys.device)
+    out = torch.empty(keys.shape[0], 2 * half, dtype=work, device=keys.device)
+    rows = max(1, _CHUNK // half) if keys.device.type == "cpu" else max(1, keys.shape[0])
+    for start in range(0, keys.shape[0], rows):
+        words = _mix_(base[start : start + rows, None] + elements)
+        # The upper 31 bits give the radius: u in (0, 1], exact near 0 where the tail is made (6.5 sigma).
+        radius = ((words >> 33) & 0x7FFFFFFF).to(torch.int32).to(work)
+        radius.add_(1).mul_(2.0**-31).log_().mul_(-2).sqrt_()
+        # The lower 32 bits, read as a signed integer, give the angle in [-pi, pi).
+        angle = words.to(torch.int32).to(work).mul_(math.pi * 2.0**-31)
+        rows_out = out[start : start + rows]
+        torch.mul(radius, angle.cos(), out=rows_out[:, :half])
+        torch.mul(radius, angle.sin_(), out=rows_out[:, half:])
+    return out[:, :size].to(dtype)
+
+
+class BrownianPath(torchsde.BaseBrownian):
+    """One Brownian path a key over one block ``[t0, t1]``, the same at every step size.
+
+    The path lives on a dyadic tree. Level 0 holds ``W`` over the whole block (and, where it is asked for,
+    the space-time Lévy area ``H``); each level below is a Brownian bridge, with ``W`` and ``H`` bridged
+    jointly (Foster, Lyons, Oberhauser 2020, https://doi.org/10.1137/19M1261912; diffrax's virtual Brownian
+    tree does the same). So increments of a coarse step are exactly the sums of the fine ones, one step a
+    block costs one normal an element, and one path serves every solver and every step size.
+
+    It answers torchsde's queries: ``bm(ta, tb)`` is ``W``, ``bm(ta, tb, return_U=True)`` is ``(W, U)`` with
+    ``U`` the integral of ``W(s) - W(ta)`` over the interval, ``U = h (W / 2 + H)``; shapes ``(N, size)``.
+
+    Args:
+        keys: int64 ``(N,)``.
+        size: elements of the state, flattened.
+        block: the number of the block, counted through the whole network.
+        t0, t1: its interval.
+    """
+
+    def __init__(
+        self, keys: Tensor, size: int, block: int, t0: float, t1: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.keys, self.block, self.t0, self.t1 = keys, block, float(t0), float(t1)
+        self._shape, self._dtype = torch.Size((keys.shape[0], size)), dtype
+        self._bridges: list[tuple[int, Tensor, Tensor, Tensor]] = []  # of the open ancestors, root first
+
+    def __repr__(self) -> str:
+        return f"BrownianPath(block={self.block}, t0={self.t0}, t1={self.t1}, shape={tuple(self._shape)})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of ``W``."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the path lives: where its keys do."""
+        return self.keys.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(N, size)``."""
+        return self._shape
+
+    @property
+    def levy_area_approximation(self) -> str:
+        """What torchsde asks for: this path knows the space-time area."""
+        return "space-time"
+
+    def __call__(self, ta, tb=None, return_U=False, return_A=False):
+        """``W`` (or ``(W, U)``) over ``[ta, tb]``, whose ends must lie on the dyadic grid of the block.
+
+        Raises:
+            ValueError: an end that is not on the grid, or ``return_A`` (a diagonal SDE needs no Lévy area).
+        """
+        if return_A:
+            raise ValueError("BrownianPath has no space-space Lévy area; diagonal noise does not need it.")
+        ta, tb = (self.t0, float(ta)) if tb is None else (float(ta), float(tb))
+        first, last = self._grid(ta), self._grid(tb)
+        if first >= last:
+            raise ValueError(f"An interval must have a positive length, got [{ta}, {tb}].")
+        total: tuple[Tensor, Tensor] | None = None
+        while first < last:  # the fewest dyadic cells that make up the interval
+            width = first & -first or 1 << _LEVELS
+            while first + width > last:
+                width //= 2
+            level = _LEVELS - width.bit_length() + 1
+            if not return_U and first + width == last and total is None:
+                return self.increment(level, first // width)
+            h = width * (self.t1 - self.t0) / (1 << _LEVELS)
+            w, area = self.cell(level, first // width)
+            u = h * (0.5 * w + area)
+            total = (w, u) if total is None else (total[0] + w, total[1] + u + h * total[0])
+            first += width
+        assert total is not None
+        return total if return_U else total[0]
+
+    def _grid(self, t: float) -> int:
+        place = (t - self.t0) / (self.t1 - self.t0) * (1 << _LEVELS)
+        if abs(place - round(place)) > 1e-3 or not 0 <= round(place) <= 1 << _LEVELS:
+            raise ValueError(
+                f"Time {t} is not on the dyadic grid of the block [{self.t0}, {self.t1}]: "
+                "use a step that is the block's length divided by a power of two."
+            )
+        return round(place)
+
+    def increment(self, level: int, index: int) -> Tensor:
+        """``W`` over cell ``index`` of ``2**level``: ``(N, size)``. Skips the normals that only ``H`` needs."""
+        if level == 0:
+            return self._normal(0, 0, 0) * math.sqrt(self.t1 - self.t0)
+        half, bridge, _ = self._bridge(level - 1, index // 2)
+        return half - bridge if index % 2 else half + bridge
+
+    def cell(self, level: int, index: int) -> tuple[Tensor, Tensor]:
+        """``(W, H)`` over cell ``index`` of ``2**level``: two tensors ``(N, size)``."""
+        h = (self.t1 - self.t0) / (1 << level)
+        if level == 0:
+            return self._normal(0, 0, 0) * math.sqrt(h), self._normal(0, 0, 1) * math.sqrt(h / 12)
+        half, bridge, area = self._bridge(level - 1, index // 2)
+        # With N ~ N(0, h_parent / 12): H_left = area + N / 2, H_right = area - N / 2.
+        spread = self._normal(level, index // 2, 1) * math.sqrt(h / 24)
+        return (half - bridge, area - spread) if index % 2 else (half + bridge, area + spread)
+
+    def _bridge(self, level: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What both children of a cell share: ``W / 2``, the bridge at its middle, and their mean ``H``.
+
+        The cells from the root to the last one asked for are kept: reading the leaves from left to right
+        costs three normals for two steps, and memory for one cell a level.
+        """
+        if len(self._bridges) > level and self._bridges[level][0] == index:
+            return self._bridges[level][1:]
+        del self._bridges[level:]
+        w, area = self.cell(level, index)
+        h = (self.t1 - self.t0) / (1 << level)
+        z = self._normal(level + 1, index, 0) * math.sqrt(h / 16)
+        entry = (index, 0.5 * w, 1.5 * area + z, 0.25 * area - 0.5 * z)
+        self._bridges.append(entry)
+        return entry[1:]
+
+    def _normal(self, level: int, index: int, component: int) -> Tensor:
+        size = self._shape[1]
+        return normals(self.keys, size, self.block, level, index, component, dtype=self._dtype)
