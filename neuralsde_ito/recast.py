@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -86,7 +87,13 @@ class ItoResNet(nn.Module):
     """
 
     def __init__(
-        self, stem: nn.Module, sdes: Iterable[BlockSDE], head: nn.Module, solver: str, steps: int, checkpoint: bool
+        self,
+        stem: nn.Module,
+        sdes: Iterable[BlockSDE],
+        head: nn.Module,
+        solver: str,
+        steps: int,
+        checkpoint: bool,
     ) -> None:
         super().__init__()
         self.stem, self.sdes, self.head = stem, nn.ModuleList(sdes), head
@@ -169,7 +176,7 @@ def recast(
     shapes = _probe(source, chain, image_shape)
     # Boundaries on multiples of 2**-20, so that steps add up to them exactly in float64.
     times = [round(horizon * i / n * 2**20) / 2**20 for i in range(n + 1)]
-    if any(b <= a for a, b in zip(times, times[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(times)):
         raise ValueError(f"horizon {horizon} leaves no time for {n} blocks: at least {n * 2.0**-20:.2g} is needed.")
     sdes = [
         BlockSDE(block, diffusion, i, times[i], times[i + 1], shapes[i + 1], jump=shapes[i + 1] != shapes[i])

@@ -187,9 +187,7 @@ def _torchsde(sde: BlockSDE, keys: Tensor, solver: Solver, steps: int, x: Tensor
     return y.reshape(x.shape).to(x.dtype)
 
 
-def _torchdiffeq(
-    sde: BlockSDE, keys: Tensor, solver: Solver, steps: int, x: Tensor, first: int, last: int
-) -> Tensor:
+def _torchdiffeq(sde: BlockSDE, keys: Tensor, solver: Solver, steps: int, x: Tensor, first: int, last: int) -> Tensor:
     if sde.jump:
         return x
     h = (sde.t1 - sde.t0) / steps
@@ -208,12 +206,12 @@ def _frozen_statistics(block: nn.Module):
     """BatchNorm normalises as before but does not update: the recomputation is not a second pass over the data."""
     norms = [m for m in block.modules() if getattr(m, "track_running_stats", False)]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.track_running_stats = False  # type: ignore[assignment]
     try:
         yield
     finally:
         for norm in norms:
-            norm.track_running_stats = True
+            norm.track_running_stats = True  # type: ignore[assignment]
 
 
 def _checkpointed(run: Callable[..., Tensor], sde: BlockSDE, x: Tensor, first: int, last: int) -> Tensor:

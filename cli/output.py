@@ -1,0 +1,109 @@
+"""What people read: tables and sentences on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from tabulate import tabulate
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from neuralsde_ito.config import Config
+    from neuralsde_ito.evaluation import Evaluation
+    from neuralsde_ito.outcomes import Outcomes, Paired, Rate
+
+
+def progress(total: int, what: str, unit: str) -> tqdm:
+    """A bar on stderr; nothing off a terminal."""
+    return tqdm(total=total, desc=what, unit=f" {unit}", leave=False, disable=None)
+
+
+def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
+    """An aligned table on stdout."""
+    click.echo(tabulate(rows, headers, tablefmt="simple", disable_numparse=True, stralign="left"))
+
+
+def sentence(text: str) -> None:
+    """A paragraph on stdout, at most 110 columns wide."""
+    click.echo(textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False))
+
+
+def percent(rate: Rate) -> str:
+    """``97.2 [95.3, 98.3]``, in per cent with the 95 % interval."""
+    return f"{100 * rate.value:5.1f} [{100 * rate.low:4.1f}, {100 * rate.high:5.1f}]"
+
+
+def outcome_cells(outcomes: Outcomes, abstains: bool = True) -> list[str]:
+    """Correct, wrong, abstained, correct + abstained; a dash for a network that cannot abstain."""
+    return [
+        percent(outcomes.rate("correct")),
+        percent(outcomes.rate("wrong")),
+        percent(outcomes.rate("abstained")) if abstains else "    -",
+        percent(outcomes.rate("correct", "abstained")),
+    ]
+
+
+def p_value(p: float) -> str:
+    """``p = 0.04``, with as many digits as mean something."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def paired_sentence(paired: Paired) -> None:
+    """The paired test in words."""
+    sentence(
+        f"On the same images (McNemar's exact test): only the ResNet is right on {paired.only_first}, "
+        f"only the ensemble on {paired.only_second}; {p_value(paired.p)}."
+    )
+
+
+def describe(config: Config, folder: Path, members: int, inferences: int, rule: str) -> None:
+    """What was built, in four lines."""
+    sde = config.sde
+    formula = {
+        "inverse-time": f"{sde.omega:g} / (1 + t)",
+        "constant": f"{sde.omega:g}",
+        "multiplicative": f"{sde.omega:g} / (1 + t) * x",
+        "constant-multiplicative": f"{sde.omega:g} * x",
+    }[sde.schedule]
+    source = f"weights {config.network.weights}" if config.network.weights else f"trained {config.resnet.epochs} epochs"
+    horizon = f"time 0..{sde.horizon:g}" if sde.horizon else "one unit of time a block"
+    steps = f"{sde.steps} step{'s' * (sde.steps > 1)} a block"
+    click.echo(f"Run       {folder}")
+    click.echo(f"ResNet    {config.network.arch}, {source}")
+    click.echo(f"SDE       dx = (B(x) - x) dt + {formula} dB, {horizon}; solver {sde.solver}, {steps}")
+    click.echo(f"Ensemble  {members} members x {inferences} inferences, {rule} majority, else it abstains")
+
+
+def evaluation_table(result: Evaluation, data: str) -> None:
+    """The table of `ito-sde train` and `ito-sde evaluate`."""
+    click.echo(f"\n{result.ito.n} test images of {data}, clean; % with 95 % Wilson intervals\n")
+    rows = [
+        ["original ResNet", *outcome_cells(result.resnet, abstains=False)],
+        ["Itô ensemble", *outcome_cells(result.ito)],
+    ]
+    table(rows, ["model", "correct", "incorrect", "abstained", "correct + abstained"])
+    click.echo()
+    paired_sentence(result.paired)
+
+
+def evaluation_json(result: Evaluation) -> dict[str, Any]:
+    """The same, for programs."""
+    return {
+        "resnet": result.resnet.as_dict(),
+        "ito": result.ito.as_dict(),
+        "paired": {
+            "only_resnet": result.paired.only_first,
+            "only_ito": result.paired.only_second,
+            "p": result.paired.p,
+        },
+    }
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False))

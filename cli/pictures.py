@@ -1,0 +1,145 @@
+"""Pictures of results, readable without colour: lines differ in style and marker, bars in hatching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from neuralsde_ito.outcomes import ABSTAIN, Outcomes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from neuralsde_ito.data import Dataset
+    from neuralsde_ito.evaluation import Evaluation, Sweep
+
+_GREY, _BLUE, _ORANGE, _RED = "#9a9a9a", "#1f5fa8", "#e39b2d", "#b8352a"
+
+
+def evaluation_picture(path: Path, result: Evaluation, data: Dataset) -> None:
+    """Outcomes of both models, and the images on which the ensemble is least sure (the paper's Figure 1)."""
+    figure = plt.figure(figsize=(9, 4.6), layout="constrained")
+    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=[1, 1.25]))
+    axes = top.subplots(1, 2)
+    parts = (("wrong", _RED, "xx"), ("abstained", _ORANGE, "//"))
+    for axis, (name, colour, hatch) in zip(axes, parts, strict=True):
+        for row, (model, outcomes) in enumerate((("Itô ensemble", result.ito), ("original ResNet", result.resnet))):
+            rate = outcomes.rate(name)
+            axis.barh(row, 100 * rate.value, color=colour, hatch=hatch, edgecolor="white", height=0.5)
+            axis.plot([100 * rate.low, 100 * rate.high], [row, row], color="black", lw=1.2, marker="|")
+            axis.text(100 * rate.high, row, f"  {100 * rate.value:.1f} %", va="center", fontsize=9)
+            axis.set_yticks([0, 1], ["Itô ensemble", "original ResNet"] if axis is axes[0] else ["", ""])
+        high = max(100 * o.rate(name).high for o in (result.ito, result.resnet))
+        axis.set(title=f"{name} (% of {result.ito.n} test images, 95 % interval)", xlim=(0, 1.25 * high))
+        axis.title.set_fontsize(9)
+        axis.spines[["top", "right"]].set_visible(False)
+    share = result.votes.sum(0).float() / result.votes.sum((0, 2))[:, None]  # (N, classes)
+    lead = share.topk(2).values
+    doubtful = (lead[:, 0] - lead[:, 1]).argsort()[:8].tolist()
+    images = _images(data, [int(result.index[i]) for i in doubtful])
+    for axis, i, image in zip(np.ravel(bottom.subplots(1, 8)), doubtful, images, strict=False):
+        _show(axis, image)
+        label = int(result.labels[i])
+        answer = "abstains" if label == ABSTAIN else data.classes[label]
+        picks = share[i].topk(2)
+        votes = "\n".join(
+            f"{data.classes[c]}: {100 * s:.0f} %" for s, c in zip(*(p.tolist() for p in picks), strict=True) if s
+        )
+        axis.set_title(f"true: {data.classes[int(result.truth[i])]}\nsays: {answer}", fontsize=8)
+        axis.set_xlabel(votes, fontsize=8)
+    bottom.suptitle("Images on which the ensemble is least sure, with the shares of its inferences", fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def attack_picture(path: Path, sweep: Sweep, names: dict[float, str], norm: str, data: Dataset) -> None:
+    """Accuracy against eps (the paper's Figures 2 and 3), and adversarial images of the largest radius that is small."""
+    figure = plt.figure(figsize=(9, 4), layout="constrained")
+    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=[1.5, 1]))
+    axis = left.subplots()
+    eps = [0.0, *sweep.eps]
+    levels = range(len(sweep.eps))
+    curves: list[tuple[str, list[Tensor], dict[str, Any]]] = [
+        (
+            "original ResNet",
+            [sweep.clean["resnet"], *(sweep.worst_resnet(i) for i in levels)],
+            {"color": _GREY, "ls": "--", "marker": "s"},
+        ),
+        (
+            "Itô ensemble, strongest attack",
+            [sweep.clean["ito"], *(sweep.worst(i) for i in levels)],
+            {"color": _BLUE, "ls": "-", "marker": "o", "lw": 2},
+        ),
+    ]
+    if "noise-free" in sweep.labels[0]:
+        labels = [sweep.clean["ito"], *(level["noise-free"] for level in sweep.labels)]
+        curves.append(
+            ("Itô ensemble, gradient without its noise", labels, {"color": _ORANGE, "ls": ":", "marker": "^"})
+        )
+    for name, decisions, style in curves:
+        rates = [Outcomes.of(found, sweep.truth).rate("correct") for found in decisions]
+        axis.plot(eps, [100 * r.value for r in rates], label=name, **style)
+        axis.fill_between(
+            eps, [100 * r.low for r in rates], [100 * r.high for r in rates], color=style["color"], alpha=0.15
+        )
+    axis.set(xlabel=f"eps ({norm}, pixel units)", ylabel="correct (%)", ylim=(-3, 103))
+    axis.set_xticks(eps, ["0", *(names[e] for e in sweep.eps)])
+    axis.set_title(f"{len(sweep.truth)} test images of {data.name}; bands: 95 % Wilson", fontsize=9)
+    axis.legend(fontsize=8, frameon=False, loc="best")
+    axis.spines[["top", "right"]].set_visible(False)
+    _pairs(right, sweep, names, data)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _pairs(figure: Any, sweep: Sweep, names: dict[float, str], data: Dataset) -> None:
+    """Up to four images that the ensemble knew, and what fooled it, at the first radius where enough fell."""
+    level = next((i for i in range(len(sweep.eps)) if len(_fell(sweep, i)) >= 4), len(sweep.eps) - 1)
+    rows = _fell(sweep, level)[:4]
+    if not rows:
+        figure.suptitle("no image fell", fontsize=9)
+        return
+    clean = _images(data, [int(sweep.index[row]) for row, _ in rows])
+    grid = np.atleast_2d(figure.subplots(2, len(rows)))
+    for column, (row, surrogate) in enumerate(rows):
+        found = int(sweep.labels[level][surrogate][row])
+        _show(grid[0][column], clean[column])
+        _show(grid[1][column], sweep.images[level][surrogate][row].numpy())
+        grid[0][column].set_title(data.classes[int(sweep.truth[row])], fontsize=8)
+        grid[1][column].set_title("abstains" if found == ABSTAIN else data.classes[found], fontsize=8)
+    grid[0][0].set_ylabel("clean", fontsize=8)
+    grid[1][0].set_ylabel("attacked", fontsize=8)
+    figure.suptitle(f"the ensemble's answers, eps {names[sweep.eps[level]]}", fontsize=9)
+
+
+def _fell(sweep: Sweep, level: int) -> list[tuple[int, str]]:
+    """Images that were right without attack and are not under it, each with a surrogate that did it."""
+    known = sweep.clean["ito"] == sweep.truth
+    fallen: dict[int, str] = {}
+    for name, found in sweep.labels[level].items():
+        for row in (known & (found != sweep.truth)).nonzero()[:, 0].tolist():
+            fallen.setdefault(row, name)
+    return sorted(fallen.items())
+
+
+def _images(data: Dataset, index: list[int]) -> list[np.ndarray]:
+    """Images of the test split by their numbers in the noise's address."""
+    wanted: dict[int, np.ndarray] = {}
+    for names, x, _ in data.test.batches(256):
+        for name, image in zip(names.tolist(), x, strict=True):
+            if name in index:
+                wanted[name] = image.numpy()
+    return [wanted[i] for i in index]
+
+
+def _show(axis: Any, image: np.ndarray) -> None:
+    pixels = image.transpose(1, 2, 0)
+    axis.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+    axis.set_xticks([])
+    axis.set_yticks([])

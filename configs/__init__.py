@@ -1,0 +1,1 @@
+"""Presets: commented YAML, at most forty lines each."""

@@ -1,0 +1,191 @@
+"""From a configuration to data, networks and a finished run; everything that touches a run's folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoints import (
+    load_base,
+    member_path,
+    read_config,
+    recast_as,
+    save_weights,
+    to_resnet,
+    write_atomically,
+)
+from .config import Config, differing_keys
+from .data import Dataset, load_data
+from .resnets import load_resnet
+from .schedules import nearest
+from .training import Trainer
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` (CUDA, then MPS, then CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"Unknown device {name!r}. Known: auto, cpu, cuda, cuda:N, mps.") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        here = [kind if n == 1 else f"{kind}:0..{n - 1}" for kind, n in count.items() if n]
+        raise ValueError(f"There is no device {name!r} here. There is: {', '.join(here)}.")
+    return device
+
+
+def load_dataset(config: Config, train_limit: int | None = None, test_limit: int | None = None) -> Dataset:
+    """The data of a configuration; limits given here come before its own."""
+    data = config.data
+    return load_data(
+        data.name,
+        data.path,
+        data.size,
+        data.augment,
+        train_limit or data.train_limit,
+        test_limit or data.test_limit,
+    )
+
+
+def build_resnet(config: Config, data: Dataset) -> nn.Sequential:
+    """The ResNet that a run starts from: from ``network.weights``, or at random from the seed."""
+    network = config.network
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return load_resnet(
+            network.arch, network.weights, len(data.classes), data.image_shape[0], network.mean, network.std
+        )
+
+
+def prepare_run(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
+    """Make a run's folder, or check that an existing one is to be gone on with.
+
+    Raises:
+        ValueError: the folder holds something, or another configuration than the one to resume.
+    """
+    if resume:
+        if differing := differing_keys(read_config(folder), config):
+            raise ValueError(
+                f"The run {str(folder)!r} has another configuration; it differs in: {', '.join(differing)}. "
+                "Resume it without these options, or train under another name."
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise ValueError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
+        for name in ("state.pt", "metrics.jsonl", "resnet.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+        for member in (folder / "members").glob("*.safetensors"):
+            member.unlink()
+    write_atomically(folder / "config.yaml", config.to_yaml().encode())
+    write_atomically(folder / "environment.json", json.dumps(environment(), indent=2).encode())
+
+
+def environment() -> dict[str, object]:
+    """Versions and machine, as far as a reader of the numbers needs them."""
+    packages = ("ito-sde", "torch", "torchvision", "torchsde", "torchdiffeq", "numpy", "scipy")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def train_run(
+    folder: Path,
+    config: Config,
+    data: Dataset,
+    device: torch.device,
+    on_phase: Callable[[str, int], None] = lambda phase, epochs: None,
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+    on_epoch: Callable[[dict[str, object]], None] = lambda row: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train whatever of a run is not yet there: the ResNet (unless weights are given), then every member.
+
+    Raises:
+        Interrupted: `should_stop` said so; the state is saved.
+        ValueError: weights that do not fit.
+    """
+    metrics = folder / "metrics.jsonl"
+
+    def log(row: dict[str, object]) -> None:
+        # Rewritten from the state's rows: a killed run leaves no row of an epoch that it will train again.
+        write_atomically(metrics, "".join(json.dumps(r) + "\n" for r in trainer.rows).encode())
+        on_epoch(row)
+
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    trainer = Trainer(folder / "state.pt", on_step, log, should_stop, rows=rows)
+    base_file = folder / "resnet.safetensors"
+    if not base_file.is_file():
+        net = build_resnet(config, data).to(device)
+        if config.network.weights is None:
+            on_phase("resnet", config.resnet.epochs)
+            trainer.fit(net, data.train, config.resnet, config.seed, "resnet")
+        save_weights(base_file, net[-1])
+    for m in range(config.ensemble.members):
+        if member_path(folder, m).is_file():
+            continue
+        on_phase(f"member {m}", config.finetune.epochs)
+        model = recast_as(config, load_base(folder, config)).to(device)
+        trainer.fit(model, data.train, config.finetune, config.seed, f"member {m}", member=m + 1)
+        save_weights(member_path(folder, m), to_resnet(model, load_base(folder, config, device))[-1])
+    (folder / "state.pt").unlink(missing_ok=True)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run has all its members."""
+    if not (folder / "config.yaml").is_file():
+        return False
+    return all(member_path(folder, m).is_file() for m in range(read_config(folder).ensemble.members))
+
+
+def find_run(root: Path, name: str | None, complete: bool = True) -> Path:
+    """A run by name or path, or the newest one under ``root``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name is not None:
+        for folder in (root / name, Path(name)):
+            if (folder / "config.yaml").is_file():
+                return folder
+        runs = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+        raise ValueError(nearest("run", name, runs) if runs else f"There is no run {name!r}; make one: ito-sde train.")
+    runs_here = [entry for entry in root.iterdir() if (entry / "config.yaml").is_file()] if root.is_dir() else []
+    fitting = [entry for entry in runs_here if is_complete(entry) == complete]
+    if not fitting:
+        kind = "finished" if complete else "unfinished"
+        raise ValueError(f"There is no {kind} run in {str(root)!r}; make one: ito-sde train.")
+    return max(fitting, key=lambda entry: (entry / "config.yaml").stat().st_mtime)
+
+
+def new_run_name(root: Path, config: Config) -> str:
+    """A name that no run has yet: the configuration's, date and time."""
+    stem = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    name, k = stem, 2
+    while (root / name).exists():
+        name, k = f"{stem}-{k}", k + 1
+    return name
+
+
+def command_line() -> str:
+    """The command as it was typed, for the record beside a result."""
+    return " ".join(["ito-sde", *sys.argv[1:]])
