@@ -25,11 +25,11 @@ _GREY, _BLUE, _ORANGE, _RED = "#9a9a9a", "#1f5fa8", "#e39b2d", "#b8352a"
 def evaluation_picture(path: Path, result: Evaluation, data: Dataset) -> None:
     """Outcomes of both models, and the images on which the ensemble is least sure (the paper's Figure 1)."""
     figure = plt.figure(figsize=(9, 4.6), layout="constrained")
-    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=[1, 1.25]))
+    top, bottom = _stack(figure, 2, 1, height_ratios=[1, 1.25])
     axes = top.subplots(1, 2)
     parts = (("wrong", _RED, "xx"), ("abstained", _ORANGE, "//"))
     for axis, (name, colour, hatch) in zip(axes, parts, strict=True):
-        for row, (model, outcomes) in enumerate((("Itô ensemble", result.ito), ("original ResNet", result.resnet))):
+        for row, outcomes in enumerate((result.ito, result.resnet)):
             rate = outcomes.rate(name)
             axis.barh(row, 100 * rate.value, color=colour, hatch=hatch, edgecolor="white", height=0.5)
             axis.plot([100 * rate.low, 100 * rate.high], [row, row], color="black", lw=1.2, marker="|")
@@ -59,9 +59,9 @@ def evaluation_picture(path: Path, result: Evaluation, data: Dataset) -> None:
 
 
 def attack_picture(path: Path, sweep: Sweep, names: dict[float, str], norm: str, data: Dataset) -> None:
-    """Accuracy against eps (the paper's Figures 2 and 3), and adversarial images of the largest radius that is small."""
+    """Accuracy against eps (the paper's Figures 2 and 3), and images that fell at a small radius."""
     figure = plt.figure(figsize=(9, 4), layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=[1.5, 1]))
+    left, right = _stack(figure, 1, 2, width_ratios=[1.5, 1])
     axis = left.subplots()
     eps = [0.0, *sweep.eps]
     levels = range(len(sweep.eps))
@@ -126,6 +126,10 @@ def _fell(sweep: Sweep, level: int) -> list[tuple[int, str]]:
         for row in (known & (found != sweep.truth)).nonzero()[:, 0].tolist():
             fallen.setdefault(row, name)
     return sorted(fallen.items())
+
+
+def _stack(figure: Any, rows: int, columns: int, **ratios: Any) -> list[Any]:
+    return list(np.ravel(figure.subfigures(rows, columns, **ratios)))
 
 
 def _images(data: Dataset, index: list[int]) -> list[np.ndarray]:

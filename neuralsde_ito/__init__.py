@@ -1,45 +1,70 @@
 """Trained ResNets as ensembles of Itô processes: recast, solve, fine-tune, attack, and report honestly."""
 
-from . import attacks
-from .checkpoints import load_ensemble, save_ensemble
-from .config import Config, load_config
-from .data import load_data
-from .ensemble import ItoEnsemble, Prediction, decide
-from .noise import BrownianPath, make_keys, normals
-from .outcomes import ABSTAIN, Outcomes, Paired, Rate
-from .recast import Chain, ItoResNet, recast
-from .resnets import ARCHITECTURES, Normalize, load_resnet
-from .schedules import SCHEDULES, Schedule
-from .sde import BlockSDE
-from .solvers import SOLVERS, Solver, integrate
+from __future__ import annotations
 
-__all__ = [
-    "ABSTAIN",
-    "ARCHITECTURES",
-    "SCHEDULES",
-    "SOLVERS",
-    "BlockSDE",
-    "BrownianPath",
-    "Chain",
-    "Config",
-    "ItoEnsemble",
-    "ItoResNet",
-    "Normalize",
-    "Outcomes",
-    "Paired",
-    "Prediction",
-    "Rate",
-    "Schedule",
-    "Solver",
-    "attacks",
-    "decide",
-    "integrate",
-    "load_config",
-    "load_data",
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import attacks
+    from .checkpoints import load_ensemble, save_ensemble
+    from .config import Config, load_config
+    from .data import load_data
+    from .ensemble import ItoEnsemble, Prediction, decide
+    from .noise import BrownianPath, make_keys, normals
+    from .outcomes import ABSTAIN, Outcomes, Paired, Rate
+    from .recast import Chain, ItoResNet, recast
+    from .resnets import ARCHITECTURES, Normalize, load_resnet
+    from .schedules import SCHEDULES, Schedule
+    from .sde import BlockSDE
+    from .solvers import SOLVERS, Solver, integrate
+
+# The public names and where they live. Imported at first use: the command line is a part of this package, and
+# its help should not wait for torch.
+_HOMES = {
+    "attacks": ("attacks",),
+    "checkpoints": ("load_ensemble", "save_ensemble"),
+    "config": ("Config", "load_config"),
+    "data": ("load_data",),
+    "ensemble": ("ItoEnsemble", "Prediction", "decide"),
+    "noise": ("BrownianPath", "make_keys", "normals"),
+    "outcomes": ("ABSTAIN", "Outcomes", "Paired", "Rate"),
+    "recast": ("Chain", "ItoResNet", "recast"),
+    "resnets": ("ARCHITECTURES", "Normalize", "load_resnet"),
+    "schedules": ("SCHEDULES", "Schedule"),
+    "sde": ("BlockSDE",),
+    "solvers": ("SOLVERS", "Solver", "integrate"),
+}
+_PLACE = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022  (in the order of reading)
+    "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule", "SCHEDULES",
+    "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "ItoEnsemble", "Prediction", "decide",
+    "ABSTAIN", "Outcomes", "Rate", "Paired", "attacks", "load_data", "Config", "load_config", "save_ensemble",
     "load_ensemble",
-    "load_resnet",
-    "make_keys",
-    "normals",
-    "recast",
-    "save_ensemble",
-]
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_PLACE[name]}", __name__)
+    globals()[name] = value = getattr(module, name, module)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """``ito.recast`` is the function: importing the module of that name must not bind the module over it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and _PLACE.get(name) == name and name != "attacks"):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -103,8 +103,8 @@ def load_ensemble(path: str | Path, device: torch.device | str = "cpu") -> tuple
     missing = [m for m in range(config.ensemble.members) if not member_path(folder, m).is_file()]
     if missing:
         raise ValueError(
-            f"The run {str(folder)!r} has not finished: {len(missing)} of {config.ensemble.members} members are missing; "
-            f"go on with 'ito-sde train --run {folder} --resume'."
+            f"The run {str(folder)!r} has not finished: {len(missing)} of {config.ensemble.members} members "
+            f"are missing; go on with 'ito-sde train --run {folder} --resume'."
         )
     members = [load_member(member_path(folder, m), config).to(device) for m in range(config.ensemble.members)]
     return ItoEnsemble(members, config.ensemble.inferences, config.ensemble.rule).eval(), config

@@ -126,9 +126,12 @@ def train_run(
     """
     metrics = folder / "metrics.jsonl"
 
-    def log(row: dict[str, object]) -> None:
+    def write_metrics() -> None:
         # Rewritten from the state's rows: a killed run leaves no row of an epoch that it will train again.
-        write_atomically(metrics, "".join(json.dumps(r) + "\n" for r in trainer.rows).encode())
+        write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in trainer.rows).encode())
+
+    def log(row: dict[str, object]) -> None:
+        write_metrics()
         on_epoch(row)
 
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
@@ -147,6 +150,7 @@ def train_run(
         model = recast_as(config, load_base(folder, config)).to(device)
         trainer.fit(model, data.train, config.finetune, config.seed, f"member {m}", member=m + 1)
         save_weights(member_path(folder, m), to_resnet(model, load_base(folder, config, device))[-1])
+    write_metrics()
     (folder / "state.pt").unlink(missing_ok=True)
 
 

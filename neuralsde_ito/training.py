@@ -68,7 +68,8 @@ class Trainer:
         device = next(model.parameters()).device
         optimizer = _optimizer(model, settings)
         steps = math.ceil(len(data) / settings.batch_size)
-        totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, correct images
+        double = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
+        totals = torch.zeros(2, dtype=double, device=device)  # summed loss, correct images
         epoch, step = 0, 0
         if (state := self._load(phase)) is not None:
             model.load_state_dict(state["model"])
@@ -92,7 +93,7 @@ class Trainer:
                 loss.backward()
                 optimizer.step()
                 # Summed on the device: reading a number here would make the GPU wait for the host.
-                totals += torch.stack([loss.detach().double() * len(y), (logits.argmax(1) == y).sum().double()])
+                totals += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()]).to(double)
                 step += 1
                 self.on_step(epoch, step, steps)
                 if step < steps and (self.should_stop() or time.monotonic() - saved > self.save_every):
@@ -149,10 +150,8 @@ class Trainer:
         if not self.state_file.is_file():
             return None
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-        if state["phase"] != phase:
-            return None
-        self.rows[:] = state["rows"]
-        return state
+        self.rows[:] = state["rows"]  # of all phases so far
+        return state if state["phase"] == phase else None
 
 
 def learning_rate(settings: Fit, step: int, total: int) -> float:

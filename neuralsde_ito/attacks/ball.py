@@ -94,6 +94,6 @@ def check_eps(norm: str, eps: float) -> float:
     value = parse_eps(eps)
     if norm == "linf" and value > 1:
         raise ValueError(
-            f"eps is in pixel units of [0, 1] and at most 1 under linf, got {eps}; did you mean {eps}/255?"
+            f"eps is in pixel units of [0, 1] and at most 1 under linf, got {value:g}; did you mean {value:g}/255?"
         )
     return value
