@@ -213,7 +213,7 @@ def _report(
                 "attack": asdict(attacks[level]) | {"step_size": attacks[level].step},
                 "resnet": Outcomes.of(base, sweep.truth).as_dict(),
                 "ito": Outcomes.of(ito, sweep.truth).as_dict(),
-                "paired": {"only_resnet": paired.only_first, "only_ito": paired.only_second, "p": paired.p},
+                "paired": output.paired_json(paired, "resnet"),
                 "through": {
                     name: Outcomes.of(found, sweep.truth).as_dict()
                     | {"gradients": sweep.cost[level][name][0], "forwards": sweep.cost[level][name][1]}

@@ -12,6 +12,7 @@ from . import options, output
 @click.command("evaluate")
 @options.on_run
 @options.votes
+@click.option("--untrained", is_flag=True, help="Also vote with the recast ResNet before its fine-tuning.")
 @options.limit
 @options.seed
 @options.batch_size
@@ -22,25 +23,37 @@ def command(
     device: str,
     inferences: int | None,
     rule: str | None,
+    untrained: bool,
     limit: int | None,
     seed: int | None,
     batch_size: int,
     as_json: bool,
 ) -> None:
     """Let a run's ensemble vote on test images, beside the original ResNet."""
+    from neuralsde_ito.checkpoints import recast_as
+    from neuralsde_ito.ensemble import ItoEnsemble
     from neuralsde_ito.evaluation import evaluate
+    from neuralsde_ito.outcomes import Paired
     from neuralsde_ito.recipes import load_dataset
 
     opened = options.open_run(root, run, device, inferences, rule)
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)
     seed = opened.config.seed if seed is None else seed
-    with output.progress(len(images.test), "vote", "images") as bar:
-        result = evaluate(opened.ensemble, opened.resnet, images.test, seed, batch_size, bar.update)
-    ensemble = opened.ensemble
+    ensemble, before, paired = opened.ensemble, None, None
+    with output.progress(len(images.test) * (1 + untrained), "vote", "images") as bar:
+        result = evaluate(ensemble, opened.resnet, images.test, seed, batch_size, bar.update)
+        if untrained:
+            member = recast_as(opened.config, opened.resnet)
+            same = ItoEnsemble([member] * len(ensemble.members), ensemble.inferences, ensemble.rule)
+            before = evaluate(same, opened.resnet, images.test, seed, batch_size, bar.update)
+            paired = Paired.of(before.labels == before.truth, result.labels == result.truth)
     if as_json:
         vote = {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule}
         head = {"command": "evaluate", "run": str(opened.folder), "data": images.name, "seed": seed, **vote}
-        output.print_json({**head, **output.evaluation_json(result)})
+        content = {**head, **output.evaluation_json(result)}
+        if before and paired:
+            content["untrained"] = {**before.ito.as_dict(), "paired": output.paired_json(paired, "untrained")}
+        output.print_json(content)
         return
     output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
-    output.evaluation_table(result, images.name)
+    output.evaluation_table(result, images.name, before, paired)

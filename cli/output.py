@@ -50,15 +50,21 @@ def outcome_cells(outcomes: Outcomes, abstains: bool = True) -> list[str]:
 
 def p_value(p: float) -> str:
     """``p = 0.04``, with as many digits as mean something."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    # No-break spaces: a wrapped line must not end in "p =".
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.2g}"
 
 
-def paired_sentence(paired: Paired) -> None:
-    """The paired test in words."""
+def paired_sentence(paired: Paired, other: str) -> None:
+    """The paired test of another model against the ensemble, in words."""
     sentence(
-        f"On the same images (McNemar's exact test): only the ResNet is right on {paired.only_first}, "
+        f"On the same images (McNemar's exact test): only {other} is right on {paired.only_first}, "
         f"only the ensemble on {paired.only_second}; {p_value(paired.p)}."
     )
+
+
+def paired_json(paired: Paired, other: str) -> dict[str, Any]:
+    """The same, for programs."""
+    return {f"only_{other}": paired.only_first, "only_ito": paired.only_second, "p": paired.p}
 
 
 def describe(config: Config, folder: Path, members: int, inferences: int, rule: str) -> None:
@@ -79,16 +85,20 @@ def describe(config: Config, folder: Path, members: int, inferences: int, rule: 
     click.echo(f"Ensemble  {members} members x {inferences} inferences, {rule} majority, else it abstains")
 
 
-def evaluation_table(result: Evaluation, data: str) -> None:
-    """The table of `ito-sde train` and `ito-sde evaluate`."""
+def evaluation_table(
+    result: Evaluation, data: str, untrained: Evaluation | None = None, paired: Paired | None = None
+) -> None:
+    """The table of `ito-sde train` and `ito-sde evaluate`; ``paired`` is the untrained recast against the ensemble."""
     click.echo(f"\n{result.ito.n} test images of {data}, clean; % with 95 % Wilson intervals\n")
-    rows = [
-        ["original ResNet", *outcome_cells(result.resnet, abstains=False)],
-        ["Itô ensemble", *outcome_cells(result.ito)],
-    ]
+    rows = [["original ResNet", *outcome_cells(result.resnet, abstains=False)]]
+    if untrained:
+        rows.append(["recast, not fine-tuned", *outcome_cells(untrained.ito)])
+    rows.append(["Itô ensemble", *outcome_cells(result.ito)])
     table(rows, ["model", "correct", "incorrect", "abstained", "correct + abstained"])
     click.echo()
-    paired_sentence(result.paired)
+    paired_sentence(result.paired, "the ResNet")
+    if paired:
+        paired_sentence(paired, "the recast before fine-tuning")
 
 
 def evaluation_json(result: Evaluation) -> dict[str, Any]:
@@ -96,11 +106,7 @@ def evaluation_json(result: Evaluation) -> dict[str, Any]:
     return {
         "resnet": result.resnet.as_dict(),
         "ito": result.ito.as_dict(),
-        "paired": {
-            "only_resnet": result.paired.only_first,
-            "only_ito": result.paired.only_second,
-            "p": result.paired.p,
-        },
+        "paired": paired_json(result.paired, "resnet"),
     }
 
 
