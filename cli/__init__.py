@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -10,6 +9,8 @@ import traceback
 import warnings
 
 import click
+
+from neuralsde_ito.names import nearest
 
 VERBS = {
     "train": "Train a ResNet (or take yours), recast it, fine-tune the members, and evaluate the ensemble.",
@@ -29,9 +30,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """Import the verb's file."""
         if name not in VERBS:
-            close = difflib.get_close_matches(name, VERBS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f". Known: {', '.join(VERBS)}."
-            raise click.UsageError(f"Unknown verb {name!r}{hint}", ctx)
+            raise click.UsageError(nearest("verb", name, VERBS), ctx)
         return importlib.import_module(f".{name}", __name__).command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

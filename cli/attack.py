@@ -88,8 +88,8 @@ def command(
     """
     from neuralsde_ito.attacks import BALLS, PRESETS, parse_eps
     from neuralsde_ito.evaluation import SURROGATES, attack_sweep, surrogate_models
+    from neuralsde_ito.names import nearest
     from neuralsde_ito.recipes import load_dataset
-    from neuralsde_ito.schedules import nearest
 
     if norm not in BALLS:
         raise ValueError(nearest("norm", norm, BALLS))

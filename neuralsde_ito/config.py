@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -14,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .data import AUGMENTATIONS, DATASETS
 from .ensemble import RULES
+from .names import nearest
 from .resnets import ARCHITECTURES
-from .schedules import Schedule, nearest
+from .schedules import Schedule
 from .solvers import check_solver
 
 ENVIRONMENT = "ITO_SDE_"  # ITO_SDE_SDE__OMEGA=0.4 sets sde.omega
@@ -201,10 +201,7 @@ def parse_config(tree: object) -> Config:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = list(_keys(Config))
-            close = difflib.get_close_matches(place, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {close[0]!r}?" if close else f". Known: {', '.join(known)}."
-            raise ValueError(f"Unknown key {place!r} in the configuration{hint}") from None
+            raise ValueError(nearest("configuration key", place, _keys(Config))) from None
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
         saw = "" if first["type"] == "value_error" else f", got {first['input']!r}"
         raise ValueError(f"{place or 'The configuration'}: {reason}{saw}.") from None

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from .schedules import nearest
+from .names import nearest
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 AUGMENTATIONS = ("none", "shift", "flip-crop", "imagenet")

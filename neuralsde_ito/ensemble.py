@@ -12,10 +12,10 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from .data import check_images
+from .names import nearest
 from .noise import fresh_keys, make_keys
 from .outcomes import ABSTAIN
 from .recast import ItoResNet
-from .schedules import nearest
 
 RULES = ("hierarchical", "flat")
 

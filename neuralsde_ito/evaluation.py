@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .attacks import PGD
 from .data import Split
 from .ensemble import ItoEnsemble, evaluating
+from .names import nearest
 from .outcomes import ABSTAIN, Outcomes, Paired
-from .schedules import nearest
 
 SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 Tick = Callable[[int], object]

@@ -24,8 +24,8 @@ from .checkpoints import (
 )
 from .config import Config, differing_keys
 from .data import Dataset, load_data
+from .names import nearest
 from .resnets import load_resnet
-from .schedules import nearest
 from .training import Trainer
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from .names import nearest
 
 # name -> (is the noise a function of time?, is it multiplied by the state?)
 SCHEDULES: dict[str, tuple[bool, bool]] = {
@@ -16,14 +16,6 @@ SCHEDULES: dict[str, tuple[bool, bool]] = {
     "multiplicative": (True, True),
     "constant-multiplicative": (False, True),
 }
-
-
-def nearest(kind: str, typed: object, known: Iterable[str]) -> str:
-    """The sentence for a name that is not known: what was typed, the nearest known name, all of them."""
-    names = list(known)
-    close = difflib.get_close_matches(str(typed), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"Unknown {kind} {typed!r}{hint} Known: {', '.join(names)}."
 
 
 @dataclass(frozen=True)

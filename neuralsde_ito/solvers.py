@@ -18,8 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from .names import nearest
 from .noise import BrownianPath
-from .schedules import nearest
 from .sde import BlockSDE
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..data import check_images
 from ..ensemble import ItoEnsemble, evaluating
+from ..names import nearest
 from ..noise import make_keys
-from ..schedules import nearest
 from .ball import BALLS, check_eps
 from .objective import OBJECTIVES, Target, as_target
 
