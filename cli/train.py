@@ -68,6 +68,7 @@ def command(
     from neuralsde_ito.config import load_config
     from neuralsde_ito.evaluation import evaluate
     from neuralsde_ito.recipes import (
+        build_resnet,
         find_run,
         load_dataset,
         new_run_name,
@@ -92,7 +93,8 @@ def command(
     elif name is None:
         click.echo(f"Run {folder} (the newest unfinished one; --run names another).", err=True)
     images = load_dataset(config)
-    _check_network(config, images)
+    if not resume:
+        build_resnet(config, images)  # weights that do not fit should leave no folder behind
     prepare_run(folder, config, resume, overwrite)
 
     show = _Progress()
@@ -155,13 +157,6 @@ def _overrides(data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
         else:
             overrides |= {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}
     return overrides
-
-
-def _check_network(config: Any, images: Any) -> None:
-    """Build the ResNet once before anything is written: weights that do not fit should leave no folder behind."""
-    from neuralsde_ito.recipes import build_resnet
-
-    build_resnet(config, images)
 
 
 class _Progress:

@@ -208,9 +208,12 @@ class Streamed:
             num_workers=min(8, os.cpu_count() or 1),
             pin_memory=torch.device(device).type == "cuda",
         )
-        for rows, pixels in loader:
-            x = pixels.to(device, non_blocking=True).float() / 255
-            yield names[rows].to(device), x, self.labels[rows].to(device)
+        try:
+            for rows, pixels in loader:
+                x = pixels.to(device, non_blocking=True).float() / 255
+                yield names[rows].to(device), x, self.labels[rows].to(device)
+        except ValueError as error:  # a worker sends its whole traceback as the message; its last line says it
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
 class _Files(torch.utils.data.Dataset):
