@@ -41,7 +41,8 @@ def _mix_(z: Tensor) -> Tensor:
 def _absorb(state: Tensor, field: Tensor | int) -> Tensor:
     """Mix one more field into the state. Never a plain addition: offsets of two fields could meet."""
     if not isinstance(field, Tensor):
-        field = torch.tensor(field, dtype=torch.int64, device=state.device)
+        # Any 64 bits, signed or not: seeds from elsewhere are often unsigned.
+        field = torch.tensor((field + 2**63) % 2**64 - 2**63, device=state.device)
     return _mix_(state * _M1 + _mix_(field.to(state.device, torch.int64) + _GOLDEN))
 
 

@@ -41,6 +41,8 @@ class Outcomes:
     @classmethod
     def of(cls, labels: Tensor, truth: Tensor) -> Outcomes:
         """From decided labels ``(N,)``, `ABSTAIN` among them, and true ones ``(N,)``."""
+        if labels.shape != truth.shape:
+            raise ValueError(f"One decided label an image: {tuple(labels.shape)} for {tuple(truth.shape)} true ones.")
         correct = int((labels == truth).sum())
         abstained = int((labels == ABSTAIN).sum())
         return cls(len(truth), correct, len(truth) - correct - abstained, abstained)
