@@ -235,6 +235,10 @@ class BrownianPath(torchsde.BaseBrownian):
         self._bridges.append(entry)
         return entry[1:]
 
+    def forget(self) -> None:
+        """Give back the memory of the cells that are kept; they are computed anew when they are asked for."""
+        self._bridges.clear()
+
     def _normal(self, level: int, index: int, component: int) -> Tensor:
         size = self._shape[1]
         return normals(self.keys, size, self.block, level, index, component, dtype=self._dtype)
