@@ -244,7 +244,10 @@ def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         ValueError: the file is missing or cannot be read; its path is named.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image: Image.Image = opened
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8, not scale
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             return image.convert(mode)
     except FileNotFoundError:
         raise ValueError(f"There is no image file {str(path)!r}.") from None
@@ -370,7 +373,7 @@ def _folder(
     for (_, files, labels), limit, way in zip(found, (train_limit, test_limit), (style, "none"), strict=True):
         split = Streamed(tuple(files), torch.tensor(labels), size, way).first(limit)
         splits.append(_in_memory(split) if small else split)
-    return Dataset(root.name, tuple(found[0][0]), (3, size, size), *splits)
+    return Dataset(root.resolve().name, tuple(found[0][0]), (3, size, size), *splits)
 
 
 def _in_memory(split: Streamed) -> InMemory:

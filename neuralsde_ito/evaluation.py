@@ -205,7 +205,9 @@ def attack_sweep(
                 tick(1)
             # The attack on the ResNet is the one that was transferred from it.
             adversarial = (
-                images[level]["resnet"][-1].to(device) if "resnet" in models else attack.run(resnet, x, y).images
+                images[level]["resnet"][-1].to(device)
+                if "resnet" in models
+                else attack.run(resnet, x, y, seed, index).images
             )
             own[level].append(classify(resnet, adversarial).cpu())
     index, truth, base, clean = (torch.cat(column) for column in zip(*columns, strict=True))

@@ -125,6 +125,7 @@ class ItoResNet(nn.Module):
         """From the first state ``(N, ...)``, after the stem, to logits: the stem is common to all inferences."""
         if keys.shape != state.shape[:1]:
             raise ValueError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
+        check_solver(self.solver, self.schedule.omega, self.steps)  # they may have been set since
         keys = keys.to(state.device)
         for sde in self.sdes:
             state = integrate(sde, state, keys, self.solver, self.steps, self.checkpoint)  # type: ignore[arg-type]

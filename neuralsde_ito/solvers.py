@@ -7,7 +7,7 @@ block: the drift jumps to the next block's weights at the integers, which no ste
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -196,9 +196,14 @@ def _torchsde(
     # float64 times: in float32 their sum may miss the end, and torchsde then adds a step.
     ts = torch.tensor([sde.t0 + first * h, sde.t0 + last * h], dtype=torch.float64, device=x.device)
     y = rearrange(x, "n ... -> n (...)")
-    # Milstein asks autograd for g g', so it needs a graph of its own even where nobody wants a gradient.
-    with nullcontext() if torch.is_grad_enabled() else torch.no_grad():
+    if torch.is_grad_enabled():
         y = torchsde.sdeint(_Unchecked(form), y, ts, bm=path, method=solver.method, dt=h)[-1]
+    else:
+        # Milstein's correction is autograd's, even where nobody wants a gradient: from a state that cannot begin
+        # a graph (inference mode; the inside of an autograd function) torchsde gets zero, without a word.
+        with torch.inference_mode(False), torch.no_grad():
+            start = y.detach().clone()
+            y = torchsde.sdeint(_Unchecked(form), start, ts, bm=path, method=solver.method, dt=h)[-1]
     return y.reshape(x.shape).to(x.dtype)
 
 

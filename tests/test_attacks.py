@@ -128,7 +128,7 @@ def test_other_radii_are_refused(text, message):
 
 
 def test_a_radius_above_one_pixel_range_makes_no_sense_under_linf():
-    with pytest.raises(ValueError, match="at most 1 under linf, got 8; did you mean 8/255"):
+    with pytest.raises(ValueError, match="at most 1 under linf, got 8; 8 grey levels of 255 are written 8/255"):
         PGD(norm="linf", eps=8)
     assert PGD(norm="linf", eps=1).eps == 1
     assert PGD(norm="l2", eps=8).eps == 8

@@ -94,6 +94,6 @@ def check_eps(norm: str, eps: float) -> float:
     value = parse_eps(eps)
     if norm == "linf" and value > 1:
         raise ValueError(
-            f"eps is in pixel units of [0, 1] and at most 1 under linf, got {value:g}; did you mean {value:g}/255?"
+            f"eps is in pixel units and at most 1 under linf, got {value:g}; 8 grey levels of 255 are written 8/255."
         )
     return value

@@ -54,7 +54,9 @@ class _Module:
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.model = model
         with torch.no_grad():
-            self.random = not torch.equal(model(x[:2]), model(x[:2]))
+            # Noise may show seldom: like AutoAttack's check, five forwards of the whole batch.
+            first = model(x)
+            self.random = any(not torch.equal(model(x), first) for _ in range(4))
 
     def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
         return torch.stack([self.model(x) for _ in range(count)])

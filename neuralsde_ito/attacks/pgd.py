@@ -107,7 +107,10 @@ class PGD:
         check_images(x, model.channels if isinstance(model, ItoEnsemble) else None)
         if y.shape != (len(x),) or y.dtype.is_floating_point:
             raise ValueError(f"Labels must be whole numbers of shape ({len(x)},), got {y.dtype}, {tuple(y.shape)}.")
+        x, y = x.detach(), y.long()
         index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
+        if index.shape != (len(x),):
+            raise ValueError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
         cost = _Cost()
         with evaluating(model):
             target = as_target(model, x)
@@ -151,6 +154,8 @@ class PGD:
             adv = adv.detach().requires_grad_(step < self.steps)
             with torch.set_grad_enabled(step < self.steps):
                 logits = self._panel(target, adv, "gradient", draw, seed, index[rows], cost)
+                if len(odd := y[(y < 0) | (y >= logits.shape[-1])]):
+                    raise ValueError(f"Labels must be from 0 to {logits.shape[-1] - 1}, got {int(odd[0])}.")
                 loss = objective(logits, y[rows])
             here = adv.detach()
             better = loss.detach() > highest[rows]
@@ -159,7 +164,7 @@ class PGD:
             kept[rows[done]] = here[done]
             if step == self.steps or bool(done.all()):
                 break
-            (gradient,) = torch.autograd.grad(loss.sum(), adv)
+            (gradient,) = torch.autograd.grad(loss, adv, torch.ones_like(loss))
             adv = here + self.step * ball.steepest(gradient)
             adv = ball.project(adv, x[rows], self.eps).clamp(0, 1)
             if bool(done.any()):
@@ -222,5 +227,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0, index: Tensor 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0, index: Tensor | None = None, **settings) -> Tensor:
     """Adversarial images by the fast gradient (sign) method: one step of length eps (Goodfellow et al. 2015)."""
+    if extra := settings.keys() & {"steps", "step_size", "restarts", "random_start"}:
+        raise ValueError(f"FGSM is one step of length eps: it takes no {', '.join(sorted(extra))}.")
     one = replace(PRESETS["fgsm"], **settings)
     return replace(one, step_size=one.eps or None).run(model, x, y, seed, index).images
