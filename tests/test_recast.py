@@ -441,19 +441,19 @@ def gradient(n):
 gradient(2)
 with open("/proc/self/status") as status:
     base = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-gradient(128)
+gradient(64)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
 """
 
 
 def peak_of_gradient(steps: int, checkpoint: bool) -> int:
-    """KiB that one gradient at batch 128 adds to a process of its own."""
-    # Every tensor of more than 256 KiB in pages of its own, returned when it is freed: else the peak shows how
-    # glibc's heap happened to be cut up, not what was alive at once.
+    """KiB that one gradient at batch 64 adds to a process of its own."""
+    # Every large tensor in pages of its own, returned when it is freed: else the peak shows how glibc's heap
+    # happened to be cut up, not what was alive at once. The generator's 1 MiB scratch stays on the heap.
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 18),
+        "MALLOC_MMAP_THRESHOLD_": str(3 << 19),
         "MALLOC_TRIM_THRESHOLD_": "0",
         "OMP_NUM_THREADS": "1",
     }
@@ -466,6 +466,6 @@ def peak_of_gradient(steps: int, checkpoint: bool) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
 def test_sixteen_checkpointed_steps_need_no_more_memory_than_one_plain_step():
     plain, checkpointed = peak_of_gradient(1, False), peak_of_gradient(16, True)
-    assert plain > 100 * 1024, "the measurement missed the activations"
+    assert plain > 50 * 1024, "the measurement missed the activations"
     ratio = checkpointed / plain
     assert ratio <= 1, f"{checkpointed / 1024:.0f} MiB against {plain / 1024:.0f} MiB: ratio {ratio:.3f}"
