@@ -165,7 +165,7 @@ def recast(
     """
     diffusion = Schedule(omega, schedule)
     check_solver(solver, omega, steps)
-    source = copy.deepcopy(net)
+    source = copy.deepcopy(net.base if isinstance(net, ItoResNet) else net)
     chain = as_chain(source)
     n = len(chain.blocks)
     if n == 0:
@@ -183,7 +183,12 @@ def recast(
         BlockSDE(block, diffusion, i, times[i], times[i + 1], shapes[i + 1], jump=shapes[i + 1] != shapes[i])
         for i, block in enumerate(chain.blocks)
     ]
-    return ItoResNet(chain.stem, sdes, chain.head, solver, steps, checkpoint).train(net.training)
+    model = ItoResNet(chain.stem, sdes, chain.head, solver, steps, checkpoint)
+    own = set(source.modules())
+    for module in model.modules():
+        if module not in own:  # the network's modules keep their modes: a frozen BatchNorm stays frozen
+            module.training = net.training
+    return model
 
 
 @torch.no_grad()

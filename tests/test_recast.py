@@ -238,8 +238,10 @@ class Residual(nn.Module):
 
 
 def dense_chain() -> Chain:
+    # The second block is no residual block: of y = x + r, x + (y - x) is y again to the last bit, of another y not.
     stem = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 12))
-    return Chain(stem, [Residual(12), Residual(12), nn.Linear(12, 6), Residual(6)], nn.Linear(6, 5))
+    far = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
+    return Chain(stem, [Residual(12), far, nn.Linear(12, 6), Residual(6)], nn.Linear(6, 5))
 
 
 USERS = {
@@ -429,6 +431,9 @@ from neuralsde_ito.noise import make_keys
 from neuralsde_ito.recast import recast
 from neuralsde_ito.resnets import load_resnet
 
+import neuralsde_ito.noise
+
+neuralsde_ito.noise._CHUNK = 1 << 14  # scratch small enough to stay on the heap: mapping pages is slow
 steps, checkpoint = int(sys.argv[1]), sys.argv[2] == "True"
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -441,19 +446,19 @@ def gradient(n):
 gradient(2)
 with open("/proc/self/status") as status:
     base = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-gradient(64)
+gradient(16)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
 """
 
 
 def peak_of_gradient(steps: int, checkpoint: bool) -> int:
-    """KiB that one gradient at batch 64 adds to a process of its own."""
+    """KiB that one gradient at batch 16 adds to a process of its own."""
     # Every large tensor in pages of its own, returned when it is freed: else the peak shows how glibc's heap
-    # happened to be cut up, not what was alive at once. The generator's 1 MiB scratch stays on the heap.
+    # happened to be cut up, not what was alive at once.
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(3 << 19),
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 18),
         "MALLOC_TRIM_THRESHOLD_": "0",
         "OMP_NUM_THREADS": "1",
     }
@@ -466,6 +471,6 @@ def peak_of_gradient(steps: int, checkpoint: bool) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
 def test_sixteen_checkpointed_steps_need_no_more_memory_than_one_plain_step():
     plain, checkpointed = peak_of_gradient(1, False), peak_of_gradient(16, True)
-    assert plain > 50 * 1024, "the measurement missed the activations"
+    assert plain > 12 * 1024, "the measurement missed the activations"
     ratio = checkpointed / plain
     assert ratio <= 1, f"{checkpointed / 1024:.0f} MiB against {plain / 1024:.0f} MiB: ratio {ratio:.3f}"

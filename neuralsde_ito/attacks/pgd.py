@@ -62,7 +62,7 @@ class PGD:
 
     norm: str = "linf"
     eps: float = 8 / 255
-    steps: int = 40
+    steps: int = 20
     step_size: float | None = None
     random_start: bool = True
     restarts: int = 1
