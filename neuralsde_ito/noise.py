@@ -4,19 +4,24 @@ Every normal is a pure function of ``(key, block, level, index, component, eleme
 inference of one image, so its noise depends neither on the batch, nor on the number of processes,
 nor on the global random state, and whoever knows the key can replay it.
 
-The generator mixes 64-bit counters as SplitMix64 does (Steele, Lea, Flood 2014,
-https://doi.org/10.1145/2714064.2660195) and turns each word into two normals by Box-Muller.
+Keys and elements are mixed as SplitMix64 mixes its counter (Steele, Lea, Flood 2014,
+https://doi.org/10.1145/2714064.2660195); each pair of them gives a 64-bit word, and each word two normals by
+Box-Muller.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
+import threading
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torchsde
 from torch import Tensor
+
+from .threads import spread
 
 # The multipliers of SplitMix64's finaliser and its increment, as signed 64-bit integers.
 _M1, _M2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
@@ -26,7 +31,7 @@ _M1, _M2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583E
 PURPOSES = ("fresh", "train", "gradient", "selection", "report")
 
 _LEVELS = 20  # a block is never cut finer than 2**20 steps
-_CHUNK = 1 << 17  # words worked on at a time: 1 MiB, so that the dozen passes of the mix stay in the cache
+_WORDS = 1 << 17  # worked on at a time: 1 MiB; smaller pieces cost more calls, larger ones leave the cache
 
 
 def _mix_(z: Tensor) -> Tensor:
@@ -94,25 +99,77 @@ def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.f
     """
     if keys.dtype != torch.int64 or keys.dim() != 1:
         raise ValueError(f"keys must be int64 of shape (N,), got {keys.dtype} of shape {tuple(keys.shape)}.")
-    work = torch.float64 if dtype == torch.float64 else torch.float32
     base = keys
     for field in address:
         base = _absorb(base, field)
     half = (size + 1) // 2
     elements = _elements(half, keys.device)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty(keys.shape[0], 2 * half, dtype=work, device=keys.device)
-    rows = max(1, _CHUNK // half) if keys.device.type == "cpu" else max(1, keys.shape[0])
-    for start in range(0, keys.shape[0], rows):
-        words = _mix_(base[start : start + rows, None] + elements)
-        # The upper 31 bits give the radius: u in (0, 1], exact near 0 where the tail is made (6.5 sigma).
-        radius = ((words >> 33) & 0x7FFFFFFF).to(torch.int32).to(work)
-        radius.add_(1).mul_(2.0**-31).log_().mul_(-2).sqrt_()
-        # The lower 32 bits, read as a signed integer, give the angle in [-pi, pi).
-        angle = words.to(torch.int32).to(work).mul_(math.pi * 2.0**-31)
-        rows_out = out[start : start + rows]
-        torch.mul(radius, angle.cos(), out=rows_out[:, :half])
-        torch.mul(radius, angle.sin_(), out=rows_out[:, half:])
-    return out[:, :size].to(dtype)
+    if keys.device.type == "cpu":
+        step = max(1, _WORDS // half)
+        rows = [slice(start, start + step) for start in range(0, len(keys), step)]
+        spread(lambda row: _fill(out[row], base[row, None], elements, _scratch(half, work)), rows)
+    else:
+        _fill(out, base[:, None], elements, _Scratch(out.numel() // 2, work, keys.device))
+    return out[:, :size].to(dtype).contiguous()
+
+
+class _Scratch:
+    """Buffers of `_fill` for so many words: its passes then allocate nothing."""
+
+    def __init__(self, words: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.words, self.shifted = (torch.empty(words, dtype=torch.int64, device=device) for _ in range(2))
+        self.floats = torch.empty(2 * words, dtype=dtype, device=device)
+
+    def views(self, rows: int, columns: int) -> list[Tensor]:
+        n = rows * columns
+        return [
+            self.words[:n].view(rows, columns),
+            self.shifted[:n].view(rows, columns),
+            self.floats[: 2 * n].view(rows, 2 * columns),
+        ]
+
+
+_local = threading.local()
+
+
+def _scratch(row: int, dtype: torch.dtype) -> _Scratch:
+    """This thread's buffers on the CPU, for at least one row of words."""
+    held = getattr(_local, str(dtype), None)
+    if held is None or len(held.words) < row:
+        held = _Scratch(max(row, _WORDS), dtype, "cpu")
+        setattr(_local, str(dtype), held)
+    return held
+
+
+def _fill(out: Tensor, base: Tensor, elements: Tensor, scratch: _Scratch) -> None:
+    """Fill ``(R, 2 C)`` with normals from keys ``(R, 1)`` and elements ``(1, C)``, both mixed already."""
+    columns = elements.shape[1]
+    words, shifted, floats = scratch.views(len(out), columns)
+    # The middle of SplitMix64's finaliser: what comes in is mixed already, and what goes out is read from the
+    # top of each half. The shift is arithmetic: it loses the sign's bit, no more, and needs no mask.
+    torch.bitwise_xor(base, elements, out=words)
+    words.mul_(_M1)
+    words.bitwise_xor_(torch.bitwise_right_shift(words, 32, out=shifted))
+    words.mul_(_M2)
+    floats.copy_(words.view(torch.int32))  # two signed integers a word
+    radius, angle = floats[:, :columns], floats[:, columns:]
+    # Of the first half the size makes u in (0, 1], exact near 0 where the tail is made (to 6.6 sigma);
+    # the second half is the angle in [-pi, pi).
+    radius.abs_().add_(0.5).mul_(1 / (2**31 + 1)).log_().mul_(-2).sqrt_()
+    angle.mul_(math.pi * 2.0**-31)
+    torch.cos(angle, out=out[:, :columns]).mul_(radius)
+    torch.sin(angle, out=out[:, columns:]).mul_(radius)
+
+
+class _Cell(NamedTuple):
+    """``W`` and, where it is needed, ``H`` over cell ``index`` of ``2**level``."""
+
+    level: int
+    index: int
+    w: Tensor
+    area: Tensor | None
 
 
 class BrownianPath(torchsde.BaseBrownian):
@@ -140,7 +197,7 @@ class BrownianPath(torchsde.BaseBrownian):
         super().__init__()
         self.keys, self.block, self.t0, self.t1 = keys, block, float(t0), float(t1)
         self._shape, self._dtype = torch.Size((keys.shape[0], size)), dtype
-        self._bridges: list[tuple[int, Tensor, Tensor, Tensor]] = []  # of the open ancestors, root first
+        self._waiting: list[_Cell] = []  # cells to the right of the last one read, the next one last
 
     def __repr__(self) -> str:
         return f"BrownianPath(block={self.block}, t0={self.t0}, t1={self.t1}, shape={tuple(self._shape)})"
@@ -204,40 +261,64 @@ class BrownianPath(torchsde.BaseBrownian):
 
     def increment(self, level: int, index: int) -> Tensor:
         """``W`` over cell ``index`` of ``2**level``: ``(N, size)``. Skips the normals that only ``H`` needs."""
-        if level == 0:
-            return self._normal(0, 0, 0) * math.sqrt(self.t1 - self.t0)
-        half, bridge, _ = self._bridge(level - 1, index // 2)
-        return half - bridge if index % 2 else half + bridge
+        return self._descend(level, index, with_area=False).w
 
     def cell(self, level: int, index: int) -> tuple[Tensor, Tensor]:
         """``(W, H)`` over cell ``index`` of ``2**level``: two tensors ``(N, size)``."""
-        h = (self.t1 - self.t0) / (1 << level)
-        if level == 0:
-            return self._normal(0, 0, 0) * math.sqrt(h), self._normal(0, 0, 1) * math.sqrt(h / 12)
-        half, bridge, area = self._bridge(level - 1, index // 2)
-        # With N ~ N(0, h_parent / 12): H_left = area + N / 2, H_right = area - N / 2.
-        spread = self._normal(level, index // 2, 1) * math.sqrt(h / 24)
-        return (half - bridge, area - spread) if index % 2 else (half + bridge, area + spread)
+        cell = self._descend(level, index, with_area=True)
+        assert cell.area is not None
+        return cell.w, cell.area
 
-    def _bridge(self, level: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What both children of a cell share: ``W / 2``, the bridge at its middle, and their mean ``H``.
+    def _descend(self, level: int, index: int, with_area: bool) -> _Cell:
+        """From the nearest waiting cell, or from the root, down to the cell that is asked for.
 
-        The cells from the root to the last one asked for are kept: reading the leaves from left to right
-        costs three normals for two steps, and memory for one cell a level.
+        Cells that will be read next wait; what was read is let go. So reading the leaves from left to right costs
+        three normals for two steps, and memory for one cell a level at the most.
         """
-        if len(self._bridges) > level and self._bridges[level][0] == index:
-            return self._bridges[level][1:]
-        del self._bridges[level:]
-        w, area = self.cell(level, index)
+        at = None
+        while self._waiting and at is None:
+            waiting = self._waiting.pop()
+            depth = level - waiting.level
+            usable = waiting.area is not None or not (depth or with_area)
+            if depth >= 0 and index >> depth == waiting.index and usable:
+                at = waiting
+            elif depth >= 0 and index >> depth < waiting.index:
+                self._waiting.clear()  # the path is read again from further left
+        if at is None:
+            at = self._root(with_area or level > 0)
+        while at.level < level:
+            depth = level - at.level - 1
+            right = index >> depth & 1
+            pair = self._children(at, with_area or depth > 0, (1,) if right else (0, 1))
+            if not right:
+                self._waiting.append(pair[1])
+            at = pair[0]
+        return at
+
+    def _root(self, with_area: bool) -> _Cell:
+        h = self.t1 - self.t0
+        area = self._normal(0, 0, 1).mul_(math.sqrt(h / 12)) if with_area else None
+        return _Cell(0, 0, self._normal(0, 0, 0).mul_(math.sqrt(h)), area)
+
+    def _children(self, parent: _Cell, with_area: bool, sides: tuple[int, ...]) -> list[_Cell]:
+        """The left child (0) and the right one (1) of a cell, as far as they are wanted."""
+        assert parent.area is not None
+        level, index = parent.level + 1, parent.index
         h = (self.t1 - self.t0) / (1 << level)
-        z = self._normal(level + 1, index, 0) * math.sqrt(h / 16)
-        entry = (index, 0.5 * w, 1.5 * area + z, 0.25 * area - 0.5 * z)
-        self._bridges.append(entry)
-        return entry[1:]
+        z = self._normal(level, index, 0).mul_(math.sqrt(h / 8))
+        half, bridge = 0.5 * parent.w, 1.5 * parent.area + z  # bridge: the path's deviation at the middle
+        ws = [half - bridge if side else half + bridge for side in sides]
+        areas: list[Tensor | None] = [None for _ in sides]
+        if with_area:
+            mean = (0.25 * parent.area).sub_(z, alpha=0.5)
+            # With N ~ N(0, h_parent / 12): H_left = mean + N / 2, H_right = mean - N / 2.
+            spread = self._normal(level, index, 1).mul_(math.sqrt(h / 24))
+            areas = [mean - spread if side else mean + spread for side in sides]
+        return [_Cell(level, 2 * index + side, w, a) for side, w, a in zip(sides, ws, areas, strict=True)]
 
     def forget(self) -> None:
-        """Give back the memory of the cells that are kept; they are computed anew when they are asked for."""
-        self._bridges.clear()
+        """Give back the memory of the cells that wait; they are computed anew when they are asked for."""
+        self._waiting.clear()
 
     def _normal(self, level: int, index: int, component: int) -> Tensor:
         size = self._shape[1]

@@ -113,14 +113,29 @@ def integrate(
         States at ``t1``. Their gradient is autograd's through every step as it was taken, never the
         adjoint's: with unit steps and block weights that has a relative error of 70 %.
     """
-    run = _Block(sde, keys, find_solver(solver), steps)
+    method = find_solver(solver)
     if not (checkpoint and torch.is_grad_enabled()):
-        return run(x, 0, steps)
+        return _Block(sde, keys, method, steps)(x, 0, steps)
     if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training for m in sde.block.modules()):
         raise ValueError(
             f"Block {sde.index} drops out at random, which checkpointing cannot repeat; use checkpoint=False."
         )
-    return _Recomputed.apply(run, x, *(p for p in sde.block.parameters() if p.requires_grad))
+    parameters = [p for p in sde.block.parameters() if p.requires_grad]
+    # Images that know nothing of each other go one slice after another: all that is transient shrinks with the slice.
+    limit = _SLICE.get(x.device.type, 1 << 27)
+    slices = 1 if method.adaptive or _mixes_images(sde.block) else math.ceil(x.numel() / limit)
+    pairs = zip(x.tensor_split(min(slices, len(x))), keys.tensor_split(min(slices, len(x))), strict=True)
+    parts = [_Recomputed.apply(_Block(sde, k, method, steps), part, *parameters) for part, k in pairs]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+_SLICE = {"cpu": 1 << 19}  # elements of the state that are checkpointed at a time: on a CPU what its caches hold
+
+
+def _mixes_images(block: nn.Module) -> bool:
+    """Whether one image's output depends on the others: BatchNorm with the statistics of the batch."""
+    norms = (m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
+    return any(m.training or m.running_mean is None for m in norms)
 
 
 class _Block:
@@ -130,8 +145,11 @@ class _Block:
         self.sde, self.keys, self.solver, self.steps = sde, keys, solver, steps
         self.path: BrownianPath | None = None
 
-    def __call__(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Steps ``first`` to ``last``; the jump comes before step 0."""
+    def __call__(self, x: Tensor, first: int, last: int, only_slope: bool = False) -> Tensor:
+        """Steps ``first`` to ``last``; the jump comes before step 0.
+
+        With ``only_slope`` noise is left out where it adds nothing to the derivative.
+        """
         sde = self.sde
         if sde.jump and first == 0:
             x = sde.block(x)
@@ -139,6 +157,8 @@ class _Block:
         if self.path is None:
             size = math.prod(sde.shape)
             self.path = BrownianPath(self.keys, size, sde.index, sde.t0, sde.t1, dtype=x.dtype)
+        if self.solver.library == "native" and only_slope and not sde.schedule.multiplicative:
+            return _euler(sde, None, self.solver, self.steps, x, first, last)
         solve = {"native": _euler, "torchsde": _torchsde, "torchdiffeq": _torchdiffeq}[self.solver.library]
         x = solve(sde, self.path, self.solver, self.steps, x, first, last)
         if last == self.steps:
@@ -146,14 +166,12 @@ class _Block:
         return x
 
 
-def _euler(sde: BlockSDE, path: BrownianPath, _: Solver, steps: int, x: Tensor, first: int, last: int) -> Tensor:
+def _euler(sde: BlockSDE, path: BrownianPath | None, _: Solver, steps: int, x: Tensor, first: int, last: int) -> Tensor:
     """Euler-Maruyama, written so that one step without noise is the block itself, bit for bit."""
     h = (sde.t1 - sde.t0) / steps
     for k in range(first, last):
         sigma = sde.schedule.sigma(sde.t0 + k * h)
-        dw = path.increment(steps.bit_length() - 1, k).view(x.shape) if sigma else None
-        if last - first == 1:
-            path.forget()  # before the block's activations need the memory
+        dw = path.increment(steps.bit_length() - 1, k).view(x.shape) if path and sigma else None
         y = x if sde.jump else sde.block(x)
         if steps > 1 and not sde.jump:
             y = torch.lerp(x, y, 1 / steps)  # x + h f(x)
@@ -261,7 +279,8 @@ class _Recomputed(torch.autograd.Function):
                 with torch.enable_grad(), ctx.autocast:
                     x = x.detach().requires_grad_()
                     inputs = (x, *ctx.parameters)
-                    found = torch.autograd.grad(run(x, first, last), inputs, gradient, allow_unused=True)
+                    y = run(x, first, last, only_slope=True)
+                    found = torch.autograd.grad(y, inputs, gradient, allow_unused=True)
                 sums[:] = [a if b is None else b if a is None else a + b for a, b in zip(sums, found[1:], strict=True)]
                 return torch.zeros_like(x) if found[0] is None else found[0]
             size = max(1, (last - first) // 4)

@@ -75,12 +75,13 @@ def test_keys_and_normals_against_plain_python(size):
     for field in address:
         state = absorb(state, field)
     half = (size + 1) // 2
-    radius, angle = [], []
+    lanes = []  # two signed 32-bit integers a word, the lower one first
     for i in range(1, half + 1):
-        word = mix((state + mix((i * GOLDEN) & MASK)) & MASK)
-        radius.append(math.sqrt(-2 * math.log(((word >> 33) + 1) / 2**31)))
-        low = word & 0xFFFFFFFF
-        angle.append((low - (1 << 32) if low >> 31 else low) * math.pi / 2**31)
+        word = ((state ^ mix((i * GOLDEN) & MASK)) * M1) & MASK
+        word = ((word ^ ((signed(word) >> 32) & MASK)) * M2) & MASK
+        lanes += [low - (1 << 32) if low >> 31 else low for low in (word & 0xFFFFFFFF, word >> 32)]
+    radius = [math.sqrt(-2 * math.log((abs(lane) + 0.5) / (2**31 + 1))) for lane in lanes[:half]]
+    angle = [lane * math.pi / 2**31 for lane in lanes[half:]]
     expected = [r * math.cos(a) for r, a in zip(radius, angle, strict=True)]
     expected += [r * math.sin(a) for r, a in zip(radius, angle, strict=True)]
     got = normals(keys, size, *address, dtype=torch.float64)[0].tolist()

@@ -431,9 +431,6 @@ from neuralsde_ito.noise import make_keys
 from neuralsde_ito.recast import recast
 from neuralsde_ito.resnets import load_resnet
 
-import neuralsde_ito.noise
-
-neuralsde_ito.noise._CHUNK = 1 << 14  # scratch small enough to stay on the heap: mapping pages is slow
 steps, checkpoint = int(sys.argv[1]), sys.argv[2] == "True"
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -446,22 +443,14 @@ def gradient(n):
 gradient(2)
 with open("/proc/self/status") as status:
     base = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-gradient(16)
+gradient(64)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
 """
 
 
 def peak_of_gradient(steps: int, checkpoint: bool) -> int:
-    """KiB that one gradient at batch 16 adds to a process of its own."""
-    # Every large tensor in pages of its own, returned when it is freed: else the peak shows how glibc's heap
-    # happened to be cut up, not what was alive at once.
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 18),
-        "MALLOC_TRIM_THRESHOLD_": "0",
-        "OMP_NUM_THREADS": "1",
-    }
+    """KiB that one gradient at batch 64 adds to a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", GRADIENT, str(steps), str(checkpoint)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -471,6 +460,6 @@ def peak_of_gradient(steps: int, checkpoint: bool) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
 def test_sixteen_checkpointed_steps_need_no_more_memory_than_one_plain_step():
     plain, checkpointed = peak_of_gradient(1, False), peak_of_gradient(16, True)
-    assert plain > 12 * 1024, "the measurement missed the activations"
+    assert plain > 64 * 1024, "the measurement missed the activations"
     ratio = checkpointed / plain
     assert ratio <= 1, f"{checkpointed / 1024:.0f} MiB against {plain / 1024:.0f} MiB: ratio {ratio:.3f}"
