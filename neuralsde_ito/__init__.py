@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_ensemble, save_ensemble
     from .config import Config, load_config
     from .data import load_data
-    from .ensemble import ItoEnsemble, Prediction, decide
+    from .ensemble import ItoEnsemble, Prediction
     from .noise import BrownianPath, make_keys, normals
     from .outcomes import ABSTAIN, Outcomes, Paired, Rate
     from .recast import Chain, ItoResNet, recast
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .schedules import SCHEDULES, Schedule
     from .sde import BlockSDE
     from .solvers import SOLVERS, Solver, integrate
+    from .votes import decide
 
 # The public names and where they live. Imported at first use: the command line is a part of this package, and
 # its help should not wait for torch.
@@ -28,7 +29,7 @@ _HOMES = {
     "checkpoints": ("load_ensemble", "save_ensemble"),
     "config": ("Config", "load_config"),
     "data": ("load_data",),
-    "ensemble": ("ItoEnsemble", "Prediction", "decide"),
+    "ensemble": ("ItoEnsemble", "Prediction"),
     "noise": ("BrownianPath", "make_keys", "normals"),
     "outcomes": ("ABSTAIN", "Outcomes", "Paired", "Rate"),
     "recast": ("Chain", "ItoResNet", "recast"),
@@ -36,6 +37,7 @@ _HOMES = {
     "schedules": ("SCHEDULES", "Schedule"),
     "sde": ("BlockSDE",),
     "solvers": ("SOLVERS", "Solver", "integrate"),
+    "votes": ("decide",),
 }
 _PLACE = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -12,11 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .data import AUGMENTATIONS, DATASETS
-from .ensemble import RULES
 from .names import nearest
 from .resnets import ARCHITECTURES
 from .schedules import Schedule
 from .solvers import check_solver
+from .votes import RULES
 
 ENVIRONMENT = "ITO_SDE_"  # ITO_SDE_SDE__OMEGA=0.4 sets sde.omega
 

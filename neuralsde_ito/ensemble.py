@@ -12,12 +12,10 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from .data import check_images
-from .names import nearest
+from .engine import infer, piece_of, quicken
 from .noise import fresh_keys, make_keys
-from .outcomes import ABSTAIN
 from .recast import ItoResNet
-
-RULES = ("hierarchical", "flat")
+from .votes import Poll, check_rule, decide
 
 
 @dataclass(frozen=True)
@@ -26,31 +24,13 @@ class Prediction:
 
     Attributes:
         labels: int64 ``(N,)``, `ABSTAIN` where there is no majority.
-        votes: int64 ``(members, N, classes)``, inferences for each class.
+        votes: int64 ``(members, N, classes)``, inferences for each class, as far as they were made.
         drawn: int64 ``(N,)``, inferences made for each image.
     """
 
     labels: Tensor
     votes: Tensor
     drawn: Tensor
-
-
-def decide(votes: Tensor, rule: str = "hierarchical") -> Tensor:
-    """Labels ``(N,)`` from votes ``(members, N, classes)``; `ABSTAIN` without a strict majority.
-
-    - ``hierarchical``: a member's label is that of more than half of its inferences, else it has none; the
-      label of more than half of all members wins.
-    - ``flat``: the label of more than half of all inferences wins. The paper leaves open which it means.
-    """
-    if rule == "flat":
-        votes = votes.sum(0, keepdim=True)
-    elif rule != "hierarchical":
-        raise ValueError(nearest("rule", rule, RULES))
-    most, labels = votes.max(-1)  # both (members, N)
-    labels = torch.where(2 * most > votes.sum(-1), labels, ABSTAIN)
-    ballots = torch.stack([(labels == c).sum(0) for c in range(votes.shape[-1])], -1)  # (N, classes)
-    most, winner = ballots.max(-1)
-    return torch.where(2 * most > len(votes), winner, ABSTAIN)
 
 
 @contextmanager
@@ -78,7 +58,7 @@ class ItoEnsemble(nn.Module):
         ValueError: no members, or no inferences.
     """
 
-    chunk = 512  # states that run through a member at once
+    chunk: int | None = None  # states that run through a member at once; None: what suits the device
 
     def __init__(
         self,
@@ -94,9 +74,7 @@ class ItoEnsemble(nn.Module):
         for name, count in (("inferences", inferences), ("paths_per_call", paths_per_call)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
-        if rule not in RULES:
-            raise ValueError(nearest("rule", rule, RULES))
-        self.inferences, self.rule, self.paths_per_call = inferences, rule, paths_per_call
+        self.inferences, self.rule, self.paths_per_call = inferences, check_rule(rule), paths_per_call
 
     @property
     def channels(self) -> int | None:
@@ -141,17 +119,35 @@ class ItoEnsemble(nn.Module):
     def _infer(self, member: int, x: Tensor, keys: Tensor) -> Tensor:
         """Logits ``(P, N, classes)`` of one member for keys ``(P, N)``; the stem runs once."""
         model: ItoResNet = self.members[member]  # type: ignore[assignment]
+        if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in model.parameters()))):
+            rows = torch.arange(len(x), device=x.device).repeat(len(keys))
+            return infer(model, x, rows, keys.flatten(), self.chunk).view(*keys.shape, -1)
         state = model.stem(x)
         out = []
-        for group in keys.split(max(1, self.chunk // max(1, len(x)))):
+        size = self.chunk or piece_of(model, x.device)
+        for group in keys.split(max(1, size // max(1, len(x)))):
             states = repeat(state, "n ... -> (p n) ...", p=len(group))
             logits = model.propagate(states, rearrange(group, "p n -> (p n)"))
             out.append(rearrange(logits, "(p n) c -> p n c", n=len(x)))
         return torch.cat(out)
 
+    def quick(self) -> ItoEnsemble:
+        """A frozen copy whose members `quicken` has made: for inference, and for gradients of the input."""
+        return ItoEnsemble([quicken(m) for m in self.members], self.inferences, self.rule, self.paths_per_call)  # type: ignore[arg-type]
+
     @torch.no_grad()
-    def predict(self, x: Tensor, seed: int = 0, index: Tensor | None = None, purpose: str = "report") -> Prediction:
-        """Vote on every image, in eval mode.
+    def predict(
+        self,
+        x: Tensor,
+        seed: int = 0,
+        index: Tensor | None = None,
+        purpose: str = "report",
+        full: bool = False,
+        confidence: float | None = None,
+    ) -> Prediction:
+        """Vote on every image, in eval mode, until no inference that is still out could change the label.
+
+        The labels are exactly those of the full vote; `Prediction.drawn` says how many inferences they took.
 
         Args:
             x: images ``(N, C, H, W)`` in [0, 1].
@@ -159,25 +155,31 @@ class ItoEnsemble(nn.Module):
             index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
                 Give it, and the same image meets the same noise in any batch.
             purpose: the panel of paths, see `neuralsde_ito.noise.PURPOSES`.
+            full: make all inferences, for whoever wants to read the counts.
+            confidence: stop sooner, when the label is that of the full vote with this probability (`Poll` says
+                under which assumption).
 
         Raises:
-            ValueError: images that are not finite, not in [0, 1] or of the wrong shape.
+            ValueError: images that are not finite, not in [0, 1] or of the wrong shape; a confidence out of range.
         """
         check_images(x, self.channels)
         index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
         if index.shape != (len(x),):
             raise ValueError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
-        if single := len(x) == 1:  # a batch of one takes other convolution kernels, with other last bits
-            x, index = torch.cat([x, x]), torch.cat([index, index])
-        inference = torch.arange(self.inferences, device=x.device)
-        votes = []
-        with evaluating(self):
-            for m in range(len(self.members)):
-                logits = self._infer(m, x, make_keys(seed, purpose, m, inference[:, None], index))
-                picks = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])  # (P, N, classes)
-                votes.append(picks.sum(0))
-        counts = torch.stack(votes)
-        if single:
-            counts, x = counts[:, :1], x[:1]
-        drawn = torch.full((len(x),), len(self.members) * self.inferences, device=x.device)
-        return Prediction(decide(counts, self.rule), counts, drawn)
+        quick = self.quick()
+        first = quick.members[0](x[:1].repeat(2, 1, 1, 1), make_keys(seed, purpose, index=index[:1].repeat(2)))
+        poll = Poll(len(self.members), len(x), first.shape[1], self.inferences, self.rule, confidence, x.device)
+        while bool((wanted := self.inferences - poll.drawn if full else poll.wanted()).any()):
+            before = poll.drawn
+            for m, counts in enumerate(wanted):
+                if not bool(counts.any()):
+                    continue
+                images = counts.nonzero()[:, 0]
+                rows = images.repeat_interleave(counts[images])
+                # The number of each inference: 0, 1, ... within its image, after those already made.
+                run = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
+                keys = make_keys(seed, purpose, m, before[m][rows] + run, index[rows])
+                place = torch.zeros_like(counts).index_put_((images,), torch.arange(len(images), device=x.device))
+                logits = infer(quick.members[m], x[images], place[rows], keys, self.chunk)  # type: ignore[arg-type]
+                poll.count(m, rows, logits.argmax(-1))
+        return Prediction(decide(poll.votes, self.rule) if full else poll.labels()[0], poll.votes, poll.drawn.sum(0))

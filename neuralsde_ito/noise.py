@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 import secrets
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torchsde
@@ -99,20 +100,71 @@ def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.f
     """
     if keys.dtype != torch.int64 or keys.dim() != 1:
         raise ValueError(f"keys must be int64 of shape (N,), got {keys.dtype} of shape {tuple(keys.shape)}.")
+    half = (size + 1) // 2
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.empty(keys.shape[0], 2 * half, dtype=work, device=keys.device)
+    _generate(keys, half, address, work, out)
+    return out[:, :size].to(dtype).contiguous()
+
+
+def add_normals(x: Tensor, keys: Tensor, scale: float, *address: int) -> Tensor:
+    """``x + scale * normals``, for states ``(N, ...)`` and keys ``(N,)``, without ever holding all the normals.
+
+    Where nothing is recorded for a gradient, ``x`` itself is changed: it must be the caller's own.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Shift.apply(x, keys, scale, address)
+    return _add(x, keys, scale, address, x)
+
+
+class _Shift(torch.autograd.Function):
+    """A shift by a constant: the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+        return _add(x, keys, scale, address, torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        return gradient, None, None, None
+
+
+def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: Tensor) -> Tensor:
+    size = x[0].numel()
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def receive(rows: slice, draws: Tensor) -> None:
+        part = x[rows]
+        torch.add(part, draws[:, :size].reshape(part.shape).to(x.dtype), alpha=scale, out=out[rows])
+
+    _generate(keys, (size + 1) // 2, address, work, None, receive)
+    return out
+
+
+def _generate(
+    keys: Tensor,
+    half: int,
+    address: tuple[int, ...],
+    dtype: torch.dtype,
+    out: Tensor | None,
+    receive: Callable[[slice, Tensor], None] = lambda rows, draws: None,
+) -> None:
+    """Normals ``(R, 2 half)`` of some rows after the other, into ``out`` or a buffer, and to ``receive``."""
     base = keys
     for field in address:
         base = _absorb(base, field)
-    half = (size + 1) // 2
     elements = _elements(half, keys.device)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.empty(keys.shape[0], 2 * half, dtype=work, device=keys.device)
-    if keys.device.type == "cpu":
-        step = max(1, _WORDS // half)
-        rows = [slice(start, start + step) for start in range(0, len(keys), step)]
-        spread(lambda row: _fill(out[row], base[row, None], elements, _scratch(half, work)), rows)
-    else:
-        _fill(out, base[:, None], elements, _Scratch(out.numel() // 2, work, keys.device))
-    return out[:, :size].to(dtype).contiguous()
+
+    def some(rows: slice) -> None:
+        mine = base[rows, None]
+        scratch = _scratch(half, dtype) if cpu else _Scratch(len(mine) * half, dtype, keys.device)
+        draws = scratch.draws[: 2 * half * len(mine)].view(len(mine), 2 * half) if out is None else out[rows]
+        _fill(draws, mine, elements, scratch)
+        receive(rows, draws)
+
+    cpu = keys.device.type == "cpu"
+    step = max(1, (_WORDS if cpu else 1 << 24) // half)
+    spread(some, [slice(start, start + step) for start in range(0, len(keys), step)])
 
 
 class _Scratch:
@@ -120,7 +172,7 @@ class _Scratch:
 
     def __init__(self, words: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.words, self.shifted = (torch.empty(words, dtype=torch.int64, device=device) for _ in range(2))
-        self.floats = torch.empty(2 * words, dtype=dtype, device=device)
+        self.floats, self.draws = (torch.empty(2 * words, dtype=dtype, device=device) for _ in range(2))
 
     def views(self, rows: int, columns: int) -> list[Tensor]:
         n = rows * columns
@@ -163,7 +215,8 @@ def _fill(out: Tensor, base: Tensor, elements: Tensor, scratch: _Scratch) -> Non
     torch.sin(angle, out=out[:, columns:]).mul_(radius)
 
 
-class _Cell(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Cell:
     """``W`` and, where it is needed, ``H`` over cell ``index`` of ``2**level``."""
 
     level: int
@@ -258,6 +311,10 @@ class BrownianPath(torchsde.BaseBrownian):
                 "use a step that is the block's length divided by a power of two."
             )
         return round(place)
+
+    def add_to(self, x: Tensor, sigma: float) -> Tensor:
+        """``x + sigma W`` over the whole block, for states ``(N, ...)``; see `add_normals`: ``x`` may be changed."""
+        return add_normals(x, self.keys, sigma * math.sqrt(self.t1 - self.t0), self.block, 0, 0, 0)
 
     def increment(self, level: int, index: int) -> Tensor:
         """``W`` over cell ``index`` of ``2**level``: ``(N, size)``. Skips the normals that only ``H`` needs."""

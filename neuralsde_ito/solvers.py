@@ -171,12 +171,18 @@ def _euler(sde: BlockSDE, path: BrownianPath | None, _: Solver, steps: int, x: T
     h = (sde.t1 - sde.t0) / steps
     for k in range(first, last):
         sigma = sde.schedule.sigma(sde.t0 + k * h)
-        dw = path.increment(steps.bit_length() - 1, k).view(x.shape) if path and sigma else None
+        multiplicative = sde.schedule.multiplicative
+        fused = steps == 1 and not multiplicative  # the hot path
+        dw = path.increment(steps.bit_length() - 1, k).view(x.shape) if path and sigma and not fused else None
         y = x if sde.jump else sde.block(x)
         if steps > 1 and not sde.jump:
             y = torch.lerp(x, y, 1 / steps)  # x + h f(x)
         if dw is not None:
-            y = torch.add(y, x * dw if sde.schedule.multiplicative else dw, alpha=sigma)
+            y = torch.add(y, x * dw if multiplicative else dw, alpha=sigma)
+        elif path and sigma:
+            # A block may hand back its input, which is not ours to change.
+            own = sde.jump or y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+            y = path.add_to(y if own else y.clone(), sigma)
         x = y
     return x
 

@@ -12,8 +12,9 @@ from neuralsde_ito import ABSTAIN, ItoEnsemble, decide, make_keys, noise
 from neuralsde_ito import ensemble as ensemble_module
 from neuralsde_ito.config import Fit
 from neuralsde_ito.data import InMemory
-from neuralsde_ito.ensemble import RULES, evaluating
+from neuralsde_ito.ensemble import evaluating
 from neuralsde_ito.training import Trainer
+from neuralsde_ito.votes import RULES
 
 # Another batch size takes other kernels, with other last bits: a label may differ where two logits are closer.
 GAP = 1e-4
@@ -152,7 +153,7 @@ def test_an_unknown_rule_meets_the_nearest_name(ensemble):
 @pytest.mark.parametrize("rule", RULES)
 def test_votes_are_all_counted_and_decide(ensemble, images, rule):
     ensemble.rule = rule
-    pred = ensemble.predict(images[:40], seed=1)
+    pred = ensemble.predict(images[:40], seed=1, full=True)
     assert pred.votes.shape == (3, 40, 10)
     assert pred.votes.dtype == torch.int64
     assert (pred.votes.sum(-1) == 5).all()
@@ -164,7 +165,7 @@ def test_votes_are_all_counted_and_decide(ensemble, images, rule):
 def test_votes_are_those_of_the_stated_paths(exact, images):
     # An independent count: every member is called with the keys that the address says.
     x, index = images[:12].double(), torch.arange(100, 112)
-    pred = exact.predict(x, seed=5, index=index)
+    pred = exact.predict(x, seed=5, index=index, full=True)
     wanted = torch.zeros(2, 12, 10, dtype=torch.int64)
     for m, model in enumerate(exact.members):
         for inference in range(4):
@@ -188,7 +189,11 @@ def heard(monkeypatch) -> Heard:
             drawn[key, *address, size] = row.clone()
         return out
 
+    def add(x: Tensor, keys: Tensor, scale: float, *address: int) -> Tensor:
+        return x + scale * record(keys, x[0].numel(), *address, dtype=x.dtype).view(x.shape)
+
     monkeypatch.setattr(noise, "normals", record)
+    monkeypatch.setattr(noise, "add_normals", add)
     return drawn
 
 
@@ -197,11 +202,13 @@ def test_the_same_images_get_the_same_noise_and_labels_in_any_batch(net, images,
     ensemble = ItoEnsemble([ito.recast(net, omega=o, image_shape=(1, 8, 8)) for o in (1.2, 2.0)], inferences=3)
     x = images[: 262 if batch == 256 else 22]  # neither is a multiple
     index = torch.arange(len(x))
-    whole = ensemble.predict(x, seed=3, index=index)
+    whole = ensemble.predict(x, seed=3, index=index, full=True)
     once = dict(heard)
     assert len({key for key, *_ in once}) == 2 * 3 * len(x)
     heard.clear()
-    parts = [ensemble.predict(a, seed=3, index=i) for a, i in zip(x.split(batch), index.split(batch), strict=True)]
+    parts = [
+        ensemble.predict(a, seed=3, index=i, full=True) for a, i in zip(x.split(batch), index.split(batch), strict=True)
+    ]
     assert heard.keys() == once.keys()
     assert all(torch.equal(row, once[name]) for name, row in heard.items())  # bit for bit
     clear = smallest_gaps(ensemble, x, 3, index) >= GAP
@@ -214,12 +221,12 @@ def test_the_same_images_get_the_same_noise_and_labels_in_any_batch(net, images,
 
 
 def test_a_prediction_can_be_repeated_whatever_the_global_state(ensemble, images):
-    first = ensemble.predict(images[:30], seed=2)
+    first = ensemble.predict(images[:30], seed=2, full=True)
     state = torch.get_rng_state()
-    again = ensemble.predict(images[:30], seed=2)
+    again = ensemble.predict(images[:30], seed=2, full=True)
     assert torch.equal(torch.get_rng_state(), state)  # neither read nor changed
     torch.manual_seed(99)
-    reseeded = ensemble.predict(images[:30], seed=2)
+    reseeded = ensemble.predict(images[:30], seed=2, full=True)
     for other in (again, reseeded):
         assert torch.equal(other.votes, first.votes)
         assert torch.equal(other.labels, first.labels)
@@ -227,17 +234,17 @@ def test_a_prediction_can_be_repeated_whatever_the_global_state(ensemble, images
 
 def test_other_seeds_and_other_panels_give_other_votes(ensemble, images):
     x = images[:60]
-    first = ensemble.predict(x, seed=0)
-    for other in (ensemble.predict(x, seed=1), ensemble.predict(x, seed=0, purpose="selection")):
+    first = ensemble.predict(x, seed=0, full=True)
+    for other in (ensemble.predict(x, seed=1, full=True), ensemble.predict(x, seed=0, purpose="selection", full=True)):
         changed = (other.votes != first.votes).any(-1).any(0).float().mean()
         assert changed > 0.3
-    assert torch.equal(ensemble.predict(x, seed=0, purpose="report").votes, first.votes)
+    assert torch.equal(ensemble.predict(x, seed=0, purpose="report", full=True).votes, first.votes)
 
 
 def test_inferences_of_one_image_and_members_do_not_share_noise(net, images):
     # Twice the same member: only the number in the address tells them apart.
     model = ito.recast(net, omega=1.0, image_shape=(1, 8, 8))
-    votes = ItoEnsemble([model, model], inferences=9).predict(images[:60]).votes
+    votes = ItoEnsemble([model, model], inferences=9).predict(images[:60], full=True).votes
     assert (votes.amax(-1) < 9).float().mean() > 0.2  # inferences differ
     assert (votes[0] != votes[1]).any(-1).float().mean() > 0.2  # members differ
 
@@ -245,44 +252,44 @@ def test_inferences_of_one_image_and_members_do_not_share_noise(net, images):
 @pytest.mark.parametrize("chunk", [1, 3, 64, 10_000])
 def test_the_chunk_does_not_change_the_result(exact, images, chunk):
     x = images[:20].double()
-    wanted = exact.predict(x)
+    wanted = exact.predict(x, full=True)
     paths = exact.paths(x, 0, 8, 0, "report")
     exact.chunk = chunk
-    assert torch.equal(exact.predict(x).votes, wanted.votes)
+    assert torch.equal(exact.predict(x, full=True).votes, wanted.votes)
     torch.testing.assert_close(exact.paths(x, 0, 8, 0, "report"), paths, rtol=0, atol=1e-11)
 
 
 def test_the_index_names_the_images(exact, images):
     x, index = images[:25].double(), torch.arange(1000, 1025)
-    wanted = exact.predict(x, index=index)
+    wanted = exact.predict(x, index=index, full=True)
     order = torch.randperm(25, generator=torch.Generator().manual_seed(0))
-    permuted = exact.predict(x[order], index=index[order])
+    permuted = exact.predict(x[order], index=index[order], full=True)
     assert torch.equal(permuted.votes, wanted.votes[:, order])
     assert torch.equal(permuted.labels, wanted.labels[order])
     # The default names are positions; other names are other noise.
-    assert torch.equal(exact.predict(x).votes, exact.predict(x, index=torch.arange(25)).votes)
-    assert not torch.equal(exact.predict(x).votes, wanted.votes)
+    assert torch.equal(exact.predict(x, full=True).votes, exact.predict(x, index=torch.arange(25), full=True).votes)
+    assert not torch.equal(exact.predict(x, full=True).votes, wanted.votes)
 
 
 def test_one_image_alone_is_voted_on_as_in_company(exact, images):
     x = images[:6].double()
-    together = exact.predict(x, index=torch.arange(6))
+    together = exact.predict(x, index=torch.arange(6), full=True)
     for i in range(6):
-        alone = exact.predict(x[i : i + 1], index=torch.tensor([i]))
+        alone = exact.predict(x[i : i + 1], index=torch.tensor([i]), full=True)
         assert alone.votes.shape == (2, 1, 10)
         assert alone.labels.shape == alone.drawn.shape == (1,)
         assert torch.equal(alone.votes[:, 0], together.votes[:, i])
 
 
 def test_predicting_neither_depends_on_the_mode_nor_changes_it(ensemble, images):
-    wanted = ensemble.predict(images[:20])
+    wanted = ensemble.predict(images[:20], full=True)
     ensemble.train()
     ensemble.members[1].eval()
     frozen = next(m for m in ensemble.members[0].modules() if isinstance(m, nn.BatchNorm2d))
     frozen.eval()  # a mixture, which one train() at the end would not restore
     modes = [module.training for module in ensemble.modules()]
     state = {name: value.clone() for name, value in ensemble.state_dict().items()}
-    found = ensemble.predict(images[:20])
+    found = ensemble.predict(images[:20], full=True)
     assert torch.equal(found.votes, wanted.votes)
     assert [module.training for module in ensemble.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in ensemble.state_dict().items())
@@ -303,7 +310,7 @@ def test_modes_are_restored_after_an_error(ensemble):
 
 def test_predicting_builds_no_graph(ensemble, images):
     x = images[:3].clone().requires_grad_()
-    assert not ensemble.predict(x).votes.requires_grad
+    assert not ensemble.predict(x, full=True).votes.requires_grad
     assert x.grad is None
 
 
@@ -311,7 +318,7 @@ def test_without_noise_all_inferences_agree_with_the_network(net, images):
     ensemble = ItoEnsemble([ito.recast(net, omega=0, image_shape=(1, 8, 8))], inferences=3)
     with torch.no_grad():
         labels = net(images[:50]).argmax(1)
-    pred = ensemble.predict(images[:50])
+    pred = ensemble.predict(images[:50], full=True)
     assert torch.equal(pred.labels, labels)
     assert (pred.votes.amax(-1) == 3).all()
 
@@ -438,13 +445,13 @@ def test_counts_must_be_whole_numbers(ensemble, name, count):
 )
 def test_images_that_cannot_be_are_refused(ensemble, x, message):
     with pytest.raises(ValueError, match=message):
-        ensemble.predict(x)
+        ensemble.predict(x, full=True)
 
 
 @pytest.mark.parametrize("index", [torch.arange(3), torch.arange(1), torch.zeros(2, 1, dtype=torch.int64)])
 def test_an_index_must_name_every_image_once(ensemble, images, index):
     with pytest.raises(ValueError, match="index names the images"):
-        ensemble.predict(images[:2], index=index)
+        ensemble.predict(images[:2], index=index, full=True)
 
 
 # --- a trained network on real photographs --------------------------------------------------------------
@@ -460,10 +467,10 @@ def test_weak_noise_leaves_a_trained_network_right(shared_weights, cifar10_test)
     assert correct > 0.8
     members = [ito.recast(net, omega=0.05), ito.recast(net, omega=0.1)]
     ensemble = ItoEnsemble(members, inferences=4)
-    pred = ensemble.predict(x, index=rows)
+    pred = ensemble.predict(x, index=rows, full=True)
     assert (pred.labels == y).float().mean() > correct - 0.1
     assert (pred.votes.amax(-1) < 4).any()  # and yet it is noise
     clear = smallest_gaps(ensemble, x, index=rows) >= GAP
-    split = torch.cat([ensemble.predict(x[a], index=rows[a]).labels for a in torch.arange(25).split(7)])
+    split = torch.cat([ensemble.predict(x[a], index=rows[a], full=True).labels for a in torch.arange(25).split(7)])
     assert clear.float().mean() > 0.9
     assert torch.equal(split[clear], pred.labels[clear])

@@ -14,14 +14,17 @@ PACKAGE, CLI = ROOT / "neuralsde_ito", ROOT / "cli"
 # Module -> floor. A module imports from the floors below its own; a folder counts as one module.
 FLOORS = {
     "names": -1,  # the ground: how everybody above words an unknown name
+    "threads": -1,  # and how work is spread over a CPU
     "schedules": 0,
     "noise": 0,
     "resnets": 0,
     "data": 0,
     "outcomes": 0,
+    "votes": 0,
     "sde": 1,
     "solvers": 1,
     "recast": 2,
+    "engine": 2,
     "ensemble": 3,
     "attacks": 3,
     "convergence": 3,
@@ -33,7 +36,9 @@ FLOORS = {
 }
 # Within a floor: who may import whom.
 NEIGHBOURS = {
+    "votes": {"outcomes"},
     "solvers": {"sde"},
+    "engine": {"recast"},
     "attacks": {"ensemble"},
     "checkpoints": {"config"},
     "training": {"checkpoints", "config", "evaluation"},

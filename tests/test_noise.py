@@ -410,3 +410,40 @@ def test_what_torchsde_asks_of_a_path():
     assert path.shape == (4, 5)
     assert path.levy_area_approximation == "space-time"
     assert "block=2" in repr(path)
+
+
+# --- added in place -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 7), (300, 16, 8, 8), (2, 3, 1, 1)])
+def test_added_normals_are_the_normals(shape, layout):
+    keys = make_keys(1, "report", index=torch.arange(shape[0]))
+    x = torch.rand(shape, dtype=torch.float64).contiguous(memory_format=layout)
+    wanted = x + 0.3 * normals(keys, x[0].numel(), 2, 0, 0, 0, dtype=torch.float64).view(shape)
+    assert torch.allclose(noise.add_normals(x.clone(), keys, 0.3, 2, 0, 0, 0), wanted, rtol=0, atol=1e-14)
+
+
+def test_a_recorded_state_is_not_changed_and_its_gradient_passes():
+    keys = make_keys(1, "report", index=torch.arange(3))
+    x = torch.rand(3, 2, 4, 4).requires_grad_()
+    before = x.detach().clone()
+    y = noise.add_normals(x, keys, 0.3, 2)
+    assert torch.equal(x, before)
+    assert not torch.equal(y, before)
+    weights = torch.rand_like(before)
+    (gradient,) = torch.autograd.grad((y * weights).sum(), x)
+    assert torch.equal(gradient, weights)
+
+
+def test_one_thread_and_two_draw_the_same():
+    keys = make_keys(3, "report", index=torch.arange(64))
+    before = torch.get_num_threads()
+    draws = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            draws.append(normals(keys, 16384, 1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*draws)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..engine import in_pieces, piece_of
 from ..ensemble import ItoEnsemble
 from ..recast import ItoResNet
 from ..solvers import find_solver
@@ -31,21 +33,53 @@ def mean_logits(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.mean(0), y, reduction="none")
 
 
-OBJECTIVES = {"mean-loss": mean_loss, "loss-of-mean": loss_of_mean, "mean-logits": mean_logits}
+Objective = Callable[[Tensor, Tensor], Tensor]  # logits (P, N, classes), labels (N,) -> (N,), to be raised
+OBJECTIVES: dict[str, Objective] = {"mean-loss": mean_loss, "loss-of-mean": loss_of_mean, "mean-logits": mean_logits}
+
+
+class Ascent(NamedTuple):
+    """What a model says along some paths, and where an objective rises.
+
+    Attributes:
+        loss: ``(N,)``.
+        logits: ``(P, N, classes)``.
+        gradient: of the summed loss, ``(N, C, H, W)``.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    gradient: Tensor
 
 
 class Target(Protocol):
     """A model as attacks see it.
 
     Attributes:
-        random: whether two paths differ; if not, one path is all there is.
+        distinct: how many paths there are at all, one a member where there is no noise; None: without end.
     """
 
-    random: bool
+    distinct: int | None
 
     def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
-        """Logits ``(count, N, classes)`` along numbered paths of a panel."""
+        """Logits ``(count, N, classes)`` along numbered paths of a panel, without a gradient."""
         ...
+
+    def ascend(
+        self, objective: Objective, x: Tensor, y: Tensor, first: int, count: int, seed: int, index: Tensor
+    ) -> Ascent:
+        """An objective and its gradient along numbered paths of the gradient panel."""
+        ...
+
+
+def _ascend(objective: Objective, x: Tensor, y: Tensor, paths: Callable[[Tensor], Tensor]) -> Ascent:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = paths(x)
+        if len(odd := y[(y < 0) | (y >= logits.shape[-1])]):
+            raise ValueError(f"Labels must be from 0 to {logits.shape[-1] - 1}, got {int(odd[0])}.")
+        loss = objective(logits, y)
+        (gradient,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    return Ascent(loss.detach(), logits.detach(), gradient)
 
 
 class _Module:
@@ -56,27 +90,61 @@ class _Module:
         with torch.no_grad():
             # Noise may show seldom: like AutoAttack's check, five forwards of the whole batch.
             first = model(x)
-            self.random = any(not torch.equal(model(x), first) for _ in range(4))
+            random = any(not torch.equal(model(x), first) for _ in range(4))
+        self.distinct = None if random else 1
 
+    @torch.no_grad()
     def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
         return torch.stack([self.model(x) for _ in range(count)])
 
+    def ascend(
+        self, objective: Objective, x: Tensor, y: Tensor, first: int, count: int, seed: int, index: Tensor
+    ) -> Ascent:
+        return _ascend(objective, x, y, lambda x: torch.stack([self.model(x) for _ in range(count)]))
+
 
 class _Ensemble:
-    def __init__(self, ensemble: ItoEnsemble) -> None:
-        self.paths = ensemble.paths
-        noisy = any(member.schedule.omega > 0 for member in ensemble.members)  # type: ignore[union-attr, operator]
-        self.random = noisy or len(ensemble.members) > 1
+    """An ensemble's quick copy. Few images with all their paths at a time, so that any objective can be climbed."""
+
+    def __init__(self, ensemble: ItoEnsemble, device: torch.device) -> None:
         for member in ensemble.members:
             if find_solver(str(member.solver)).adaptive:
                 raise ValueError(
                     f"Solver {member.solver!r} chooses its steps for the whole batch, so that one image's gradient "
                     "depends on the others; attack with a solver of fixed steps."
                 )
+        noisy = any(member.schedule.omega > 0 for member in ensemble.members)  # type: ignore[union-attr, operator]
+        self.distinct = None if noisy else len(ensemble.members)
+        self.quick = ensemble.quick()
+        self.size = ensemble.chunk or min(piece_of(m, device) for m in self.quick.members)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
+        return self.quick.paths(x, first, count, seed, purpose, index)
+
+    def ascend(
+        self, objective: Objective, x: Tensor, y: Tensor, first: int, count: int, seed: int, index: Tensor
+    ) -> Ascent:
+        def piece(part: slice) -> Ascent:
+            names = index[part]
+            return _ascend(
+                objective, x[part], y[part], lambda x: self.quick.paths(x, first, count, seed, "gradient", names)
+            )
+
+        try:
+            pieces = in_pieces(piece, len(x), max(1, self.size // count))
+        except torch.OutOfMemoryError:  # with a single image
+            if all(member.checkpoint for member in self.quick.members):
+                raise
+            for member in self.quick.members:
+                member.checkpoint = True  # type: ignore[assignment]
+            return self.ascend(objective, x, y, first, count, seed, index)
+        losses, logits, gradients = zip(*pieces, strict=True)
+        return Ascent(torch.cat(losses), torch.cat(logits, 1), torch.cat(gradients))
 
 
 def as_target(model: nn.Module, x: Tensor) -> Target:
     """The face of a model: an `ItoEnsemble`, an `ItoResNet` (an ensemble of one), or any other module."""
     if isinstance(model, ItoResNet):
         model = ItoEnsemble([model])
-    return _Ensemble(model) if isinstance(model, ItoEnsemble) else _Module(model, x)
+    return _Ensemble(model, x.device) if isinstance(model, ItoEnsemble) else _Module(model, x)

@@ -114,7 +114,7 @@ class PGD:
         cost = _Cost()
         with evaluating(model):
             target = as_target(model, x)
-            if target.random and self.eot == 1:
+            if target.distinct is None and self.eot == 1:
                 warnings.warn(
                     "A randomised model is attacked with one path a gradient (eot=1): the attack is weak, "
                     "and its figure no measure of robustness.",
@@ -144,28 +144,37 @@ class PGD:
         if self.random_start or restart:
             keys = make_keys(seed, "gradient", member=-1, inference=restart, index=index)
             adv = ball.start(x, self.eps, keys).clamp(0, 1)
+        # Of the iterate that is kept: its loss, and whether it fools.
         kept, highest = adv.clone(), torch.full_like(x[:, 0, 0, 0], -torch.inf)
+        leads = torch.zeros_like(y, dtype=torch.bool)
         rows = torch.arange(len(x), device=x.device)  # the images still in the batch
         for step in range(self.steps + 1):
             if step == self.steps and self.keep == "last":
                 kept[rows] = adv
                 break
             draw = restart * (self.steps + 1) + step
-            adv = adv.detach().requires_grad_(step < self.steps)
-            with torch.set_grad_enabled(step < self.steps):
+            if step < self.steps:
+                count = self._count(target, "gradient")
+                cost.backwards += count * len(rows)
+                found = target.ascend(objective, adv, y[rows], draw * count, count, seed, index[rows])
+                loss, logits, gradient = found
+                if not bool(gradient.isfinite().all()):
+                    raise ValueError(
+                        f"The gradient is not finite at step {step + 1}: the model overflows or divides by zero at "
+                        "some images, and an attack through it would measure nothing."
+                    )
+            else:  # the last iterate is only judged
                 logits = self._panel(target, adv, "gradient", draw, seed, index[rows], cost)
-                if len(odd := y[(y < 0) | (y >= logits.shape[-1])]):
-                    raise ValueError(f"Labels must be from 0 to {logits.shape[-1] - 1}, got {int(odd[0])}.")
                 loss = objective(logits, y[rows])
-            here = adv.detach()
-            better = loss.detach() > highest[rows]
-            kept[rows[better]], highest[rows[better]] = here[better], loss.detach()[better]
-            done = self._fooled(target, here, y[rows], logits.detach(), draw, seed, index[rows], cost)
-            kept[rows[done]] = here[done]
+            # An iterate that fools comes before one that does not, however high the loss of that.
+            lost = _share(logits, y[rows]) <= 0.5
+            better = torch.where(lost == leads[rows], loss > highest[rows], lost)
+            kept[rows[better]], highest[rows[better]], leads[rows[better]] = adv[better], loss[better], lost[better]
+            done = self._fooled(target, adv, y[rows], logits, draw, seed, index[rows], cost)
+            kept[rows[done]] = adv[done]
             if step == self.steps or bool(done.all()):
                 break
-            (gradient,) = torch.autograd.grad(loss, adv, torch.ones_like(loss))
-            adv = here + self.step * ball.steepest(gradient)
+            adv = adv + self.step * ball.steepest(gradient)
             adv = ball.project(adv, x[rows], self.eps).clamp(0, 1)
             if bool(done.any()):
                 adv, rows = adv[~done], rows[~done]
@@ -174,14 +183,14 @@ class PGD:
     def _panel(
         self, target: Target, x: Tensor, purpose: str, draw: int, seed: int, index: Tensor, cost: _Cost
     ) -> Tensor:
-        """Logits ``(P, N, classes)`` on the ``draw``-th set of paths of a panel."""
-        count = (self.eot if purpose == "gradient" else self.selection) if target.random else 1
-        if x.requires_grad:
-            cost.backwards += count * len(x)
-        else:
-            cost.forwards += count * len(x)
-        with torch.set_grad_enabled(x.requires_grad):
-            return target.paths(x, draw * count, count, seed, purpose, index)
+        """Logits ``(P, N, classes)`` on the ``draw``-th set of paths of a panel, without a gradient."""
+        count = self._count(target, purpose)
+        cost.forwards += count * len(x)
+        return target.paths(x, draw * count, count, seed, purpose, index)
+
+    def _count(self, target: Target, purpose: str) -> int:
+        """Paths of a panel; without noise all that there are."""
+        return target.distinct or (self.eot if purpose == "gradient" else self.selection)
 
     def _fooled(
         self,
@@ -196,7 +205,7 @@ class PGD:
     ) -> Tensor:
         """Which images may leave the batch: bool ``(N,)``. Suspects must lose on paths of the selection, too."""
         done = _share(logits, y) <= 0.5 if self.stop else torch.zeros_like(y, dtype=torch.bool)
-        if target.random and bool(done.any()):
+        if target.distinct is None and bool(done.any()):
             suspects = done.nonzero()[:, 0]
             judged = self._panel(target, x[suspects], "selection", 1 + draw, seed, index[suspects], cost)
             done[suspects] = _share(judged, y[suspects]) <= 0.25

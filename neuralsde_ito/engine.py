@@ -1,0 +1,91 @@
+"""The quick way through a member: the same paths, the same votes, logits within 1e-4 of the reference ``model(x)``."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from .recast import ItoResNet
+from .threads import spread, workers
+
+Result = TypeVar("Result")
+
+# Elements of the state that go through a network at a time. On a CPU a few MiB, as larger pieces leave its caches
+# and smaller ones are all overhead; on a GPU enough to fill it.
+_PIECE = {"cpu": 1 << 20}
+
+
+def quicken(model: ItoResNet) -> ItoResNet:
+    """A frozen copy for inference and for gradients of the input, in eval mode.
+
+    BatchNorm is folded into the convolution before it (in torchvision's blocks, and in any ``nn.Sequential``, where
+    it is certain which that is), parameters want no gradient, and on a CPU the layout is channels_last.
+    """
+    quick = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(quick.modules()):
+        if isinstance(module, (BasicBlock, Bottleneck)):
+            pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(module, f"conv{i}")]
+        elif type(module) is nn.Sequential:
+            names = list(module._modules)
+            pairs = list(itertools.pairwise(names))
+        else:
+            continue
+        for conv_name, norm_name in pairs:
+            conv, norm = module._modules[conv_name], module._modules[norm_name]
+            # Exactly these classes: what derives from them may do something else.
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
+                module._modules[conv_name] = fuse_conv_bn_eval(conv, norm)
+                module._modules[norm_name] = nn.Identity()
+    device = next((p.device for p in quick.parameters()), torch.device("cpu"))
+    return quick.to(memory_format=torch.channels_last) if device.type == "cpu" else quick
+
+
+def piece_of(model: ItoResNet, device: torch.device) -> int:
+    """How many states go through a model at a time."""
+    largest = max(math.prod(sde.shape) for sde in model.sdes)  # type: ignore[union-attr, arg-type]
+    return max(2, _PIECE.get(device.type, 1 << 27) // max(1, largest))
+
+
+def in_pieces(work: Callable[[slice], Result], total: int, size: int) -> list[Result]:
+    """``work`` on slices of ``range(total)``, each at most ``size`` long and all about equally long.
+
+    On a CPU they run side by side. Where memory runs out, all begins again with pieces half as long.
+
+    Raises:
+        torch.OutOfMemoryError: a piece of one does not fit.
+    """
+    while True:
+        count = min(total, max(math.ceil(total / size), min(workers(), total // 2), 1))
+        bounds = [total * i // count for i in range(count + 1)]
+        try:
+            return spread(work, [slice(a, b) for a, b in itertools.pairwise(bounds)])
+        except torch.OutOfMemoryError:
+            if size <= 1:
+                raise
+            size = max(1, min(size, total) // 2)
+        torch.cuda.empty_cache()  # outside of the except clause, whose traceback holds on to the tensors
+
+
+def infer(model: ItoResNet, x: Tensor, rows: Tensor, keys: Tensor, size: int | None = None) -> Tensor:
+    """Inferences without a gradient: logits ``(K, classes)`` of images ``x[rows]`` along paths ``keys``, both ``(K,)``.
+
+    The stem runs once an image, however many inferences it has. A single state is doubled, as a batch of one takes
+    other convolution kernels, with other last bits.
+    """
+    state = model.stem(x if len(x) > 1 else torch.cat([x, x]))
+
+    def piece(part: slice) -> Tensor:
+        one, these = rows[part], keys[part]
+        if len(one) > 1:
+            return model.propagate(state[one], these)
+        return model.propagate(state[one.repeat(2)], these.repeat(2))[:1]
+
+    return torch.cat(in_pieces(piece, len(rows), size or piece_of(model, x.device)))

@@ -1,0 +1,141 @@
+"""From votes to a label or an abstention (paper, section 3), and when votes still out can change nothing."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from scipy.stats import betabinom
+from torch import Tensor
+
+from .names import nearest
+from .outcomes import ABSTAIN
+
+RULES = ("hierarchical", "flat")
+
+
+def check_rule(rule: str) -> str:
+    """The rule, if there is one of that name.
+
+    Raises:
+        ValueError: there is none; the nearest name is offered.
+    """
+    if rule not in RULES:
+        raise ValueError(nearest("rule", rule, RULES))
+    return rule
+
+
+def decide(votes: Tensor, rule: str = "hierarchical") -> Tensor:
+    """Labels ``(N,)`` from votes ``(members, N, classes)``; `ABSTAIN` without a strict majority.
+
+    - ``hierarchical``: a member's label is that of more than half of its inferences, else it has none; the
+      label of more than half of all members wins.
+    - ``flat``: the label of more than half of all inferences wins. The paper leaves open which it means.
+    """
+    if check_rule(rule) == "flat":
+        votes = votes.sum(0, keepdim=True)
+    most, labels = votes.max(-1)  # both (members, N)
+    labels = torch.where(2 * most > votes.sum(-1), labels, ABSTAIN)
+    ballots = torch.stack([(labels == c).sum(0) for c in range(votes.shape[-1])], -1)  # (N, classes)
+    most, winner = ballots.max(-1)
+    return torch.where(2 * most > len(votes), winner, ABSTAIN)
+
+
+class Poll:
+    """A vote under way: which draws are to be made next, until the outcome cannot change any more.
+
+    Exact: `labels` are those that `decide` finds when all inferences are made, whatever the rest of them say.
+
+    With ``confidence`` a member's label counts as found sooner, as soon as that is its label in the end with
+    this probability, shared out among the members that a majority takes. It assumes that a member's inferences are
+    exchangeable (they are: independent paths) and, before the first of them, that every share of the leading
+    class is as likely as any other (a prior): the votes still out are then beta-binomial.
+
+    Args:
+        members, n, classes: the size of the vote.
+        inferences: that a member makes at the most.
+        rule: a name in `RULES`. ``flat`` is one member that makes all inferences.
+        confidence: above 0.5 and below 1; None: exact.
+    """
+
+    def __init__(
+        self,
+        members: int,
+        n: int,
+        classes: int,
+        inferences: int,
+        rule: str = "hierarchical",
+        confidence: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if confidence is not None and not 0.5 < confidence < 1:
+            raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}.")
+        self.flat, self.inferences = check_rule(rule) == "flat", inferences
+        self.votes = torch.zeros(members, n, classes, dtype=torch.int64, device=device)
+        self.voters, self.each = (1, members * inferences) if self.flat else (members, inferences)
+        level = None if confidence is None else 1 - (1 - confidence) / (self.voters // 2 + 1)
+        self._sure, self._steps = (table.to(self.votes.device) for table in _tables(self.each, level))
+
+    @property
+    def drawn(self) -> Tensor:
+        """Inferences made so far: ``(members, n)``."""
+        return self.votes.sum(-1)
+
+    def count(self, member: int, images: Tensor, classes: Tensor) -> None:
+        """Enter inferences of one member: for image ``images[k]`` the class ``classes[k]``."""
+        one = torch.ones_like(images)
+        self.votes[member].index_put_((images, classes), one, accumulate=True)
+
+    def _standing(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """By voter: votes ``(voters, n, classes)``, draws ``(voters, n)``; classes it surely has, and may still get."""
+        votes = self.votes.sum(0, keepdim=True) if self.flat else self.votes
+        drawn = votes.sum(-1)
+        sure = self._sure[drawn[..., None], votes]
+        can = (2 * (votes + (self.each - drawn)[..., None]) > self.each) & ~(sure.any(-1, keepdim=True) & ~sure)
+        return votes, drawn, sure, can
+
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Labels ``(n,)``, and whether each is settled: bool ``(n,)``."""
+        *_, sure, can = self._standing()
+        wins = 2 * sure.sum(0) > self.voters  # (n, classes)
+        open_ = (2 * can.sum(0) > self.voters).any(-1)
+        labels = torch.where(wins.any(-1), wins.int().argmax(-1), ABSTAIN)
+        return labels, wins.any(-1) | ~open_
+
+    def wanted(self) -> Tensor:
+        """How many inferences each member makes next for each image: ``(members, n)``, all zero at the end.
+
+        No more than would settle it if they all agreed; so nothing is drawn that could have been spared.
+        """
+        votes, drawn, sure, can = self._standing()
+        _, settled = self.labels()
+        # The class that is ahead: by members that have it for sure, then by votes.
+        ahead = (sure.sum(0) * self.each * self.voters + (votes * can).sum(0)).argmax(-1)  # (n,)
+        missing = self.voters // 2 + 1 - sure.sum(0).gather(-1, ahead[:, None])[:, 0]
+        undecided = can.any(-1) & ~sure.any(-1)  # (voters, n)
+        turn = undecided & (undecided.cumsum(0) <= missing)
+        steps = self._steps[drawn, votes.amax(-1)]
+        wanted = torch.where(turn & ~settled, torch.minimum(steps, self.each - drawn), 0)
+        if not self.flat:
+            return wanted
+        # One voter's draws, dealt out to the members in order.
+        left = self.inferences - self.drawn
+        before = left.cumsum(0) - left
+        return (wanted - before).clamp(min=0).minimum(left)
+
+
+@lru_cache(maxsize=64)
+def _tables(inferences: int, level: float | None) -> tuple[Tensor, Tensor]:
+    """For ``n`` draws with ``v`` votes for a class: whether it is sure to win, and draws that would make it so."""
+    n, v = (table.numpy() for table in torch.meshgrid(*[torch.arange(inferences + 1)] * 2, indexing="ij"))
+    lacking, rest = inferences // 2 + 1 - v, inferences - n
+    sure = lacking <= 0
+    if level is not None:
+        possible = (v <= n) & (n > 0) & (lacking > 0) & (lacking <= rest)
+        share = betabinom.sf(lacking - 1, rest, v + 1, (n - v).clip(0) + 1)
+        sure |= possible & (share >= level)
+    steps = np.ones_like(n)
+    for row in range(inferences - 1, -1, -1):  # along v and n rising together
+        steps[row, :-1] = np.where(sure[row + 1, 1:], 1, 1 + steps[row + 1, 1:])
+    return torch.from_numpy(sure), torch.from_numpy(np.minimum(steps, rest.clip(1)))
