@@ -12,6 +12,7 @@ from . import options, output
 @click.command("evaluate")
 @options.on_run
 @options.votes
+@options.early
 @click.option("--untrained", is_flag=True, help="Also vote with the recast ResNet before its fine-tuning.")
 @options.limit
 @options.seed
@@ -23,6 +24,8 @@ def command(
     device: str,
     inferences: int | None,
     rule: str | None,
+    full: bool,
+    confidence: float | None,
     untrained: bool,
     limit: int | None,
     seed: int | None,
@@ -41,11 +44,11 @@ def command(
     seed = opened.config.seed if seed is None else seed
     ensemble, before, paired = opened.ensemble, None, None
     with output.progress(len(images.test) * (1 + untrained), "vote", "images") as bar:
-        result = evaluate(ensemble, opened.resnet, images.test, seed, batch_size, bar.update)
+        result = evaluate(ensemble, opened.resnet, images.test, seed, batch_size, bar.update, full, confidence)
         if untrained:
             member = recast_as(opened.config, opened.resnet)
             same = ItoEnsemble([member] * len(ensemble.members), ensemble.inferences, ensemble.rule)
-            before = evaluate(same, opened.resnet, images.test, seed, batch_size, bar.update)
+            before = evaluate(same, opened.resnet, images.test, seed, batch_size, bar.update, full, confidence)
             paired = Paired.of(before.labels == before.truth, result.labels == result.truth)
     if as_json:
         vote = {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule}
@@ -57,3 +60,5 @@ def command(
         return
     output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
     output.evaluation_table(result, images.name, before, paired)
+    total = len(ensemble.members) * ensemble.inferences
+    output.drawn_sentence(result.drawn, total, confidence)

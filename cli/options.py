@@ -45,13 +45,22 @@ limit = click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N
 batch_size = click.option(
     "--batch-size",
     type=click.IntRange(1),
-    default=100,
+    default=250,
     show_default=True,
     help="Images at a time; not in the result.",
 )
 votes = stacked(
     click.option("--inferences", type=click.IntRange(1), help="Inferences of each member.  [default: the run's]"),
     click.option("--rule", help="hierarchical or flat: how votes become a label.  [default: the run's]"),
+)
+early = stacked(
+    click.option("--full", is_flag=True, help="Make all inferences, also those that can no longer change a label."),
+    click.option(
+        "--confidence",
+        type=click.FloatRange(0.5, 1, min_open=True, max_open=True),
+        metavar="P",
+        help="Stop a vote as soon as its label is that of the full vote with probability P, as 0.999.",
+    ),
 )
 on_run = stacked(
     click.option("--run", "run", help="Name or path of a run.  [default: the newest finished one]"),

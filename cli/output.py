@@ -13,6 +13,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from neuralsde_ito.config import Config
     from neuralsde_ito.evaluation import Evaluation
     from neuralsde_ito.outcomes import Outcomes, Paired, Rate
@@ -101,12 +103,26 @@ def evaluation_table(
         paired_sentence(paired, "the recast before fine-tuning")
 
 
+def drawn_sentence(drawn: Tensor, total: int, confidence: float | None) -> None:
+    """What the votes cost, and what was assumed where they stopped on a probability."""
+    mean = float(drawn.double().mean())
+    if confidence is None:
+        what = "Each vote ended when no inference still out could have changed its label." if mean < total else ""
+    else:
+        what = (
+            f"Each vote ended when its label was that of the full vote with probability {confidence:g}, if inferences "
+            "are exchangeable and, before the first, every share of the leading class equally likely."
+        )
+    sentence(f"Inferences: {mean:.1f} an image on average, {total} in a full vote. {what}")
+
+
 def evaluation_json(result: Evaluation) -> dict[str, Any]:
     """The same, for programs."""
     return {
         "resnet": result.resnet.as_dict(),
         "ito": result.ito.as_dict(),
         "paired": paired_json(result.paired, "resnet"),
+        "inferences_per_image": float(result.drawn.double().mean()),
     }
 
 

@@ -38,7 +38,7 @@ def command(
     images = load_dataset(opened.config, train_limit=1, test_limit=1)
     seed = opened.config.seed if seed is None else seed
     x = torch.stack([load_image(path, images.image_shape) for path in pictures]).to(opened.device)
-    prediction = opened.ensemble.predict(x, seed)
+    prediction = opened.ensemble.predict(x, seed, full=True)  # the counts are shown
     names = images.classes
     records: list[dict[str, Any]] = []
     for i, path in enumerate(pictures):

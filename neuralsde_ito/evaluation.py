@@ -27,7 +27,8 @@ class Evaluation:
         resnet, ito: outcomes.
         paired: the two compared image by image.
         index, truth, resnet_labels, labels: ``(N,)``.
-        votes: ``(members, N, classes)``.
+        votes: ``(members, N, classes)``, as far as they were drawn.
+        drawn: ``(N,)``, inferences made.
     """
 
     resnet: Outcomes
@@ -38,6 +39,7 @@ class Evaluation:
     resnet_labels: Tensor
     labels: Tensor
     votes: Tensor
+    drawn: Tensor
 
 
 def evaluate(
@@ -47,6 +49,8 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 100,
     tick: Tick = lambda n: None,
+    full: bool = False,
+    confidence: float | None = None,
 ) -> Evaluation:
     """Let the ensemble vote on every image, and the ResNet answer beside it.
 
@@ -56,16 +60,18 @@ def evaluate(
         seed: of the report's noise.
         batch_size: images at a time; does not change the result.
         tick: called with the number of images done.
+        full, confidence: see `ItoEnsemble.predict`.
     """
     device = next(ensemble.parameters()).device
     parts: list[tuple[Tensor, ...]] = []
     votes = []
     for index, x, y in data.batches(batch_size, device):
-        prediction = ensemble.predict(x, seed, index)
-        parts.append((index.cpu(), y.cpu(), classify(resnet, x).cpu(), prediction.labels.cpu()))
+        prediction = ensemble.predict(x, seed, index, full=full, confidence=confidence)
+        found = (prediction.labels.cpu(), prediction.drawn.cpu())
+        parts.append((index.cpu(), y.cpu(), classify(resnet, x).cpu(), *found))
         votes.append(prediction.votes.cpu())
         tick(len(y))
-    index, truth, base, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    index, truth, base, labels, drawn = (torch.cat(column) for column in zip(*parts, strict=True))
     return Evaluation(
         Outcomes.of(base, truth),
         Outcomes.of(labels, truth),
@@ -75,6 +81,7 @@ def evaluate(
         base,
         labels,
         torch.cat(votes, 1),
+        drawn,
     )
 
 

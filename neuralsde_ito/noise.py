@@ -98,8 +98,6 @@ def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.f
         address: further fields, each mixed in: block, level, index in the level, component.
         dtype: float32 or float64. Both come from the same words and agree to float32's rounding.
     """
-    if keys.dtype != torch.int64 or keys.dim() != 1:
-        raise ValueError(f"keys must be int64 of shape (N,), got {keys.dtype} of shape {tuple(keys.shape)}.")
     half = (size + 1) // 2
     work = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty(keys.shape[0], 2 * half, dtype=work, device=keys.device)
@@ -130,7 +128,7 @@ class _Shift(torch.autograd.Function):
 
 
 def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: Tensor) -> Tensor:
-    size = x[0].numel()
+    size = math.prod(x.shape[1:])
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def receive(rows: slice, draws: Tensor) -> None:
@@ -150,6 +148,8 @@ def _generate(
     receive: Callable[[slice, Tensor], None] = lambda rows, draws: None,
 ) -> None:
     """Normals ``(R, 2 half)`` of some rows after the other, into ``out`` or a buffer, and to ``receive``."""
+    if keys.dtype != torch.int64 or keys.dim() != 1:
+        raise ValueError(f"keys must be int64 of shape (N,), got {keys.dtype} of shape {tuple(keys.shape)}.")
     base = keys
     for field in address:
         base = _absorb(base, field)
