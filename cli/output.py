@@ -50,6 +50,11 @@ def outcome_cells(outcomes: Outcomes, abstains: bool = True) -> list[str]:
     ]
 
 
+def seconds(value: float) -> str:
+    """``12.3 ms`` or ``4.56 s``, with three digits."""
+    return f"{1e3 * value:.3g} ms" if value < 0.9995 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
+
+
 def p_value(p: float) -> str:
     """``p = 0.04``, with as many digits as mean something."""
     # No-break spaces: a wrapped line must not end in "p =".

@@ -147,3 +147,28 @@ def _show(axis: Any, image: np.ndarray) -> None:
     axis.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
     axis.set_xticks([])
     axis.set_yticks([])
+
+
+def bench_picture(rows: list[Any], path: Path) -> None:
+    """Bars of ratios, one panel a part; the part's first row is 1."""
+    parts = list(dict.fromkeys(row.part for row in rows))
+    heights = [sum(row.part == part for row in rows) for part in parts]
+    figure, axes = plt.subplots(
+        len(parts), 1, figsize=(8.5, 0.9 + 0.32 * sum(heights) + 0.55 * len(parts)), squeeze=False,
+        layout="constrained", height_ratios=[height + 1 for height in heights],
+    )  # fmt: skip
+    for axis, part in zip(axes[:, 0], parts, strict=True):
+        mine = [row for row in rows if row.part == part]
+        for place, row in enumerate(mine):
+            reference = row.ratio == 1
+            axis.barh(place, row.ratio, color=_GREY if reference else _BLUE, hatch="" if reference else "//",
+                      edgecolor="white", height=0.6)  # fmt: skip
+            axis.text(row.ratio, place, f" {row.ratio:.2f}", va="center", fontsize=8)
+        axis.axvline(1, color="black", lw=0.8, ls=":")
+        axis.set_yticks(range(len(mine)), [row.name for row in mine], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.15 * max(row.ratio for row in mine))
+        axis.set_title(f"{part}: {'memory' if part == 'memory' else 'time'} relative to the first bar", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 # Elements of the state that go through a network at a time. On a CPU a few MiB, as larger pieces leave its caches
 # and smaller ones are all overhead; on a GPU enough to fill it.
-_PIECE = {"cpu": 1 << 20}
+_PIECE = {"cpu": 1 << 21}
 
 
 def quicken(model: ItoResNet) -> ItoResNet:

@@ -32,7 +32,7 @@ _M1, _M2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583E
 PURPOSES = ("fresh", "train", "gradient", "selection", "report")
 
 _LEVELS = 20  # a block is never cut finer than 2**20 steps
-_WORDS = 1 << 17  # worked on at a time: 1 MiB; smaller pieces cost more calls, larger ones leave the cache
+_WORDS = 1 << 16  # worked on at a time: half a MiB; smaller pieces cost more calls, larger ones leave the cache
 
 
 def _mix_(z: Tensor) -> Tensor:
@@ -46,10 +46,24 @@ def _mix_(z: Tensor) -> Tensor:
 
 def _absorb(state: Tensor, field: Tensor | int) -> Tensor:
     """Mix one more field into the state. Never a plain addition: offsets of two fields could meet."""
-    if not isinstance(field, Tensor):
-        # Any 64 bits, signed or not: seeds from elsewhere are often unsigned.
-        field = torch.tensor((field + 2**63) % 2**64 - 2**63, device=state.device)
-    return _mix_(state * _M1 + _mix_(field.to(state.device, torch.int64) + _GOLDEN))
+    if isinstance(field, Tensor):
+        return _mix_(state * _M1 + _mix_(field.to(state.device, torch.int64) + _GOLDEN))
+    return _mix_(state * _M1 + _mixed(field))
+
+
+@lru_cache(maxsize=4096)
+def _mixed(field: int) -> int:
+    # Any 64 bits, signed or not: seeds from elsewhere are often unsigned.
+    return int(_mix_(torch.tensor((field + _GOLDEN + 2**63) % 2**64 - 2**63)))
+
+
+@lru_cache(maxsize=4096)
+def _fold(address: tuple[int, ...]) -> int:
+    """One number for an address: the fields mixed in one after the other, as in a key, with Python's integers."""
+    state = len(address)
+    for field in address:
+        state = int(_absorb(torch.tensor(state), field))
+    return state
 
 
 def make_keys(
@@ -98,6 +112,7 @@ def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.f
         address: further fields, each mixed in: block, level, index in the level, component.
         dtype: float32 or float64. Both come from the same words and agree to float32's rounding.
     """
+    _check(keys)
     half = (size + 1) // 2
     work = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty(keys.shape[0], 2 * half, dtype=work, device=keys.device)
@@ -115,6 +130,11 @@ def add_normals(x: Tensor, keys: Tensor, scale: float, *address: int) -> Tensor:
     return _add(x, keys, scale, address, x)
 
 
+def _check(keys: Tensor) -> None:
+    if keys.dtype != torch.int64 or keys.dim() != 1:
+        raise ValueError(f"keys must be int64 of shape (N,), got {keys.dtype} of shape {tuple(keys.shape)}.")
+
+
 class _Shift(torch.autograd.Function):
     """A shift by a constant: the gradient passes unchanged."""
 
@@ -128,6 +148,7 @@ class _Shift(torch.autograd.Function):
 
 
 def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: Tensor) -> Tensor:
+    _check(keys)
     size = math.prod(x.shape[1:])
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -148,19 +169,16 @@ def _generate(
     receive: Callable[[slice, Tensor], None] = lambda rows, draws: None,
 ) -> None:
     """Normals ``(R, 2 half)`` of some rows after the other, into ``out`` or a buffer, and to ``receive``."""
-    if keys.dtype != torch.int64 or keys.dim() != 1:
-        raise ValueError(f"keys must be int64 of shape (N,), got {keys.dtype} of shape {tuple(keys.shape)}.")
-    base = keys
-    for field in address:
-        base = _absorb(base, field)
+    base = _absorb(keys, _fold(address))
     elements = _elements(half, keys.device)
 
     def some(rows: slice) -> None:
-        mine = base[rows, None]
-        scratch = _scratch(half, dtype) if cpu else _Scratch(len(mine) * half, dtype, keys.device)
-        draws = scratch.draws[: 2 * half * len(mine)].view(len(mine), 2 * half) if out is None else out[rows]
-        _fill(draws, mine, elements, scratch)
-        receive(rows, draws)
+        with torch.inference_mode():  # a quarter less time in each call, of which there are many
+            mine = base[rows, None]
+            scratch = _scratch(len(mine), half, dtype) if cpu else _Scratch(len(mine), half, dtype, keys.device)
+            draws = scratch.draws if out is None else out[rows]
+            scratch.fill(draws, mine, elements)
+            receive(rows, draws)
 
     cpu = keys.device.type == "cpu"
     step = max(1, (_WORDS if cpu else 1 << 24) // half)
@@ -168,51 +186,46 @@ def _generate(
 
 
 class _Scratch:
-    """Buffers of `_fill` for so many words: its passes then allocate nothing."""
+    """Buffers for ``R`` rows of ``C`` words, so that the passes over them allocate nothing."""
 
-    def __init__(self, words: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.words, self.shifted = (torch.empty(words, dtype=torch.int64, device=device) for _ in range(2))
-        self.floats, self.draws = (torch.empty(2 * words, dtype=dtype, device=device) for _ in range(2))
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.words, self.shifted = (torch.empty(rows, columns, dtype=torch.int64, device=device) for _ in range(2))
+        self.halves = self.words.view(torch.int32)  # two signed integers a word
+        self.floats, self.draws = (torch.empty(rows, 2 * columns, dtype=dtype, device=device) for _ in range(2))
+        self.radius, self.angle = self.floats.split(columns, 1)
+        self.least = torch.tensor(0.5 / (2**31 + 1), dtype=dtype, device=device)
 
-    def views(self, rows: int, columns: int) -> list[Tensor]:
-        n = rows * columns
-        return [
-            self.words[:n].view(rows, columns),
-            self.shifted[:n].view(rows, columns),
-            self.floats[: 2 * n].view(rows, 2 * columns),
-        ]
+    def fill(self, out: Tensor, base: Tensor, elements: Tensor) -> None:
+        """Normals ``(R, 2 C)`` from keys ``(R, 1)`` and elements ``(1, C)``, both mixed already."""
+        words, radius, angle = self.words, self.radius, self.angle
+        # The middle of SplitMix64's finaliser: what comes in is mixed already, and what goes out is read from the
+        # top of each half. The shift is arithmetic: it loses the sign's bit, no more, and needs no mask.
+        torch.bitwise_xor(base, elements, out=words)
+        words.mul_(_M1)
+        words.bitwise_xor_(torch.bitwise_right_shift(words, 32, out=self.shifted))
+        words.mul_(_M2)
+        self.floats.copy_(self.halves)
+        # Of the first half the size makes u in (0, 1], exact near 0 where the tail is made (to 6.6 sigma);
+        # the second half is the angle in [-pi, pi).
+        torch.add(self.least, radius.abs_(), alpha=1 / (2**31 + 1), out=radius)
+        radius.log_().mul_(-2).sqrt_()
+        angle.mul_(math.pi * 2.0**-31)
+        first, second = out.split(angle.shape[1], 1)
+        torch.cos(angle, out=first).mul_(radius)
+        torch.sin(angle, out=second).mul_(radius)
 
 
 _local = threading.local()
 
 
-def _scratch(row: int, dtype: torch.dtype) -> _Scratch:
-    """This thread's buffers on the CPU, for at least one row of words."""
-    held = getattr(_local, str(dtype), None)
-    if held is None or len(held.words) < row:
-        held = _Scratch(max(row, _WORDS), dtype, "cpu")
-        setattr(_local, str(dtype), held)
-    return held
-
-
-def _fill(out: Tensor, base: Tensor, elements: Tensor, scratch: _Scratch) -> None:
-    """Fill ``(R, 2 C)`` with normals from keys ``(R, 1)`` and elements ``(1, C)``, both mixed already."""
-    columns = elements.shape[1]
-    words, shifted, floats = scratch.views(len(out), columns)
-    # The middle of SplitMix64's finaliser: what comes in is mixed already, and what goes out is read from the
-    # top of each half. The shift is arithmetic: it loses the sign's bit, no more, and needs no mask.
-    torch.bitwise_xor(base, elements, out=words)
-    words.mul_(_M1)
-    words.bitwise_xor_(torch.bitwise_right_shift(words, 32, out=shifted))
-    words.mul_(_M2)
-    floats.copy_(words.view(torch.int32))  # two signed integers a word
-    radius, angle = floats[:, :columns], floats[:, columns:]
-    # Of the first half the size makes u in (0, 1], exact near 0 where the tail is made (to 6.6 sigma);
-    # the second half is the angle in [-pi, pi).
-    radius.abs_().add_(0.5).mul_(1 / (2**31 + 1)).log_().mul_(-2).sqrt_()
-    angle.mul_(math.pi * 2.0**-31)
-    torch.cos(angle, out=out[:, :columns]).mul_(radius)
-    torch.sin(angle, out=out[:, columns:]).mul_(radius)
+def _scratch(rows: int, columns: int, dtype: torch.dtype) -> _Scratch:
+    """This thread's buffers on the CPU; of a few shapes, as a network has few."""
+    held = _local.__dict__
+    if (rows, columns, dtype) not in held:
+        if len(held) > 5:
+            held.clear()
+        held[rows, columns, dtype] = _Scratch(rows, columns, dtype, "cpu")
+    return held[rows, columns, dtype]
 
 
 @dataclass(frozen=True, slots=True)

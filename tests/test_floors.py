@@ -33,6 +33,7 @@ FLOORS = {
     "evaluation": 4,
     "training": 4,
     "recipes": 4,
+    "benchmark": 4,
 }
 # Within a floor: who may import whom.
 NEIGHBOURS = {
