@@ -18,6 +18,8 @@ from .threads import spread, workers
 
 Result = TypeVar("Result")
 
+# Channels up to which channels_last is the quicker layout on a CPU: ResNet-20 gains a fifth, ResNet-18 loses a tenth.
+_NARROW = 128
 # Elements of the state that go through a network at a time. On a CPU a few MiB, as larger pieces leave its caches
 # and smaller ones are all overhead; on a GPU enough to fill it.
 _PIECE = {"cpu": 1 << 21}
@@ -27,7 +29,7 @@ def quicken(model: ItoResNet) -> ItoResNet:
     """A frozen copy for inference and for gradients of the input, in eval mode.
 
     BatchNorm is folded into the convolution before it (in torchvision's blocks, and in any ``nn.Sequential``, where
-    it is certain which that is), parameters want no gradient, and on a CPU the layout is channels_last.
+    it is certain which that is), parameters want no gradient, and narrow networks on a CPU are channels_last.
     """
     quick = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(quick.modules()):
@@ -45,7 +47,10 @@ def quicken(model: ItoResNet) -> ItoResNet:
                 module._modules[conv_name] = fuse_conv_bn_eval(conv, norm)
                 module._modules[norm_name] = nn.Identity()
     device = next((p.device for p in quick.parameters()), torch.device("cpu"))
-    return quick.to(memory_format=torch.channels_last) if device.type == "cpu" else quick
+    convs = [m for m in quick.modules() if isinstance(m, nn.Conv2d)]
+    if device.type == "cpu" and convs and max(conv.out_channels for conv in convs) <= _NARROW:
+        quick.to(memory_format=torch.channels_last)
+    return quick
 
 
 def piece_of(model: ItoResNet, device: torch.device) -> int:

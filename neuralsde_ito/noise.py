@@ -220,7 +220,7 @@ _local = threading.local()
 
 def _scratch(rows: int, columns: int, dtype: torch.dtype) -> _Scratch:
     """This thread's buffers on the CPU; of a few shapes, as a network has few."""
-    held = _local.__dict__
+    held: dict[object, _Scratch] = _local.__dict__  # type: ignore[assignment]
     if (rows, columns, dtype) not in held:
         if len(held) > 5:
             held.clear()
