@@ -17,6 +17,7 @@ VERBS = {
     "evaluate": "Let a run's ensemble vote on test images, beside the original ResNet.",
     "attack": "Attack a run's ensemble by FGSM or PGD, and the original ResNet beside it.",
     "predict": "Label pictures, or abstain.",
+    "compare": "Hold SDE solvers against a fine reference on the same paths, or measure their orders.",
     "bench": "Measure what inferences, votes, attacks and training cost beside the plain network.",
 }
 

@@ -63,11 +63,11 @@ def command(
         place = pick_device(device)
         net = load_resnet(arch).eval().to(place)
         model = recast(net)
+        if parts and (wrong := {"vote", "attack"} & set(parts)):
+            raise ValueError(f"--arch has random weights: --part {min(wrong)} needs a run.")
         x = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(place)
         y = torch.arange(batch, device=place) % 10
         ensemble, what = None, f"{arch} with random weights, random images"
-        if parts and (wrong := {"vote", "attack"} & set(parts)):
-            raise ValueError(f"--arch has random weights: --part {min(wrong)} needs a run.")
         asked = tuple(part for part in asked if part not in ("vote", "attack"))
     else:
         opened = options.open_run(root, run, device)

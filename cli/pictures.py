@@ -172,3 +172,36 @@ def bench_picture(rows: list[Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def compare_picture(report: Any, path: Path) -> None:
+    """Work and precision: the state's error against drift evaluations, both on log scales, with slopes to compare."""
+    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    styles = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-."), ("*", ":")]
+    names = list(dict.fromkeys(row.solver for row in report.rows))
+    drawn = []
+    for i, name in enumerate(names):
+        mine = [row for row in report.rows if row.solver == name and row.diverged is None and row.state_error > 0]
+        if not mine:
+            continue
+        marker, line = styles[i % len(styles)]
+        x, y = [row.evaluations for row in mine], [row.state_error for row in mine]
+        colour = (_BLUE, _RED, _ORANGE, "black", _GREY)[i % 5]
+        axis.loglog(x, y, marker=marker, ls=line, color=colour, label=name, ms=6, lw=1.3, mfc="white")
+        drawn += mine
+    if drawn:
+        left, right = min(r.evaluations for r in drawn), max(r.evaluations for r in drawn)
+        low = min(r.state_error for r in drawn)
+        for order in (0.5, 1.0, 1.5):  # triangles in the lower left: one decade of slope each would not fit
+            width = (right / left) ** 0.25
+            base = low * 0.9
+            axis.plot([left, left * width], [base, base * width**-order], color="black", lw=0.8)
+            axis.text(left * width, base * width**-order, f" order {order:g}", fontsize=7, va="center")
+    axis.set(xlabel="drift evaluations of one inference", ylabel="relative strong error of the last state")
+    solver, steps = report.reference
+    axis.set_title(f"Against {solver} at {steps} steps a block, on the same Brownian paths", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+    axis.grid(True, which="both", lw=0.3, alpha=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import attacks
     from .checkpoints import load_ensemble, save_ensemble
     from .config import Config, load_config
+    from .convergence import SolverComparison, compare_solvers
     from .data import load_data
     from .ensemble import ItoEnsemble, Prediction
     from .noise import BrownianPath, make_keys, normals
@@ -28,6 +29,7 @@ _HOMES = {
     "attacks": ("attacks",),
     "checkpoints": ("load_ensemble", "save_ensemble"),
     "config": ("Config", "load_config"),
+    "convergence": ("SolverComparison", "compare_solvers"),
     "data": ("load_data",),
     "ensemble": ("ItoEnsemble", "Prediction"),
     "noise": ("BrownianPath", "make_keys", "normals"),
@@ -45,7 +47,7 @@ __all__ = [  # noqa: RUF022  (in the order of reading)
     "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule", "SCHEDULES",
     "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "ItoEnsemble", "Prediction", "decide",
     "ABSTAIN", "Outcomes", "Rate", "Paired", "attacks", "load_data", "Config", "load_config", "save_ensemble",
-    "load_ensemble",
+    "load_ensemble", "compare_solvers", "SolverComparison",
 ]  # fmt: skip
 
 

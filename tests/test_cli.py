@@ -312,3 +312,85 @@ def test_every_preset_loads_through_the_command_line(name: str, trained: Path, c
     assert len(text.splitlines()) <= 40
     assert text.startswith("#")
     assert "Table" in text  # names its table in the paper
+
+
+def test_bench_measures_beside_the_plain_network(trained: Path, capfd, tmp_path) -> None:
+    picture = tmp_path / "bench.png"
+    parts = ["--part", "inference", "--part", "vote", "--part", "training"]
+    words = ["bench", *parts, "--batch", "12", "--repeats", "1", "--save", str(picture)]
+    code, out, err = in_process([*words, "--json"], trained, capfd)
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert {row["part"] for row in rows} == {"inference", "vote", "training"}
+    for part in ("inference", "vote", "training"):
+        mine = [row for row in rows if row["part"] == part]
+        assert mine[0]["ratio"] == 1  # what all others are relative to
+        assert all(row["seconds"] > 0 for row in mine)
+    assert all("same labels" in row["note"] for row in rows if row["name"].startswith("decision"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, out, err = in_process(words, trained, capfd)
+    assert code == 0, err
+    assert "decision, hierarchical" in out
+
+
+def test_bench_of_a_network_without_a_run(trained: Path, capfd) -> None:
+    words = ["bench", "--arch", "resnet8", "--batch", "2", "--repeats", "1"]
+    code, out, err = in_process([*words, "--part", "inference"], trained, capfd)
+    assert code == 0, err
+    assert "Itô, engine" in out
+    code, _, err = in_process([*words, "--part", "vote"], trained, capfd)
+    assert code == 2
+    assert "needs a run" in err
+
+
+@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="measures memory as Unix does")
+def test_memory_is_measured_in_fresh_processes() -> None:
+    import torch
+
+    from neuralsde_ito.benchmark import bench_memory
+
+    plain, one, four = bench_memory("resnet20", 32, torch.device("cpu"), (1, 4))
+    assert plain.ratio == 1
+    assert 20 < plain.seconds < 500  # MiB
+    assert 0 < one.ratio < 1
+    assert 0 < four.ratio < 1
+
+
+def test_evaluate_says_what_the_votes_cost(trained: Path, capfd) -> None:
+    answers = {}
+    for words in ([], ["--full"], ["--confidence", "0.9"]):
+        code, out, err = in_process(["evaluate", "--limit", "40", "--json", *words], trained, capfd)
+        assert code == 0, err
+        answers[tuple(words)] = json.loads(out)
+    full = answers["--full",]
+    assert full["inferences_per_image"] == full["members"] * full["inferences"]
+    assert answers[()]["ito"] == full["ito"]
+    assert answers[()]["inferences_per_image"] < full["inferences_per_image"]
+    assert answers["--confidence", "0.9"]["inferences_per_image"] <= answers[()]["inferences_per_image"]
+    code, _, err = in_process(["evaluate", "--confidence", "1.5"], trained, capfd)
+    assert code == 2
+
+
+def test_compare_prints_a_table_and_writes_a_picture(trained: Path, capfd, tmp_path) -> None:
+    picture = tmp_path / "compare.svg"
+    words = ["compare", "--limit", "4", "--steps", "1", "--steps", "2", "--steps", "4", "--solver", "euler"]
+    words += ["--solver", "srk", "--save", str(picture)]
+    code, out, err = in_process(words, trained, capfd)
+    assert code == 0, err
+    assert "drift evals" in out
+    assert "More steps change the model" in out
+    assert "<svg" in picture.read_text()
+    code, out, err = in_process([*words, "--json"], trained, capfd)
+    assert code == 0, err
+    assert len(json.loads(out)["rows"]) == 6
+
+
+def test_compare_measures_orders(trained: Path, capfd) -> None:
+    words = ["compare", "--problem", "geometric-brownian", "--solver", "milstein", "--steps", "8", "--steps", "16"]
+    code, out, err = in_process([*words, "--steps", "32", "--json"], trained, capfd)
+    assert code == 0, err
+    (order,) = json.loads(out)["problems"]["geometric-brownian"]
+    assert abs(order["fit"] - order["theory"]) < 0.15
+    code, _, err = in_process(["compare", "--problem", "double-wall"], trained, capfd)
+    assert code == 2
+    assert "double-well" in err

@@ -75,10 +75,12 @@ def parse_eps(text: str | float) -> float:
         ValueError: not a number, a division by zero, negative or not finite.
     """
     try:
+        if isinstance(text, bool):
+            raise TypeError
         value = float(Fraction(text)) if isinstance(text, str) and "/" in text else float(text)
     except ZeroDivisionError:
         raise ValueError(f"eps {text!r} divides by zero.") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError(f"eps must be a number or a fraction such as 8/255, got {text!r}.") from None
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"eps must be finite and at least 0, got {text!r}.")

@@ -16,6 +16,7 @@ from ..data import check_images
 from ..ensemble import ItoEnsemble, evaluating
 from ..names import nearest
 from ..noise import make_keys
+from ..recast import ItoResNet
 from .ball import BALLS, check_eps
 from .objective import OBJECTIVES, Target, as_target
 
@@ -104,6 +105,8 @@ class PGD:
         Raises:
             ValueError: images or labels that cannot be.
         """
+        if isinstance(model, ItoResNet):
+            model = ItoEnsemble([model])
         check_images(x, model.channels if isinstance(model, ItoEnsemble) else None)
         if y.shape != (len(x),) or y.dtype.is_floating_point:
             raise ValueError(f"Labels must be whole numbers of shape ({len(x)},), got {y.dtype}, {tuple(y.shape)}.")
