@@ -32,6 +32,8 @@ def quicken(model: ItoResNet) -> ItoResNet:
     it is certain which that is), parameters want no gradient, and narrow networks on a CPU are channels_last.
     """
     quick = copy.deepcopy(model).eval().requires_grad_(False)
+    for sde in quick.sdes:
+        sde.in_place = True  # type: ignore[assignment]
     for module in list(quick.modules()):
         if isinstance(module, (BasicBlock, Bottleneck)):
             pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(module, f"conv{i}")]

@@ -120,14 +120,14 @@ def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.f
     return out[:, :size].to(dtype).contiguous()
 
 
-def add_normals(x: Tensor, keys: Tensor, scale: float, *address: int) -> Tensor:
+def add_normals(x: Tensor, keys: Tensor, scale: float, *address: int, in_place: bool = False) -> Tensor:
     """``x + scale * normals``, for states ``(N, ...)`` and keys ``(N,)``, without ever holding all the normals.
 
-    Where nothing is recorded for a gradient, ``x`` itself is changed: it must be the caller's own.
+    With ``in_place``, and where nothing is recorded for a gradient, ``x`` itself is changed.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return _Shift.apply(x, keys, scale, address)
-    return _add(x, keys, scale, address, x)
+    return _add(x, keys, scale, address, x if in_place else torch.empty_like(x))
 
 
 def _check(keys: Tensor) -> None:
@@ -325,9 +325,10 @@ class BrownianPath(torchsde.BaseBrownian):
             )
         return round(place)
 
-    def add_to(self, x: Tensor, sigma: float) -> Tensor:
-        """``x + sigma W`` over the whole block, for states ``(N, ...)``; see `add_normals`: ``x`` may be changed."""
-        return add_normals(x, self.keys, sigma * math.sqrt(self.t1 - self.t0), self.block, 0, 0, 0)
+    def add_to(self, x: Tensor, sigma: float, in_place: bool = False) -> Tensor:
+        """``x + sigma W`` over the whole block, for states ``(N, ...)``, as `add_normals` adds."""
+        scale = sigma * math.sqrt(self.t1 - self.t0)
+        return add_normals(x, self.keys, scale, self.block, 0, 0, 0, in_place=in_place)
 
     def increment(self, level: int, index: int) -> Tensor:
         """``W`` over cell ``index`` of ``2**level``: ``(N, size)``. Skips the normals that only ``H`` needs."""

@@ -180,9 +180,9 @@ def _euler(sde: BlockSDE, path: BrownianPath | None, _: Solver, steps: int, x: T
         if dw is not None:
             y = torch.add(y, x * dw if multiplicative else dw, alpha=sigma)
         elif path and sigma:
-            # A block may hand back its input, which is not ours to change.
+            # Even then not what is the caller's: a block may hand back its input.
             own = sde.jump or y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-            y = path.add_to(y if own else y.clone(), sigma)
+            y = path.add_to(y, sigma, in_place=sde.in_place and own)
         x = y
     return x
 

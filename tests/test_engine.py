@@ -73,9 +73,19 @@ def test_a_block_that_hands_back_its_input_does_not_see_it_changed():
     state = torch.rand(3, 8, 30, 30)
     keys = ito.make_keys(0, "report", index=torch.arange(3))
     before = state.clone()
+    for one in (model, quicken(model)):
+        with torch.no_grad():
+            ito.integrate(one.sdes[1], state, keys)
+        assert torch.equal(state, before)
+
+
+def test_what_a_hook_has_seen_is_not_changed_afterwards():
+    model = ito.recast(ito.load_resnet("resnet8"), omega=0.5).eval()
+    seen = []
+    model.sdes[0].block.register_forward_hook(lambda module, given, found: seen.append((found, found.clone())))
     with torch.no_grad():
-        ito.integrate(model.sdes[1], state, keys)
-    assert torch.equal(state, before)
+        model(torch.rand(2, 3, 32, 32))
+    assert torch.equal(*seen[0])
 
 
 # --- memory and threads ---------------------------------------------------------------------------------

@@ -423,7 +423,11 @@ def test_added_normals_are_the_normals(shape, layout):
     keys = make_keys(1, "report", index=torch.arange(shape[0]))
     x = torch.rand(shape, dtype=torch.float64).contiguous(memory_format=layout)
     wanted = x + 0.3 * normals(keys, x[0].numel(), 2, 0, 0, 0, dtype=torch.float64).view(shape)
-    assert torch.allclose(noise.add_normals(x.clone(), keys, 0.3, 2, 0, 0, 0), wanted, rtol=0, atol=1e-14)
+    before = x.clone()
+    assert torch.allclose(noise.add_normals(x, keys, 0.3, 2, 0, 0, 0), wanted, rtol=0, atol=1e-14)
+    assert torch.equal(x, before)
+    assert torch.allclose(noise.add_normals(x, keys, 0.3, 2, 0, 0, 0, in_place=True), wanted, rtol=0, atol=1e-14)
+    assert not torch.equal(x, before)
 
 
 def test_a_recorded_state_is_not_changed_and_its_gradient_passes():
