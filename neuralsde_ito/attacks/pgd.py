@@ -169,8 +169,9 @@ class PGD:
             else:  # the last iterate is only judged
                 logits = self._panel(target, adv, "gradient", draw, seed, index[rows], cost)
                 loss = objective(logits, y[rows])
-            # An iterate that fools comes before one that does not, however high the loss of that.
-            lost = _share(logits, y[rows]) <= 0.5
+            # Without noise, an iterate that fools comes before one that does not, however high the loss of that.
+            # With noise it may have been a lucky draw, and the loss is the better judge.
+            lost = (_share(logits, y[rows]) <= 0.5) & (target.distinct is not None)
             better = torch.where(lost == leads[rows], loss > highest[rows], lost)
             kept[rows[better]], highest[rows[better]], leads[rows[better]] = adv[better], loss[better], lost[better]
             done = self._fooled(target, adv, y[rows], logits, draw, seed, index[rows], cost)
