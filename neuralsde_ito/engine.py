@@ -61,19 +61,21 @@ def piece_of(model: ItoResNet, device: torch.device) -> int:
     return max(2, _PIECE.get(device.type, 1 << 27) // max(1, largest))
 
 
-def in_pieces(work: Callable[[slice], Result], total: int, size: int) -> list[Result]:
+def in_pieces(work: Callable[[slice], Result], total: int, size: int, device: torch.device) -> list[Result]:
     """``work`` on slices of ``range(total)``, each at most ``size`` long and all about equally long.
 
-    On a CPU they run side by side. Where memory runs out, all begins again with pieces half as long.
+    On a CPU they run side by side, elsewhere one after another. Where memory runs out, all begins again with
+    pieces half as long.
 
     Raises:
         torch.OutOfMemoryError: a piece of one does not fit.
     """
     while True:
-        count = min(total, max(math.ceil(total / size), min(workers(), total // 2), 1))
-        bounds = [total * i // count for i in range(count + 1)]
+        at_once = workers() if device.type == "cpu" else 1
+        count = min(total, max(math.ceil(total / size), min(at_once, total // 2), 1))
+        pieces = [slice(a, b) for a, b in itertools.pairwise(total * i // count for i in range(count + 1))]
         try:
-            return spread(work, [slice(a, b) for a, b in itertools.pairwise(bounds)])
+            return spread(work, pieces) if at_once > 1 else [work(piece) for piece in pieces]
         except torch.OutOfMemoryError:
             if size <= 1:
                 raise
@@ -95,4 +97,4 @@ def infer(model: ItoResNet, x: Tensor, rows: Tensor, keys: Tensor, size: int | N
             return model.propagate(state[one], these)
         return model.propagate(state[one.repeat(2)], these.repeat(2))[:1]
 
-    return torch.cat(in_pieces(piece, len(rows), size or piece_of(model, x.device)))
+    return torch.cat(in_pieces(piece, len(rows), size or piece_of(model, x.device), x.device))

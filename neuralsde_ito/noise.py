@@ -182,7 +182,12 @@ def _generate(
 
     cpu = keys.device.type == "cpu"
     step = max(1, (_WORDS if cpu else 1 << 24) // half)
-    spread(some, [slice(start, start + step) for start in range(0, len(keys), step)])
+    pieces = [slice(start, start + step) for start in range(0, len(keys), step)]
+    if cpu:
+        spread(some, pieces)
+    else:
+        for piece in pieces:
+            some(piece)
 
 
 class _Scratch:
@@ -193,7 +198,7 @@ class _Scratch:
         self.halves = self.words.view(torch.int32)  # two signed integers a word
         self.floats, self.draws = (torch.empty(rows, 2 * columns, dtype=dtype, device=device) for _ in range(2))
         self.radius, self.angle = self.floats.split(columns, 1)
-        self.least = torch.tensor(0.5 / (2**31 + 1), dtype=dtype, device=device)
+        self.least = torch.full((), 0.5 / (2**31 + 1), dtype=dtype, device=device)
 
     def fill(self, out: Tensor, base: Tensor, elements: Tensor) -> None:
         """Normals ``(R, 2 C)`` from keys ``(R, 1)`` and elements ``(1, C)``, both mixed already."""

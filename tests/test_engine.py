@@ -100,10 +100,16 @@ def test_out_of_memory_halves_the_pieces():
             raise torch.OutOfMemoryError("out of memory")
         return list(range(part.start, part.stop))
 
-    done = in_pieces(work, 20, 16)
+    done = in_pieces(work, 20, 16, torch.device("cpu"))
     assert [i for piece in done for i in piece] == list(range(20))
     assert max(tried) > 3
     assert all(len(piece) <= 3 for piece in done)
+
+
+def test_elsewhere_than_on_a_cpu_pieces_run_one_after_another_in_the_caller_s_thread():
+    names = in_pieces(lambda part: (threading.current_thread().name, part), 20, 6, torch.device("meta"))
+    assert {name for name, _ in names} == {threading.current_thread().name}
+    assert [part.stop - part.start for _, part in names] == [5, 5, 5, 5]
 
 
 def test_out_of_memory_with_one_is_out_of_memory():
@@ -111,7 +117,7 @@ def test_out_of_memory_with_one_is_out_of_memory():
         raise torch.OutOfMemoryError("out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        in_pieces(work, 5, 4)
+        in_pieces(work, 5, 4, torch.device("cpu"))
 
 
 def test_an_attack_checkpoints_when_a_single_image_does_not_fit(monkeypatch):

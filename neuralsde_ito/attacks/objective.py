@@ -132,7 +132,7 @@ class _Ensemble:
             )
 
         try:
-            pieces = in_pieces(piece, len(x), max(1, self.size // count))
+            pieces = in_pieces(piece, len(x), max(1, self.size // count), x.device)
         except torch.OutOfMemoryError:  # with a single image
             if all(member.checkpoint for member in self.quick.members):
                 raise
