@@ -443,13 +443,13 @@ def gradient(n):
 gradient(2)
 with open("/proc/self/status") as status:
     base = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-gradient(64)
+gradient(32)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
 """
 
 
 def peak_of_gradient(steps: int, checkpoint: bool) -> int:
-    """KiB that one gradient at batch 64 adds to a process of its own."""
+    """KiB that one gradient at batch 32 adds to a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", GRADIENT, str(steps), str(checkpoint)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
@@ -460,6 +460,6 @@ def peak_of_gradient(steps: int, checkpoint: bool) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
 def test_sixteen_checkpointed_steps_need_no_more_memory_than_one_plain_step():
     plain, checkpointed = peak_of_gradient(1, False), peak_of_gradient(16, True)
-    assert plain > 64 * 1024, "the measurement missed the activations"
+    assert plain > 32 * 1024, "the measurement missed the activations"
     ratio = checkpointed / plain
     assert ratio <= 1, f"{checkpointed / 1024:.0f} MiB against {plain / 1024:.0f} MiB: ratio {ratio:.3f}"
