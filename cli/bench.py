@@ -11,7 +11,7 @@ import click
 
 from . import options, output
 
-PARTS = ("inference", "vote", "attack", "training", "memory")
+PARTS = ("inference", "vote", "path", "attack", "training", "memory")
 
 
 @click.command("bench")
@@ -90,7 +90,9 @@ def command(
             if part == "inference":
                 rows += benchmark.bench_inference(net, model, x[:batch], repeats, compiled)
             elif part == "vote" and ensemble is not None:
-                rows += benchmark.bench_votes(net, ensemble, x[:batch], min(repeats, 3))
+                rows += benchmark.bench_votes(net, ensemble, x[:batch], repeats)
+            elif part == "path":
+                rows += benchmark.bench_path(torch.empty(batch, 16 * 32 * 32, device=place), repeats)
             elif part == "attack" and ensemble is not None:
                 rows += benchmark.bench_attack(ensemble, x[:images], y[:images], eps, steps, eot)
             elif part == "training":
@@ -120,9 +122,9 @@ def command(
     output.table(shown, ["part", "what", "cost", "ratio", "first call", "remarks"])
     click.echo()
     output.sentence(
-        f"Ratio: to the first row of the part{'; attacks: of each radius' if 'attack' in asked else ''}, measured in "
-        f"turn, median of {repeats} repeats (votes: at most 3; attacks and memory: 1). An inference and a vote are of "
-        f"{batch} images, a training step of {min(batch, 128)}, an attack of {images}, memory of 128."
+        f"Ratio: to the first row of the part (attacks: of each radius; paths: of each number of steps), measured in "
+        f"turn, median of {repeats} repeats (attacks and memory: 1). An inference, a vote and paths of 16,384 numbers "
+        f"are of {batch} images, a training step of {min(batch, 128)}, an attack of {images}, memory of 128."
     )
     for sentence in left_out:
         output.sentence(sentence)

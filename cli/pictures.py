@@ -190,18 +190,50 @@ def compare_picture(report: Any, path: Path) -> None:
         axis.loglog(x, y, marker=marker, ls=line, color=colour, label=name, ms=6, lw=1.3, mfc="white")
         drawn += mine
     if drawn:
+        # Triangles of orders, side by side in the lower left corner, below all curves.
         left, right = min(r.evaluations for r in drawn), max(r.evaluations for r in drawn)
-        low = min(r.state_error for r in drawn)
-        for order in (0.5, 1.0, 1.5):  # triangles in the lower left: one decade of slope each would not fit
-            width = (right / left) ** 0.25
-            base = low * 0.9
-            axis.plot([left, left * width], [base, base * width**-order], color="black", lw=0.8)
-            axis.text(left * width, base * width**-order, f" order {order:g}", fontsize=7, va="center")
+        width, top = (right / left) ** 0.12, min(r.state_error for r in drawn) * 0.8
+        for i, order in enumerate((0.5, 1.0, 1.5)):
+            start = left * width ** (1.8 * i)
+            corner = top * width**-order
+            axis.fill([start, start, start * width], [top, corner, corner], fill=False, ec="black", lw=0.9)
+            axis.text(start, corner, f"{order:g}", fontsize=8, va="top")
+        axis.text(left, top, "slope of order", fontsize=8, va="bottom")
+    for which in ("major", "minor"):
+        getattr(axis.xaxis, f"set_{which}_formatter")("{x:g}")
     axis.set(xlabel="drift evaluations of one inference", ylabel="relative strong error of the last state")
     solver, steps = report.reference
     axis.set_title(f"Against {solver} at {steps} steps a block, on the same Brownian paths", fontsize=9)
     axis.legend(fontsize=8, frameon=False)
     axis.grid(True, which="both", lw=0.3, alpha=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def depth_picture(readings: list[Any], path: Path) -> None:
+    """Accuracy against steps a block; a filled marker where a network was trained."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    lines: dict[str, list[Any]] = {}
+    for r in readings:
+        lines.setdefault(f"{r.network}: {r.solver}, {r.schedule}, horizon {r.horizon:g}", []).append(r)
+    styles = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--")]
+    for i, (name, mine) in enumerate(lines.items()):
+        marker, line = styles[i % len(styles)]
+        colour = (_BLUE, _RED, _ORANGE, "black", _GREY)[i % 5]
+        values = np.array([[100 * v for v in (r.correct.low, r.correct.value, r.correct.high)] for r in mine])
+        steps = [r.steps for r in mine]
+        axis.plot(steps, values[:, 1], ls=line, marker=marker, color=colour, mfc="white", label=name)
+        axis.fill_between(steps, values[:, 0], values[:, 2], color=colour, alpha=0.12)
+        for r, value in zip(mine, values[:, 1], strict=True):
+            if r.trained:
+                axis.plot([r.steps], [value], marker=marker, color=colour, ms=9)
+    ticks = sorted({r.steps for r in readings})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [str(n) for n in ticks])
+    axis.set(xlabel="solver steps a block", ylabel="correct (%)")
+    axis.set_title("One inference an image; bands: 95 % Wilson; filled: as trained", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import attacks
     from .checkpoints import load_ensemble, save_ensemble
+    from .comparison import SolverComparison, compare_solvers
     from .config import Config, load_config
-    from .convergence import SolverComparison, compare_solvers
     from .data import load_data
     from .ensemble import ItoEnsemble, Prediction
     from .noise import BrownianPath, make_keys, normals
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "attacks": ("attacks",),
     "checkpoints": ("load_ensemble", "save_ensemble"),
+    "comparison": ("SolverComparison", "compare_solvers"),
     "config": ("Config", "load_config"),
-    "convergence": ("SolverComparison", "compare_solvers"),
     "data": ("load_data",),
     "ensemble": ("ItoEnsemble", "Prediction"),
     "noise": ("BrownianPath", "make_keys", "normals"),

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .attacks import PGD
 from .engine import infer, quicken
 from .ensemble import ItoEnsemble, evaluating
-from .noise import make_keys
+from .noise import BrownianPath, make_keys
 from .recast import ItoResNet, recast
 from .resnets import load_resnet
 
@@ -33,7 +33,7 @@ class Row:
     """One line of a benchmark.
 
     Attributes:
-        part: ``inference``, ``vote``, ``attack``, ``training`` or ``memory``.
+        part: ``inference``, ``vote``, ``path``, ``attack``, ``training`` or ``memory``.
         name: what was measured.
         seconds: median; MiB where the part is ``memory``.
         ratio: to the part's first row, the median of the ratios of each repeat.
@@ -127,6 +127,40 @@ def bench_votes(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, repeats: int) 
     with evaluating(net):
         rows = interleaved("vote", cases, repeats, x.device)
     return [Row(r.part, r.name, r.seconds, r.ratio, note=note) for r, note in zip(rows, notes, strict=True)]
+
+
+@torch.no_grad()
+def bench_path(x: Tensor, repeats: int) -> list[Row]:
+    """Brownian paths alone, read from left to right: torchsde's `BrownianInterval` and ours, for states like ``x``.
+
+    At one step a block ``W`` is read, at 16 steps ``W`` and its integral ``U``, as SRK does.
+    """
+    n, size = len(x), x[0].numel()
+    keys = make_keys(0, "report", index=torch.arange(n, device=x.device))
+    draws = itertools.count()
+
+    def read(path: torchsde.BaseBrownian, steps: int) -> None:
+        for k in range(steps):
+            path(k / steps, (k + 1) / steps, return_U=steps > 1)
+
+    def theirs(steps: int) -> None:
+        area = "space-time" if steps > 1 else "none"
+        path = torchsde.BrownianInterval(
+            0.0, 1.0, (n, size), x.dtype, x.device, entropy=next(draws), levy_area_approximation=area
+        )
+        read(path, steps)
+
+    def ours(steps: int) -> None:
+        read(BrownianPath(keys, size, next(draws), 0.0, 1.0, dtype=x.dtype), steps)
+
+    rows = []
+    for steps, what in ((1, "1 step, W"), (16, "16 steps, W and U")):
+        cases: dict[str, Callable[[], object]] = {
+            f"torchsde's interval, {what}": partial(theirs, steps),
+            f"BrownianPath, {what}": partial(ours, steps),
+        }
+        rows += interleaved("path", cases, repeats, x.device)
+    return [Row(r.part, r.name, r.seconds, r.ratio) for r in rows]
 
 
 def bench_attack(ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float], steps: int, eot: int) -> list[Row]:

@@ -303,8 +303,11 @@ class BrownianPath(torchsde.BaseBrownian):
             raise ValueError("BrownianPath has no space-space Lévy area; diagonal noise does not need it.")
         ta, tb = (self.t0, float(ta)) if tb is None else (float(ta), float(tb))
         first, last = self._grid(ta), self._grid(tb)
-        if first >= last:
-            raise ValueError(f"An interval must have a positive length, got [{ta}, {tb}].")
+        if first > last:
+            raise ValueError(f"An interval must not end before it begins, got [{ta}, {tb}].")
+        if first == last:  # rounding: torchsde's last step may be one of no length
+            nothing = torch.zeros(self._shape, dtype=self._dtype, device=self.device)
+            return (nothing, nothing.clone()) if return_U else nothing
         total: tuple[Tensor, Tensor] | None = None
         while first < last:  # the fewest dyadic cells that make up the interval
             width = first & -first or 1 << _LEVELS

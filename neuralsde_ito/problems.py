@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torchsde
 from torch import Tensor, nn
 
 from .noise import BrownianPath, make_keys
 from .schedules import Schedule
 from .sde import BlockSDE
-from .solvers import integrate
+from .solvers import find_solver, integrate, solve_torchsde
 
 
 class Pointwise(nn.Module):
@@ -29,30 +30,37 @@ class Pointwise(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """A block on ``[0, 1]``, initial states ``(N, D)``, and the solution at 1 on the path that the keys name.
+    """A block on ``[0, 1]``, initial states ``(N, D)``, and the solution at 1 on any path.
 
     Attributes:
         sde: the block; every element of the state is a path of its own.
         y0, keys: ``(N, D)`` float64 and ``(N,)``.
-        solution: from the path to the states at 1, ``(N, D)``.
+        solution: from a path, as torchsde queries one, to the states at 1, ``(N, D)``.
     """
 
     sde: BlockSDE
     y0: Tensor
     keys: Tensor
-    solution: Callable[[BrownianPath], Tensor]
+    solution: Callable[[torchsde.BaseBrownian], Tensor]
 
     def path(self) -> BrownianPath:
-        """The path, to be read at any step."""
+        """Our path, to be read at any step."""
         return BrownianPath(self.keys, self.y0.shape[1], 0, 0.0, 1.0, dtype=self.y0.dtype)
 
-    def exact(self) -> Tensor:
-        """The states at 1."""
-        return self.solution(self.path())
+    def torchsde_path(self, seed: int = 0) -> torchsde.BrownianInterval:
+        """torchsde's own, with other noise of the same law."""
+        size, dtype = tuple(self.y0.shape), self.y0.dtype
+        return torchsde.BrownianInterval(0.0, 1.0, size, dtype, entropy=seed, levy_area_approximation="space-time")
 
-    def solve(self, solver: str, steps: int) -> Tensor:
-        """The states at 1 as a solver finds them."""
-        return integrate(self.sde, self.y0, self.keys, solver, steps)
+    def exact(self, path: torchsde.BaseBrownian | None = None) -> Tensor:
+        """The states at 1, on our path or another."""
+        return self.solution(self.path() if path is None else path)
+
+    def solve(self, solver: str, steps: int, path: torchsde.BaseBrownian | None = None) -> Tensor:
+        """The states at 1 as a solver finds them; on a path that is not ours always torchsde's solver."""
+        if path is None:
+            return integrate(self.sde, self.y0, self.keys, solver, steps)
+        return solve_torchsde(self.sde, path, find_solver(solver), steps, self.y0, 0, steps)
 
 
 def _states(paths: int, y0: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -60,41 +68,45 @@ def _states(paths: int, y0: float, seed: int) -> tuple[Tensor, Tensor]:
     return torch.full((paths // 64, 64), y0, dtype=torch.float64), keys
 
 
+def _block(step: Callable[[Tensor], Tensor], schedule: Schedule) -> BlockSDE:
+    return BlockSDE(Pointwise(step), schedule, shape=(64,))
+
+
 def ornstein_uhlenbeck(theta: float = 1.0, omega: float = 1.0, paths: int = 4096, seed: int = 1) -> Problem:
     """``dy = -theta y dt + omega / (1 + t) dW``: linear, with additive noise that depends on time."""
     y0, keys = _states(paths, 1.0, seed)
 
-    def solution(path: BrownianPath, level: int = 9) -> Tensor:
+    def solution(path: torchsde.BaseBrownian, level: int = 9) -> Tensor:
         # y(1) = e^-theta y0 + the integral of phi dW, phi(s) = e^(-theta (1 - s)) sigma(s). On a cell with
-        # middle m the integral of phi(m) + phi'(m) (s - m) is phi(m) W - phi'(m) h H: the error is O(h^2).
+        # middle m the integral of phi(m) + phi'(m) (s - m) is phi(m) W - phi'(m) (U - h W / 2): the error is O(h^2).
         h = 2.0**-level
         total = math.exp(-theta) * y0
         for k in range(1 << level):
-            w, area = path.cell(level, k)
+            w, u = path(k * h, (k + 1) * h, return_U=True)
             m = (k + 0.5) * h
             phi = math.exp(-theta * (1 - m)) * omega / (1 + m)
-            total = total + phi * w - phi * (theta - 1 / (1 + m)) * h * area
+            total = total + phi * w - phi * (theta - 1 / (1 + m)) * (u - 0.5 * h * w)
         return total
 
-    return Problem(BlockSDE(Pointwise(lambda y: y - theta * y), Schedule(omega)), y0, keys, solution)
+    return Problem(_block(lambda y: y - theta * y, Schedule(omega)), y0, keys, solution)
 
 
 def geometric_brownian_motion(mu: float = 0.25, omega: float = 0.5, paths: int = 4096, seed: int = 2) -> Problem:
     """``dy = mu y dt + omega y dW``: ``y(1) = y0 exp(mu - omega^2 / 2 + omega W)``."""
     y0, keys = _states(paths, 1.0, seed)
 
-    def solution(path: BrownianPath) -> Tensor:
-        return y0 * torch.exp(mu - omega**2 / 2 + omega * path.increment(0, 0))
+    def solution(path: torchsde.BaseBrownian) -> Tensor:
+        return y0 * torch.exp(mu - omega**2 / 2 + omega * path(0.0, 1.0))
 
-    schedule = Schedule(omega, "constant-multiplicative")
-    return Problem(BlockSDE(Pointwise(lambda y: (1 + mu) * y), schedule), y0, keys, solution)
+    sde = _block(lambda y: (1 + mu) * y, Schedule(omega, "constant-multiplicative"))
+    return Problem(sde, y0, keys, solution)
 
 
 def double_well(omega: float = 0.5, paths: int = 4096, seed: int = 3) -> Problem:
     """``dy = (y - y^3) dt + omega dW``: not linear, additive noise. The reference is SRK with fine steps."""
     y0, keys = _states(paths, 0.5, seed)
-    sde = BlockSDE(Pointwise(lambda y: y + y - y**3), Schedule(omega, "constant"))
-    return Problem(sde, y0, keys, lambda _: integrate(sde, y0, keys, "srk", 1 << 10))
+    sde = _block(lambda y: y + y - y**3, Schedule(omega, "constant"))
+    return Problem(sde, y0, keys, lambda path: solve_torchsde(sde, path, find_solver("srk"), 1 << 10, y0, 0, 1 << 10))
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {

@@ -81,6 +81,25 @@ def find_solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
+def solvers_for(noise_type: str, sde_type: str) -> list[str]:
+    """Names of the solvers for an SDE in torchsde's protocol.
+
+    Args:
+        noise_type: ``diagonal``, ``additive``, ``scalar`` or ``general``.
+        sde_type: ``ito`` or ``stratonovich``.
+    """
+    fitting = []
+    for name, solver in SOLVERS.items():
+        both = name == "milstein"  # torchsde has it in either form
+        if solver.library == "torchdiffeq" or name == "torchsde:euler":
+            continue
+        if (both or solver.stratonovich == (sde_type == "stratonovich")) and not (
+            noise_type == "general" and name in ("milstein", "srk")  # they would need Lévy areas
+        ):
+            fitting.append(name)
+    return fitting
+
+
 def check_solver(name: str, omega: float, steps: int) -> None:
     """Refuse what cannot be solved: an unknown solver, an ODE method under noise, steps that are no power of two.
 
@@ -159,7 +178,7 @@ class _Block:
             self.path = BrownianPath(self.keys, size, sde.index, sde.t0, sde.t1, dtype=x.dtype)
         if self.solver.library == "native" and only_slope and not sde.schedule.multiplicative:
             return _euler(sde, None, self.solver, self.steps, x, first, last)
-        solve = {"native": _euler, "torchsde": _torchsde, "torchdiffeq": _torchdiffeq}[self.solver.library]
+        solve = {"native": _euler, "torchsde": solve_torchsde, "torchdiffeq": _torchdiffeq}[self.solver.library]
         x = solve(sde, self.path, self.solver, self.steps, x, first, last)
         if last == self.steps:
             self.path.forget()  # the cells that it kept for the next step
@@ -208,9 +227,10 @@ class _Unchecked(nn.Module):
         return self.sde.f(t, y)  # type: ignore[operator]
 
 
-def _torchsde(
-    sde: BlockSDE, path: BrownianPath, solver: Solver, steps: int, x: Tensor, first: int, last: int
+def solve_torchsde(
+    sde: BlockSDE, path: torchsde.BaseBrownian, solver: Solver, steps: int, x: Tensor, first: int, last: int
 ) -> Tensor:
+    """Steps ``first`` to ``last`` of a block by torchsde, on any path in its protocol."""
     form: nn.Module = sde
     if solver.stratonovich:
         form = sde.view("stratonovich")

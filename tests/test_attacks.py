@@ -541,8 +541,8 @@ def test_every_step_and_restart_has_new_gradient_paths(net, x, y, monkeypatch):
     ensemble = make_ensemble(net, 0.1, 0.1)
     PGD(eps=0.001, steps=3, restarts=2, eot=4, selection=6).run(ensemble, x[:5], y[:5])
     gradient = [q for purpose, first, count in ranges for q in range(first, first + count) if purpose == "gradient"]
-    assert len(gradient) == len(set(gradient)) == 2 * (3 + 1) * 4
-    # The candidates of both restarts are compared on the same paths, which no suspect has met before.
+    assert len(gradient) == len(set(gradient)) == 2 * 3 * 4
+    # The candidates of both restarts are compared on the same paths, which no suspect and no last iterate met before.
     selection = [(first, count) for purpose, first, count in ranges if purpose == "selection"]
     assert [first for first, _ in selection].count(0) == 2
     assert {count for _, count in selection} == {6}

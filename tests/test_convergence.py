@@ -8,7 +8,9 @@ from problems import random_images, random_resnet
 from torch import nn
 
 import neuralsde_ito as ito
-from neuralsde_ito.convergence import compare_solvers, measure_order, slope
+from neuralsde_ito.comparison import compare_solvers
+from neuralsde_ito.convergence import measure_order, slope
+from neuralsde_ito.depth import Reading, read_depths, verdicts
 from neuralsde_ito.problems import Pointwise, Problem, geometric_brownian_motion
 from neuralsde_ito.schedules import Schedule
 from neuralsde_ito.sde import BlockSDE
@@ -64,7 +66,7 @@ def test_errors_fall_with_the_step_and_higher_order_falls_faster(report):
         assert errors == sorted(errors, reverse=True)
     assert by["srk", 4].state_error < by["euler", 4].state_error
     assert by["srk", 4].gradient_cosine > by["euler", 1].gradient_cosine
-    assert report.orders["srk"] > report.orders["euler"] > 0.4
+    assert report.orders["srk"].fit > report.orders["euler"].fit > 0.4
 
 
 def test_on_additive_noise_milstein_is_euler_and_it_is_said(report):
@@ -101,7 +103,7 @@ def test_the_reference_against_itself_has_no_error():
     model = ito.recast(random_resnet("resnet8"), omega=0.2)
     found = compare_solvers(model, random_images(3), None, ["euler"], [4], reference=("euler", 4))
     row = found.rows[0]
-    assert (row.state_error, row.logit_error, row.probability_error, row.agreement) == (0, 0, 0, 1)
+    assert (row.state_error, row.logit_error, row.mean_error, row.agreement) == (0, 0, 0, 1)
     assert row.gradient_cosine == pytest.approx(1, abs=1e-5)
     assert row.accuracy is None
 
@@ -116,6 +118,189 @@ def test_what_is_not_finite_is_named_by_block_time_and_solver():
     model = ito.recast(chain, omega=0.1)
     with pytest.raises(ValueError, match=r"srk at 4 steps a block, is not finite after block \d \(t = \d\)"):
         compare_solvers(model, random_images(2), steps=[1])
+
+
+# --- a user's own SDE -----------------------------------------------------------------------------------
+
+
+class Growth:
+    """dy = y / 4 dt + y / 2 dW."""
+
+    noise_type, sde_type = "diagonal", "ito"
+
+    def f(self, t, y):
+        return 0.25 * y
+
+    def g(self, t, y):
+        return 0.5 * y
+
+
+def start(paths=64, size=4):
+    return torch.ones(paths, size, dtype=torch.float64)
+
+
+def test_a_users_sde_is_compared_by_all_solvers_that_fit():
+    found = compare_solvers(Growth(), start(), steps=(8, 16, 32))
+    assert found.subject == "Growth"
+    assert list(found.orders) == ["euler", "milstein", "srk"]
+    for solver, order in (("euler", 0.5), ("milstein", 1), ("srk", 1.5)):
+        assert found.orders[solver].theory == order
+        assert found.orders[solver].fit == pytest.approx(order, abs=0.25)
+        assert 0 < found.orders[solver].standard_error < 0.2
+    by = {(row.solver, row.steps): row for row in found.rows}
+    assert by["euler", 16].evaluations == 16
+    assert by["srk", 16].evaluations == 10 * 16
+    assert by["srk", 16].gradient_cosine > by["euler", 8].gradient_cosine > 0.5
+    assert by["euler", 16].logit_error is None
+    assert by["milstein", 32].mean_error < by["milstein", 8].mean_error
+
+
+def test_its_last_state_is_the_closed_form_on_the_same_path():
+    # The reference is right, not only near to what it is held against: y0 exp((1/4 - 1/8) t + W / 2).
+    y0, keys = start(), ito.make_keys(3, "report", index=torch.arange(64))
+    from neuralsde_ito.comparison import _Equation
+
+    end = _Equation(Growth(), y0, keys, (0.0, 0.3)).solve(y0, "srk", 64, False)[0]
+    w = ito.BrownianPath(keys, 4, 0, 0.0, 0.3, dtype=torch.float64).increment(0, 0)
+    torch.testing.assert_close(end, torch.exp(0.125 * 0.3 + 0.5 * w), rtol=1e-4, atol=0)
+
+
+class Pendulum:
+    """Stratonovich, three states, two sources of noise; f and g at once."""
+
+    noise_type, sde_type = "general", "stratonovich"
+
+    def f_and_g(self, t, y):
+        g = torch.stack([y.sin(), 0.1 * torch.ones_like(y)], -1)
+        return -y, 0.3 * g
+
+
+def test_general_and_stratonovich_noise():
+    found = compare_solvers(Pendulum(), start(16, 3), steps=(4, 8, 16), gradients=False)
+    assert list(found.orders) == ["heun", "midpoint", "euler_heun", "reversible_heun"]
+    assert all(order.theory == 0.5 for order in found.orders.values())
+    by = {(row.solver, row.steps): row.state_error for row in found.rows}
+    assert by["midpoint", 16] < by["midpoint", 4]
+
+
+def test_a_network_block_is_such_an_sde():
+    model = ito.recast(random_resnet("resnet8").double(), omega=0.2)
+    sde = model.sdes[0]
+    y0 = torch.rand(2, math.prod(sde.shape), dtype=torch.float64)
+    found = compare_solvers(sde, y0, solvers=["euler"], steps=[2], gradients=False)
+    expected = ito.integrate(sde, y0.view(2, *sde.shape), ito.make_keys(0, "report", index=torch.arange(2)), steps=2)
+    assert found.rows[0].state_error > 0
+    assert found.rows[0].evaluations == 2
+    assert expected.isfinite().all()
+
+
+class Stiff(Growth):
+    def f(self, t, y):
+        return -(y**5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"f": None}, "has no drift: define f"),
+        ({"g": None}, "has no diffusion: define g"),
+        ({"noise_type": "coloured"}, "noise_type must be one of diagonal, additive, scalar, general"),
+        ({"sde_type": None}, "sde_type must be one of ito, stratonovich"),
+    ],
+)
+def test_an_sde_that_lacks_something_is_told_what(change, message):
+    members = {"f": Growth.f, "g": Growth.g, "noise_type": "diagonal", "sde_type": "ito"} | change
+    broken = type("Broken", (), {name: value for name, value in members.items() if value is not None})()
+    with pytest.raises(ValueError, match=f"Broken.*{message}"):
+        compare_solvers(broken, start())
+
+
+def test_bad_use_of_an_sde_is_told():
+    with pytest.raises(ValueError, match="'heun' does not solve diagonal noise, Itô; these do: euler, milstein, srk"):
+        compare_solvers(Growth(), start(), solvers=["heun"])
+    with pytest.raises(ValueError, match="'milstein' does not solve general noise, Stratonovich; these do: heun"):
+        compare_solvers(Pendulum(), start(), solvers=["milstein"])
+    with pytest.raises(ValueError, match=r"\(N, D\)"):
+        compare_solvers(Growth(), torch.ones(3))
+    with pytest.raises(ValueError, match="Labels"):
+        compare_solvers(Growth(), start(), torch.zeros(64))
+    with pytest.raises(ValueError, match="start < end"):
+        compare_solvers(Growth(), start(), interval=(1, 1))
+
+
+def test_an_sde_that_explodes_is_named_with_solver_and_time():
+    found = compare_solvers(Stiff(), 3 * start(8), solvers=["euler"], steps=[16], reference=("euler", 512))
+    assert found.rows[0].diverged is not None
+    assert found.rows[0].diverged.startswith("t = 0.")
+    assert any("euler at 16 steps: states are not finite after t = 0." in said for said in found.remarks())
+    with pytest.raises(ValueError, match=r"srk at 32 steps, is not finite after t = "):
+        compare_solvers(Stiff(), 3 * start(8), steps=[8])
+
+
+def test_memory_grows_with_what_is_kept_and_not_with_what_is_let_go():
+    def live(steps, gradients):
+        settings = {"solvers": ["euler"], "steps": [steps], "gradients": gradients}
+        rows = compare_solvers(Growth(), start(), reference=("euler", 1), **settings).rows
+        return rows[0].memory
+
+    size = start().numel() * 8
+    assert size < live(4, False) < 30 * size
+    assert live(64, False) < 2 * live(4, False)
+    assert live(64, True) > 4 * live(4, True)  # an SDE's steps are kept for the backward pass
+
+
+# --- depth ----------------------------------------------------------------------------------------------
+
+
+def test_reading_as_trained_is_the_networks_own_answer_and_says_so():
+    model = ito.recast(random_resnet("resnet8"), omega=0.2)
+    x, keys = random_images(8), ito.make_keys(0, "report", index=torch.arange(8))
+    with torch.no_grad():
+        y = model.eval()(x, keys).argmax(1)
+    found = read_depths({"net": model}, x, y, (1, 4), schedules=["inverse-time", "constant"], horizons=[3, 6])
+    assert len(found) == 8
+    (own,) = [r for r in found if r.trained]
+    assert (own.schedule, own.horizon, own.solver, own.steps) == ("inverse-time", 3.0, "euler", 1)
+    assert own.correct.value == 1
+    assert own.paired.p == 1
+    assert not model.training
+
+
+def reading(steps, right, p, trained=False):
+    n = 100
+    paired = ito.Paired(n - right, 0, p)
+    return Reading("net", "inverse-time", 3.0, "euler", steps, trained, ito.Rate.of(right, n), paired)
+
+
+def test_a_network_that_loses_on_a_finer_grid_is_called_a_resnet():
+    (said,) = verdicts([reading(1, 90, 1.0, True), reading(16, 40, 1e-9)])
+    assert "90.0 % at the 1 step a block" in said
+    assert "p < 0.001" in said
+    assert "tied to its grid" in said
+    (said,) = verdicts([reading(1, 90, 1.0, True), reading(16, 89, 0.9)])
+    assert "No loss is shown" in said
+    assert verdicts([reading(1, 90, 1.0, True)]) == []
+
+
+# --- peers ----------------------------------------------------------------------------------------------
+
+
+def test_torchsde_on_its_own_path_agrees():
+    problem = geometric_brownian_motion(paths=1024)
+    path = problem.torchsde_path()
+    for solver in ("euler", "milstein"):
+        ours = measure_order(problem, solver, (8, 16, 32))
+        assert ours.agrees(measure_order(problem, solver, (8, 16, 32), path=path))
+    wrong = measure_order(problem, "srk", (8, 16, 32))
+    assert not ours.agrees(wrong)
+
+
+def test_diffrax_agrees_where_it_is_installed():
+    pytest.importorskip("diffrax", reason="diffrax is not installed")
+    from neuralsde_ito.peers import diffrax_orders
+
+    theirs = diffrax_orders("geometric-brownian", ["milstein"], (8, 16, 32))["milstein"]
+    assert measure_order(geometric_brownian_motion(), "milstein", (8, 16, 32)).agrees(theirs)
 
 
 def test_a_solver_that_does_not_fit_is_refused():

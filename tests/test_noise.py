@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torchsde
 from scipy import stats
 
 from neuralsde_ito import noise
@@ -397,9 +398,7 @@ def test_times_off_the_grid_are_refused(ta, tb):
 
 def test_other_errors_of_the_path():
     path = brownian()
-    with pytest.raises(ValueError, match="positive length"):
-        path(2.5, 2.5)
-    with pytest.raises(ValueError, match="positive length"):
+    with pytest.raises(ValueError, match="must not end before it begins"):
         path(2.5, 2.25)
     with pytest.raises(ValueError, match="Lévy area"):
         path(2.0, 3.0, return_A=True)
@@ -453,3 +452,26 @@ def test_one_thread_and_two_draw_the_same():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("cells", [[(0.0, 1.0)], [(0.0, 0.25), (0.25, 0.5), (0.5, 1.0)]])
+def test_torchsdes_brownian_interval_has_the_same_law(cells):
+    n, size = 64, 256
+    ours = BrownianPath(make_keys(1, "report", index=torch.arange(n)), size, 0, 0.0, 1.0, dtype=torch.float64)
+    theirs = torchsde.BrownianInterval(
+        0.0, 1.0, (n, size), torch.float64, entropy=1, levy_area_approximation="space-time"
+    )
+    columns, covariance = [], torch.zeros(2 * len(cells), 2 * len(cells), dtype=torch.float64)
+    for path in (ours, theirs):
+        answers = [path(a, b, return_U=True) for a, b in cells]
+        columns.append(torch.stack([part.flatten() for answer in answers for part in answer]))
+    for i, (a, b) in enumerate(cells):
+        h = b - a
+        block = torch.tensor([[h, h**2 / 2], [h**2 / 2, h**3 / 3]], dtype=torch.float64)
+        covariance[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = block
+        for j in (2 * i, 2 * i + 1):  # W, then U
+            assert stats.ks_2samp(columns[0][j].numpy(), columns[1][j].numpy()).pvalue > 1e-4
+    scale = covariance.diagonal().sqrt()
+    for found in columns:
+        distance = (found.cov() - covariance) / (scale[:, None] * scale)
+        assert float(distance.abs().max()) < 5 * math.sqrt(2 / (n * size))
