@@ -116,7 +116,8 @@ def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.f
     half = (size + 1) // 2
     work = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty(keys.shape[0], 2 * half, dtype=work, device=keys.device)
-    _generate(keys, half, address, work, out)
+    elements = _elements(half, keys.device)
+    _generate(keys, half, address, work, lambda rows, base, scratch: scratch.fill(out[rows], base, elements))
     return out[:, :size].to(dtype).contiguous()
 
 
@@ -150,13 +151,26 @@ class _Shift(torch.autograd.Function):
 def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: Tensor) -> Tensor:
     _check(keys)
     size = math.prod(x.shape[1:])
+    half = (size + 1) // 2
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    elements = _elements(half, keys.device)
+    if scale < 0 or size % 2 or x.dtype != work or not (x.is_contiguous() and out.is_contiguous()):
 
-    def receive(rows: slice, draws: Tensor) -> None:
-        part = x[rows]
-        torch.add(part, draws[:, :size].reshape(part.shape).to(x.dtype), alpha=scale, out=out[rows])
+        def add(rows: slice, base: Tensor, scratch: _Scratch) -> None:
+            part = x[rows]
+            scratch.fill(scratch.draws, base, elements)
+            torch.add(part, scratch.draws[:, :size].reshape(part.shape).to(x.dtype), alpha=scale, out=out[rows])
 
-    _generate(keys, (size + 1) // 2, address, work, None, receive)
+    else:  # two passes over the state less
+        first, second = x.view(-1, 2, half).unbind(1)
+        to_first, to_second = out.view(-1, 2, half).unbind(1)
+
+        def add(rows: slice, base: Tensor, scratch: _Scratch) -> None:
+            cosine, sine, radius = scratch.polar(base, elements, scale)
+            torch.addcmul(first[rows], cosine, radius, out=to_first[rows])
+            torch.addcmul(second[rows], sine, radius, out=to_second[rows])
+
+    _generate(keys, half, address, work, add)
     return out
 
 
@@ -165,20 +179,16 @@ def _generate(
     half: int,
     address: tuple[int, ...],
     dtype: torch.dtype,
-    out: Tensor | None,
-    receive: Callable[[slice, Tensor], None] = lambda rows, draws: None,
+    work: Callable[[slice, Tensor, _Scratch], None],
 ) -> None:
-    """Normals ``(R, 2 half)`` of some rows after the other, into ``out`` or a buffer, and to ``receive``."""
+    """``work`` on some rows after the other: the rows, their mixed keys ``(R, 1)``, and buffers for them."""
     base = _absorb(keys, _fold(address))
-    elements = _elements(half, keys.device)
 
     def some(rows: slice) -> None:
         with torch.inference_mode():  # a quarter less time in each call, of which there are many
             mine = base[rows, None]
             scratch = _scratch(len(mine), half, dtype) if cpu else _Scratch(len(mine), half, dtype, keys.device)
-            draws = scratch.draws if out is None else out[rows]
-            scratch.fill(draws, mine, elements)
-            receive(rows, draws)
+            work(rows, mine, scratch)
 
     cpu = keys.device.type == "cpu"
     step = max(1, (_WORDS if cpu else 1 << 24) // half)
@@ -202,6 +212,22 @@ class _Scratch:
 
     def fill(self, out: Tensor, base: Tensor, elements: Tensor) -> None:
         """Normals ``(R, 2 C)`` from keys ``(R, 1)`` and elements ``(1, C)``, both mixed already."""
+        first, second = out.split(elements.shape[1], 1)
+        self._uniform(base, elements)
+        self.radius.log_().mul_(-2).sqrt_()
+        torch.cos(self.angle, out=first).mul_(self.radius)
+        torch.sin(self.angle, out=second).mul_(self.radius)
+
+    def polar(self, base: Tensor, elements: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The same normals, times ``scale`` (not negative), in factors ``(R, C)``: cosines, sines and radii."""
+        cosine, sine = self.draws.view(2, *self.angle.shape)
+        self._uniform(base, elements)
+        torch.cos(self.angle, out=cosine)
+        torch.sin(self.angle, out=sine)
+        return cosine, sine, self.radius.log_().mul_(-2 * scale * scale).sqrt_()
+
+    def _uniform(self, base: Tensor, elements: Tensor) -> None:
+        """``radius`` uniform in (0, 1], ``angle`` in [-pi, pi)."""
         words, radius, angle = self.words, self.radius, self.angle
         # The middle of SplitMix64's finaliser: what comes in is mixed already, and what goes out is read from the
         # top of each half. The shift is arithmetic: it loses the sign's bit, no more, and needs no mask.
@@ -211,13 +237,9 @@ class _Scratch:
         words.mul_(_M2)
         self.floats.copy_(self.halves)
         # Of the first half the size makes u in (0, 1], exact near 0 where the tail is made (to 6.6 sigma);
-        # the second half is the angle in [-pi, pi).
+        # the second half is the angle.
         torch.add(self.least, radius.abs_(), alpha=1 / (2**31 + 1), out=radius)
-        radius.log_().mul_(-2).sqrt_()
         angle.mul_(math.pi * 2.0**-31)
-        first, second = out.split(angle.shape[1], 1)
-        torch.cos(angle, out=first).mul_(radius)
-        torch.sin(angle, out=second).mul_(radius)
 
 
 _local = threading.local()
