@@ -1,7 +1,10 @@
-"""Attacks on decisions: FGSM and PGD under L-inf and L2, with gradients through the solver as it stepped."""
+"""Attacks on decisions under L-inf and L2, with gradients through the solver as it stepped, or with none."""
 
+from .apgd import APGD
+from .attempts import Attack, Attacked
 from .ball import BALLS, parse_eps
 from .objective import OBJECTIVES
-from .pgd import PGD, PRESETS, Attacked, fgsm, pgd
+from .pgd import PGD, PRESETS, fgsm, pgd
+from .square import Square
 
-__all__ = ["BALLS", "OBJECTIVES", "PGD", "PRESETS", "Attacked", "fgsm", "parse_eps", "pgd"]
+__all__ = ["APGD", "BALLS", "OBJECTIVES", "PGD", "PRESETS", "Attack", "Attacked", "Square", "fgsm", "parse_eps", "pgd"]

@@ -33,8 +33,50 @@ def mean_logits(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.mean(0), y, reduction="none")
 
 
-Objective = Callable[[Tensor, Tensor], Tensor]  # logits (P, N, classes), labels (N,) -> (N,), to be raised
-OBJECTIVES: dict[str, Objective] = {"mean-loss": mean_loss, "loss-of-mean": loss_of_mean, "mean-logits": mean_logits}
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Lead of the best wrong class over the right one, ``(..., classes), (N,) -> (..., N)``; above 0 it is fooled."""
+    right = F.one_hot(y, logits.shape[-1]).bool()
+    return logits.masked_fill(right, -torch.inf).amax(-1) - logits.masked_fill(~right, 0).sum(-1)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio, averaged over paths: no scale of the logits hides it (Croce & Hein 2020, eq. 6)."""
+    ranked = logits.sort(-1, descending=True).values
+    # Two classes have no third logit: the second stands in for it.
+    width = ranked[..., 0] - ranked[..., min(2, logits.shape[-1] - 1)]
+    return (margin(logits, y) / (width + 1e-12)).mean(0)
+
+
+def denial(logits: Tensor, y: Tensor) -> Tensor:
+    """A smooth count of the paths that the right class loses: what brings a vote down to an abstention."""
+    return margin(logits, y).sigmoid().mean(0)
+
+
+def targeted_dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """DLR towards a class: labels ``(N, 2)``, the right one and the one aimed at (Croce & Hein 2020, eq. 7)."""
+    right, aim = (column.expand(logits.shape[:-1])[..., None] for column in labels.unbind(1))
+    ranked = logits.sort(-1, descending=True).values
+    third, fourth = (ranked[..., min(i, logits.shape[-1] - 1)] for i in (2, 3))
+    lead = (logits.gather(-1, aim) - logits.gather(-1, right))[..., 0]
+    return (lead / (ranked[..., 0] - 0.5 * (third + fourth) + 1e-12)).mean(0)
+
+
+def targeted_vote(logits: Tensor, labels: Tensor) -> Tensor:
+    """A smooth count of the paths that a class wins: labels ``(N, 2)``, the right one and the one aimed at."""
+    return (-margin(logits, labels[:, 1])).sigmoid().mean(0)
+
+
+Objective = Callable[[Tensor, Tensor], Tensor]  # logits (P, N, classes), labels (N,) or (N, 2) -> (N,), to be raised
+OBJECTIVES: dict[str, Objective] = {
+    "mean-loss": mean_loss,
+    "loss-of-mean": loss_of_mean,
+    "mean-logits": mean_logits,
+    "dlr": dlr,
+    "denial": denial,
+    "targeted-dlr": targeted_dlr,
+    "targeted-vote": targeted_vote,
+}
+AIMED = ("targeted-dlr", "targeted-vote")  # those that need a class to aim at
 
 
 class Ascent(NamedTuple):

@@ -1,0 +1,152 @@
+"""What all attacks share: settings, restarts and targets, and what comes back."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..data import check_images
+from ..ensemble import ItoEnsemble, evaluating
+from ..names import nearest
+from ..recast import ItoResNet
+from .ball import BALLS, check_eps
+from .objective import AIMED, OBJECTIVES, Objective, Target, as_target
+from .panels import Panels, right_share
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack found.
+
+    Attributes:
+        images: ``(N, C, H, W)``, inside the ball and [0, 1].
+        fooled: bool ``(N,)``, the right class lost on the selection panel. A claim to be checked on a report panel.
+        forwards, backwards: inferences made without and with a gradient, over all images and paths.
+    """
+
+    images: Tensor
+    fooled: Tensor
+    forwards: int
+    backwards: int
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Settings of one attack; ``run`` is the attack.
+
+    Attributes:
+        norm: a name in `BALLS`.
+        eps: radius in pixel units.
+        steps: iterations.
+        restarts: each begins anew on the images that still stand; the best of all counts.
+        eot: paths a gradient (or a query) averages, spread over members (expectation over transformation, Athalye
+            et al. 2018).
+        selection: paths that judge an iterate.
+        objective: a name in `OBJECTIVES`.
+        targets: for an objective that aims at a class: how many wrong classes are tried, the likeliest first.
+        stop: whether an image leaves the batch as soon as it is fooled beyond luck: wrong on the gradient's
+            paths and with at most 15 % of the selection's paths for the right class.
+    """
+
+    norm: str = "linf"
+    eps: float = 8 / 255
+    steps: int = 20
+    restarts: int = 1
+    eot: int = 20
+    selection: int = 20
+    objective: str = "mean-loss"
+    targets: int = 9
+    stop: bool = True
+
+    def __post_init__(self) -> None:
+        if self.norm not in BALLS:
+            raise ValueError(nearest("norm", self.norm, BALLS))
+        if self.objective not in OBJECTIVES:
+            raise ValueError(nearest("objective", self.objective, OBJECTIVES))
+        object.__setattr__(self, "eps", check_eps(self.norm, self.eps))
+        for name in ("steps", "restarts", "eot", "selection", "targets"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+    def run(
+        self,
+        model: nn.Module | Target,
+        x: Tensor,
+        y: Tensor,
+        seed: int = 0,
+        index: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Attacked:
+        """Attack images.
+
+        Args:
+            model: `ItoEnsemble`, `ItoResNet`, or any module from images in [0, 1] to logits, attacked in eval mode;
+                or a `Target` that stands for one.
+            x, y: images ``(N, C, H, W)`` in [0, 1] and their true labels ``(N,)``.
+            seed: of the panels and of random starts.
+            index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
+            start: where the first attempt begins, ``(N, C, H, W)`` inside the ball: what another attack found.
+
+        Raises:
+            ValueError: images or labels that cannot be, or a gradient that is not finite.
+        """
+        if isinstance(model, ItoResNet):
+            model = ItoEnsemble([model])
+        check_images(x, model.channels if isinstance(model, ItoEnsemble) else None)
+        if y.shape != (len(x),) or y.dtype.is_floating_point:
+            raise ValueError(f"Labels must be whole numbers of shape ({len(x)},), got {y.dtype}, {tuple(y.shape)}.")
+        x, y = x.detach(), y.long()
+        index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
+        if index.shape != (len(x),):
+            raise ValueError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
+        if isinstance(model, nn.Module):
+            with evaluating(model):
+                return self._attempts(as_target(model, x), x, y, seed, index, start)
+        return self._attempts(model, x, y, seed, index, start)
+
+    def _attempts(
+        self, target: Target, x: Tensor, y: Tensor, seed: int, index: Tensor, start: Tensor | None
+    ) -> Attacked:
+        """Restart after restart, class after class, on the images that still stand."""
+        panels = Panels(target, y, seed, index, self.eot, self.selection)
+        if panels.noisy and self.eot == 1:
+            warnings.warn(
+                "A randomised model is attacked with one path a gradient (eot=1): the attack is weak, "
+                "and its figure no measure of robustness.",
+                stacklevel=3,
+            )
+        objective = OBJECTIVES[self.objective]
+        everyone = torch.arange(len(x), device=x.device)
+        ranking = None
+        if self.objective in AIMED and len(x):
+            shares = panels.judge(x, everyone, 0).softmax(-1).mean(0)
+            ranking = shares.scatter(1, y[:, None].clamp(0, shares.shape[1] - 1), -1).argsort(1, descending=True)
+        best, lead = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+        fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        classes = 1 if ranking is None else min(self.targets, ranking.shape[1] - 1)
+        for attempt in range(self.restarts * classes):
+            rows = (~fooled).nonzero()[:, 0]
+            if not len(rows):
+                break
+            if ranking is not None:
+                panels.labels = torch.stack([y, ranking[:, attempt % classes]], 1)
+            begin = None if start is None or attempt >= classes else start[rows]
+            found = self._climb(panels, objective, x[rows], begin, rows, attempt)
+            # The candidates of all attempts meet the same selection paths. A class aimed at is no measure across them.
+            logits = panels.judge(found, rows, 0)
+            loss = OBJECTIVES["mean-loss" if ranking is not None else self.objective](logits, y[rows])
+            lost = right_share(logits, y[rows]) <= 0.5
+            ahead = lost | (loss > lead[rows])
+            won = rows[ahead]
+            best[won], lead[won], fooled[won] = found[ahead], loss[ahead], lost[ahead]
+        return Attacked(best, fooled, panels.forwards, panels.backwards)
+
+    def _climb(
+        self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor, attempt: int
+    ) -> Tensor:
+        """One attempt on images ``x`` of numbers ``rows``: from ``start`` (None: the attack's own) to what is kept."""
+        raise NotImplementedError
