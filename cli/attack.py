@@ -45,6 +45,19 @@ if TYPE_CHECKING:
     multiple=True,
     help="ensemble, member, noise-free or resnet; repeatable.  [default: all]",
 )
+@click.option(
+    "--suite", type=click.Choice(["standard"]), help="A sequence of attacks, each on what the last ones left."
+)
+@click.option("--noise", default="fresh", show_default=True, help="With --suite: fresh, fixed or known paths.")
+@click.option("--repeat", default=1, show_default=True, help="With --suite: votes that the attacker may ask for.")
+@click.option("--effort", default=1.0, show_default=True, help="With --suite: scales the iterations.")
+@click.option("--resume", is_flag=True, help="With --suite: go on where the same command was interrupted.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="With --suite: keep evidence that 'ito-sde verify' checks.",
+)
 @options.votes
 @click.option(
     "--limit",
@@ -69,6 +82,12 @@ def command(
     radii: tuple[str, ...],
     preset: str,
     surrogates: tuple[str, ...],
+    suite: str | None,
+    noise: str,
+    repeat: int,
+    effort: float,
+    resume: bool,
+    bundle: Path | None,
     inferences: int | None,
     rule: str | None,
     limit: int | None,
@@ -85,6 +104,7 @@ def command(
     \b
     ito-sde attack --norm linf --eps 8/255
     ito-sde attack --norm l2 --eps 0.25 --eps 0.5 --restarts 3
+    ito-sde attack --suite standard --norm linf --eps 8/255 --bundle evidence
     """
     from neuralsde_ito.attacks import BALLS, PRESETS, parse_eps
     from neuralsde_ito.evaluation import SURROGATES, attack_sweep, surrogate_models
@@ -110,6 +130,11 @@ def command(
     surrogate_models(opened.ensemble, opened.resnet, names)
     images = load_dataset(opened.config, train_limit=1, test_limit=limit or defaults.images)
     seed = opened.config.seed if seed is None else seed
+    if suite:
+        from .suite import run as run_suite
+
+        run_suite(opened, images, norm, labels, noise, repeat, effort, seed, batch_size, resume, bundle, as_json)
+        return
 
     batches = -(-len(images.test) // batch_size)
     begun = time.monotonic()

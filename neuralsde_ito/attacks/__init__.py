@@ -6,5 +6,9 @@ from .ball import BALLS, parse_eps
 from .objective import OBJECTIVES
 from .pgd import PGD, PRESETS, fgsm, pgd
 from .square import Square
+from .suite import Step, Suite, least_norm, standard
 
-__all__ = ["APGD", "BALLS", "OBJECTIVES", "PGD", "PRESETS", "Attack", "Attacked", "Square", "fgsm", "parse_eps", "pgd"]
+__all__ = [  # noqa: RUF022  (in the order of reading)
+    "BALLS", "parse_eps", "OBJECTIVES", "Attack", "Attacked", "PGD", "PRESETS", "pgd", "fgsm", "APGD", "Square",
+    "Suite", "Step", "standard", "least_norm",
+]  # fmt: skip

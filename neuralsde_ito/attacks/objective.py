@@ -145,7 +145,7 @@ class _Module:
         return _ascend(objective, x, y, lambda x: torch.stack([self.model(x) for _ in range(count)]))
 
 
-class _Ensemble:
+class EnsembleTarget:
     """An ensemble's quick copy. Few images with all their paths at a time, so that any objective can be climbed."""
 
     def __init__(self, ensemble: ItoEnsemble, device: torch.device) -> None:
@@ -162,15 +162,26 @@ class _Ensemble:
 
     @torch.no_grad()
     def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
+        """See `Target`."""
         return self.quick.paths(x, first, count, seed, purpose, index)
 
     def ascend(
-        self, objective: Objective, x: Tensor, y: Tensor, first: int, count: int, seed: int, index: Tensor
+        self,
+        objective: Objective,
+        x: Tensor,
+        y: Tensor,
+        first: int,
+        count: int,
+        seed: int,
+        index: Tensor,
+        purpose: str = "gradient",
     ) -> Ascent:
+        """See `Target`; ``purpose`` is for an attacker who knows the defender's paths."""
+
         def piece(part: slice) -> Ascent:
             names = index[part]
             return _ascend(
-                objective, x[part], y[part], lambda x: self.quick.paths(x, first, count, seed, "gradient", names)
+                objective, x[part], y[part], lambda x: self.quick.paths(x, first, count, seed, purpose, names)
             )
 
         try:
@@ -180,7 +191,7 @@ class _Ensemble:
                 raise
             for member in self.quick.members:
                 member.checkpoint = True  # type: ignore[assignment]
-            return self.ascend(objective, x, y, first, count, seed, index)
+            return self.ascend(objective, x, y, first, count, seed, index, purpose)
         losses, logits, gradients = zip(*pieces, strict=True)
         return Ascent(torch.cat(losses), torch.cat(logits, 1), torch.cat(gradients))
 
@@ -189,4 +200,4 @@ def as_target(model: nn.Module, x: Tensor) -> Target:
     """The face of a model: an `ItoEnsemble`, an `ItoResNet` (an ensemble of one), or any other module."""
     if isinstance(model, ItoResNet):
         model = ItoEnsemble([model])
-    return _Ensemble(model, x.device) if isinstance(model, ItoEnsemble) else _Module(model, x)
+    return EnsembleTarget(model, x.device) if isinstance(model, ItoEnsemble) else _Module(model, x)

@@ -1,0 +1,295 @@
+"""``ito-sde attack --suite standard``: attack after attack on what the last ones left, ensemble and ResNet alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options, output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from neuralsde_ito.attacks.suite import Besieged, Step
+    from neuralsde_ito.data import Dataset
+    from neuralsde_ito.ensemble import ItoEnsemble
+
+
+def run(
+    opened: options.Opened,
+    data: Dataset,
+    norm: str,
+    labels: dict[float, str],
+    noise: str,
+    repeat: int,
+    effort: float,
+    seed: int,
+    batch_size: int,
+    resume: bool,
+    bundle: Path | None,
+    as_json: bool,
+) -> None:
+    """Attack the ensemble and the ResNet at every radius, and print what is left after each step."""
+    import torch
+
+    from neuralsde_ito.attacks.suite import Suite, joined, standard
+    from neuralsde_ito.ensemble import ItoEnsemble
+    from neuralsde_ito.evaluation import NoiseFree
+    from neuralsde_ito.outcomes import Outcomes, Paired
+    from neuralsde_ito.recast import recast
+    from neuralsde_ito.recipes import command_line, environment
+
+    ensemble, radii = opened.ensemble, sorted(labels)
+    noisy = any(m.schedule.omega > 0 for m in ensemble.members)  # type: ignore[union-attr, operator]
+    batches = list(data.test.batches(batch_size, opened.device))
+    resnet = ItoEnsemble([recast(opened.resnet, 0.0, image_shape=tuple(batches[0][1].shape[1:]))], 1)  # type: ignore[arg-type]
+    settings = {
+        "norm": norm,
+        "eps": radii,
+        "noise": noise,
+        "repeat": repeat,
+        "effort": effort,
+        "seed": seed,
+        "batch_size": batch_size,
+        "data": data.name,
+        "images": len(data.test),
+        "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
+        "weights": _fingerprint(ensemble),
+    }
+    state = opened.folder / f"suite-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+    if not resume:
+        shutil.rmtree(state, ignore_errors=True)
+    defenders: dict[str, tuple[ItoEnsemble, Suite]] = {
+        "Itô ensemble": (
+            ensemble,
+            Suite(
+                partial(standard, norm, noisy=noisy, effort=effort),
+                {"resnet": opened.resnet, "noise-free": NoiseFree(ensemble)},
+                noise,
+                repeat,
+                seed,
+                state / "ito",
+            ),
+        ),
+        "original ResNet": (
+            resnet,
+            Suite(partial(standard, norm, noisy=False, effort=effort), seed=seed, state=state / "resnet"),
+        ),
+    }
+    begun = time.monotonic()
+    found: dict[str, list[Besieged]] = {}
+    clean: dict[str, Tensor] = {}
+    truth = torch.cat([y for _, _, y in batches]).cpu()
+    index = torch.cat([names for names, _, _ in batches]).cpu()
+    originals = torch.cat([x for _, x, _ in batches]).cpu()
+    total = sum(len(suite.steps(eps)) for _, suite in defenders.values() for eps in radii) * len(batches)
+    with output.progress(total, "suite", "attacks") as bar:
+        for name, (model, suite) in defenders.items():
+            parts: dict[float, list[Besieged]] = {eps: [] for eps in radii}
+            answers = []
+            for number, (names, x, y) in enumerate(batches):
+                answers.append(suite.decide(model, x, y, names).cpu())
+                for step, reached in suite.run(model, x, y, names, radii, str(number)):
+                    standing = int((reached.winner == -1).sum())
+                    bar.set_postfix_str(f"{name}, {step.name}, eps {labels[reached.eps]}: {standing} of {len(y)} stand")
+                    bar.update()
+                    if reached.eps not in [eps for eps in radii if len(parts[eps]) > number]:
+                        parts[reached.eps].append(reached)
+                    parts[reached.eps][number] = reached
+            found[name] = [joined(parts[eps]) for eps in radii]
+            clean[name] = torch.cat(answers)
+    seconds = time.monotonic() - begun
+
+    steps = {name: suite.steps for name, (_, suite) in defenders.items()}
+    entries: list[dict[str, Any]] = []
+    for level, eps in enumerate(radii):
+        ito, base = found["Itô ensemble"][level], found["original ResNet"][level]
+        paired = Paired.of(base.labels == truth, ito.labels == truth)
+        entries.append(
+            {
+                "eps": eps,
+                "written": labels[eps],
+                "ito": Outcomes.of(ito.labels, truth).as_dict() | {"steps": _steps(steps["Itô ensemble"](eps), ito)},
+                "resnet": Outcomes.of(base.labels, truth).as_dict()
+                | {"steps": _steps(steps["original ResNet"](eps), base)},
+                "paired": output.paired_json(paired, "resnet"),
+            }
+        )
+    report = {
+        "command": command_line(),
+        "run": str(opened.folder),
+        "suite": "standard",
+        **settings,
+        "seconds": round(seconds, 1),
+        "environment": environment(),
+        "clean": {name: Outcomes.of(answers, truth).as_dict() for name, answers in clean.items()},
+        "attacked": entries,
+    }
+    record = opened.folder / f"suite-{norm}-{datetime.now():%Y%m%d-%H%M%S}.json"
+    record.write_text(json.dumps(report, indent=2, ensure_ascii=False))
+    shutil.rmtree(state, ignore_errors=True)
+    bundles = []
+    if bundle is not None:
+        for level in range(len(radii)):
+            ran = [f"{s.name}, eps {labels[eps]}" for eps in radii[: level + 1] for s in steps["Itô ensemble"](eps)]
+            levels = found["Itô ensemble"][: level + 1]
+            bundles.append(_bundle(bundle, report, levels, ran, clean["Itô ensemble"], truth, index, originals, opened))
+    if as_json:
+        output.print_json(report)
+        return
+    output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
+    _tables(report, found, steps, truth, clean, labels, seconds)
+    click.echo(f"\nRecord    {record}")
+    for folder in bundles:
+        click.echo(f"Evidence  {folder}    (check it: ito-sde verify {folder})")
+
+
+def _fingerprint(ensemble: ItoEnsemble) -> str:
+    """Of all weights: a state of other members must not be gone on with."""
+    digest = hashlib.sha256()
+    for name, value in sorted(ensemble.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _steps(steps: Sequence[Step], reached: Besieged) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": step.name,
+            "through": step.through,
+            "images": reached.met[i],
+            "felled": reached.felled[i],
+            "forwards": reached.forwards[i],
+            "gradients": reached.backwards[i],
+        }
+        for i, step in enumerate(steps)
+    ]
+
+
+def _bundle(
+    folder: Path,
+    report: dict[str, Any],
+    levels: list[Besieged],
+    names: list[str],
+    clean: Tensor,
+    truth: Tensor,
+    index: Tensor,
+    originals: Tensor,
+    opened: options.Opened,
+) -> Path:
+    """Evidence of one radius, with the attacks of the smaller ones, from which successes were carried upward."""
+    import torch
+
+    from neuralsde_ito.bundle import Evidence, save_bundle
+
+    reached, entry = levels[-1], report["attacked"][len(levels) - 1]
+    fallen = (reached.winner >= 0)[:, None, None, None]
+    images = torch.where(fallen | (reached.winner == -1)[:, None, None, None], reached.images, originals)
+    votes = [
+        opened.ensemble.predict(part, report["seed"], names_).votes.cpu()
+        for part, names_ in zip(
+            images.to(opened.device).split(report["batch_size"]),
+            index.to(opened.device).split(report["batch_size"]),
+            strict=True,
+        )
+    ]
+    evidence = Evidence(
+        norm=report["norm"],
+        eps=reached.eps,
+        attacks=tuple(names),
+        index=index,
+        truth=truth,
+        clean=clean,
+        labels=reached.labels,
+        winner=reached.winner,
+        originals=originals,
+        images=images,
+        forwards=tuple(n for level in levels for n in level.forwards),
+        backwards=tuple(n for level in levels for n in level.backwards),
+        votes=torch.cat(votes, 1),
+        seed=report["seed"],
+        noise=report["noise"],
+        command=report["command"],
+        config={
+            "run": report["run"],
+            "data": {"name": report["data"]},
+            "vote": report["vote"],
+            "repeat": report["repeat"],
+        },
+    )
+    place = folder / f"{report['norm']}-{entry['written'].replace('/', 'of')}"
+    save_bundle(place, evidence)
+    return place
+
+
+def _tables(
+    report: dict[str, Any],
+    found: dict[str, list[Besieged]],
+    steps: Any,
+    truth: Tensor,
+    clean: dict[str, Tensor],
+    labels: dict[float, str],
+    seconds: float,
+) -> None:
+    from neuralsde_ito.outcomes import Outcomes, Rate
+
+    n, norm = len(truth), report["norm"]
+    click.echo(f"\n{n} test images of {report['data']}, {norm}; % with 95 % Wilson intervals\n")
+    rows: list[list[str]] = []
+    for name, answers in clean.items():
+        rows.append(["0", name, *output.outcome_cells(Outcomes.of(answers, truth), "ResNet" not in name), ""])
+    for level, entry in enumerate(report["attacked"]):
+        for i, name in enumerate(found):
+            p = output.p_value(entry["paired"]["p"]) if i else ""
+            cells = output.outcome_cells(Outcomes.of(found[name][level].labels, truth), "ResNet" not in name)
+            rows.append([entry["written"] if i == 0 else "", name, *cells, p])
+    output.table(rows, ["eps", "model", "correct", "wrong", "abstained", "correct + abstained", "paired"])
+    for name, levels in found.items():
+        click.echo(f"\n{name}, step by step\n")
+        rows = []
+        for level, entry in enumerate(report["attacked"]):
+            reached, left = levels[level], None
+            for i, step in enumerate(steps[name](reached.eps)):
+                if left is None:
+                    left = reached.met[0]
+                left -= reached.felled[i]
+                met = reached.met[i]
+                each = [f"{v / met:,.0f}" if met else "" for v in (reached.backwards[i], reached.forwards[i])]
+                rows.append(
+                    [
+                        entry["written"] if i == 0 else "",
+                        step.name,
+                        str(met) if met else "",
+                        str(reached.felled[i]) if met else "",
+                        output.percent(Rate.of(left, n)) if met else "",
+                        *each,
+                    ]
+                )
+            outcome = Outcomes.of(reached.labels, truth).rate("correct")
+            rows.append(["", "report", "", "", output.percent(outcome), "", ""])
+        heads = ["eps", "attack", "met", "felled", "left", "gradients / image", "queries / image"]
+        output.table(rows, heads)
+    click.echo()
+    gradients = sum(s["gradients"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])
+    queries = sum(s["forwards"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])
+    defender = {
+        "fresh": "on fresh noise, which no attack and no selection saw",
+        "fixed": "on one set of paths for all images, which no attack saw",
+        "known": "on paths that the attacker knows",
+    }[report["noise"]]
+    output.sentence(
+        "Each attack meets only the images that still stand, by votes on noise of the selection; an abstention counts "
+        "as fallen. Report: the decision on what was kept, "
+        f"{defender}{', the worst of ' + str(report['repeat']) + ' votes' if report['repeat'] > 1 else ''}; what fell "
+        f"in it stays fallen at larger radii. {gradients:,} gradients and {queries:,} queries in {seconds:.0f} s."
+    )
+    output.sentence("An upper bound on robustness. Whether it can be trusted: ito-sde audit.")
