@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="With --suite: keep evidence that 'ito-sde verify' checks.",
 )
+@click.option(
+    "--peer", "peers", multiple=True, help="With --suite: also foolbox, torchattacks or autoattack.  [repeatable]"
+)
 @options.votes
 @click.option(
     "--limit",
@@ -88,6 +91,7 @@ def command(
     effort: float,
     resume: bool,
     bundle: Path | None,
+    peers: tuple[str, ...],
     inferences: int | None,
     rule: str | None,
     limit: int | None,
@@ -107,6 +111,7 @@ def command(
     ito-sde attack --suite standard --norm linf --eps 8/255 --bundle evidence
     """
     from neuralsde_ito.attacks import BALLS, PRESETS, parse_eps
+    from neuralsde_ito.attacks.peers import check_peer
     from neuralsde_ito.evaluation import SURROGATES, attack_sweep, surrogate_models
     from neuralsde_ito.names import nearest
     from neuralsde_ito.recipes import load_dataset
@@ -121,9 +126,11 @@ def command(
     template = replace(PRESETS[preset], norm=norm, eps=0.0, **chosen)
     named = {parse_eps(text): text for text in radii}
     [replace(template, eps=eps) for eps in named]  # refuse a wrong radius before the run is read
+    for peer in peers:
+        check_peer(peer)
     opened = options.open_run(root, run, device, inferences, rule)
     defaults = opened.config.attack
-    wanted = [*(radii or defaults.eps.get(norm, ())), *defaults.also.get(norm, ())]  # type: ignore[call-overload]
+    wanted = [*(radii or defaults.eps.get(norm, ())), *(() if suite and radii else defaults.also.get(norm, ()))]  # type: ignore[call-overload]
     labels = {parse_eps(text): text for text in reversed(wanted)}
     attacks = [_at(template, eps, preset) for eps in sorted(labels)]
     names = surrogates or SURROGATES
@@ -133,7 +140,7 @@ def command(
     if suite:
         from .suite import run as run_suite
 
-        run_suite(opened, images, norm, labels, noise, repeat, effort, seed, batch_size, resume, bundle, as_json)
+        run_suite(opened, images, norm, labels, noise, repeat, effort, seed, batch_size, resume, bundle, peers, as_json)
         return
 
     batches = -(-len(images.test) // batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -36,6 +37,7 @@ def run(
     batch_size: int,
     resume: bool,
     bundle: Path | None,
+    peers: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Attack the ensemble and the ResNet at every radius, and print what is left after each step."""
@@ -108,6 +110,7 @@ def run(
             found[name] = [joined(parts[eps]) for eps in radii]
             clean[name] = torch.cat(answers)
     seconds = time.monotonic() - begun
+    others = _peers(peers, defenders, batches, norm, labels)
 
     steps = {name: suite.steps for name, (_, suite) in defenders.items()}
     entries: list[dict[str, Any]] = []
@@ -133,6 +136,7 @@ def run(
         "environment": environment(),
         "clean": {name: Outcomes.of(answers, truth).as_dict() for name, answers in clean.items()},
         "attacked": entries,
+        "peers": others,
     }
     record = opened.folder / f"suite-{norm}-{datetime.now():%Y%m%d-%H%M%S}.json"
     record.write_text(json.dumps(report, indent=2, ensure_ascii=False))
@@ -151,6 +155,34 @@ def run(
     click.echo(f"\nRecord    {record}")
     for folder in bundles:
         click.echo(f"Evidence  {folder}    (check it: ito-sde verify {folder})")
+
+
+def _peers(
+    peers: tuple[str, ...], defenders: dict[str, Any], batches: list[Any], norm: str, labels: dict[float, str]
+) -> list[dict[str, Any]]:
+    """Other libraries' attacks on the same images, judged by the same report."""
+    import torch
+
+    from neuralsde_ito.attacks.peers import peer_attack
+    from neuralsde_ito.outcomes import Outcomes
+
+    rows = []
+    for (name, (model, suite)), eps, peer in itertools.product(defenders.items(), sorted(labels), peers):
+        answers, forwards, backwards, met, begun = [], 0, 0, 0, time.monotonic()
+        for names, x, y in batches:
+            decided = suite.decide(model, x, y, names)
+            right = (decided == y).nonzero()[:, 0]
+            if len(right):
+                found = peer_attack(peer, model, x[right], y[right], norm, eps)
+                forwards, backwards, met = forwards + found.forwards, backwards + found.backwards, met + len(right)
+                decided[right] = suite.decide(model, found.images, y[right], names[right])
+            answers.append(decided.cpu())
+        outcomes = Outcomes.of(torch.cat(answers), torch.cat([y for _, _, y in batches]).cpu())
+        rows.append(
+            {"model": name, "eps": eps, "written": labels[eps], "peer": peer, "images": met, "forwards": forwards}
+            | {"gradients": backwards, "seconds": round(time.monotonic() - begun, 1), **outcomes.as_dict()}
+        )
+    return rows
 
 
 def _fingerprint(ensemble: ItoEnsemble) -> str:
@@ -240,6 +272,7 @@ def _tables(
     labels: dict[float, str],
     seconds: float,
 ) -> None:
+    """What stands, then step by step."""
     from neuralsde_ito.outcomes import Outcomes, Rate
 
     n, norm = len(truth), report["norm"]
@@ -278,6 +311,15 @@ def _tables(
             rows.append(["", "report", "", "", output.percent(outcome), "", ""])
         heads = ["eps", "attack", "met", "felled", "left", "gradients / image", "queries / image"]
         output.table(rows, heads)
+    if report["peers"]:
+        click.echo("\nOther libraries, each on all images that were right, judged by the same report\n")
+        rows = []
+        for row in report["peers"]:
+            count, met = row["counts"], max(1, row["images"])
+            cells = [output.percent(Rate.of(count["correct"], count["n"]))]
+            cells += [f"{row[what] / met:,.0f}" for what in ("gradients", "forwards")]
+            rows.append([row["model"], row["written"], row["peer"], *cells, output.seconds(row["seconds"])])
+        output.table(rows, ["model", "eps", "attack", "correct", "gradients / image", "forwards / image", "time"])
     click.echo()
     gradients = sum(s["gradients"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])
     queries = sum(s["forwards"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])

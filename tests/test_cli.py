@@ -173,6 +173,49 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert (run / "metrics.jsonl").read_text() == (tmp_path / "runs" / "alone" / "metrics.jsonl").read_text()
 
 
+def test_a_killed_suite_goes_on_to_the_same_table_and_its_evidence_stands(trained: Path, tmp_path: Path) -> None:
+    words = ["attack", "--run", "small", "--suite", "standard", "--eps", "0.1", "--limit", "8", "--effort", "0.1"]
+    words += ["--batch-size", "4", "--json"]
+    alone = ito_sde(*words, cwd=trained)
+    assert alone.returncode == 0, alone.stderr
+    run = trained / "runs" / "small"
+
+    def begun() -> bool:
+        return len(list(run.glob("suite-*/ito/*.safetensors"))) >= 3
+
+    started = subprocess.Popen(
+        [*PROGRAM, *words], cwd=trained, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _kill_when(started, begun)
+    assert begun()
+    evidence = tmp_path / "evidence"
+    done = ito_sde(*words, "--resume", "--bundle", str(evidence), cwd=trained)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["attacked"] == json.loads(alone.stdout)["attacked"]
+    assert json.loads(done.stdout)["clean"] == json.loads(alone.stdout)["clean"]
+    assert not list(run.glob("suite-*/"))  # a finished suite leaves its record only
+    found = ito_sde("verify", str(evidence / "linf-0.1"), "--run", "small", "--json", cwd=trained)
+    assert found.returncode == 0, found.stdout + found.stderr
+    text = ito_sde(*words[:-1], cwd=trained).stdout
+    for said in ("step by step", "transfer, noise-free", "Square", "report", "An upper bound on robustness"):
+        assert said in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--noise", "frsh"], "fresh"),
+        (["--peer", "autoatack"], "autoattack"),
+        (["--repeat", "0"], "repeat"),
+    ],
+)
+def test_a_suite_that_cannot_be_is_told_in_a_sentence(trained: Path, words: list[str], said: str) -> None:
+    done = ito_sde("attack", "--run", "small", "--suite", "standard", "--limit", "4", *words, cwd=trained)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def _kill_when(process: subprocess.Popen, ready) -> None:
     deadline = time.monotonic() + 120
     while not ready():
