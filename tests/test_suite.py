@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import neuralsde_ito as ito
 from neuralsde_ito.attacks import APGD, BALLS, PGD, Square, Step, Suite, least_norm, standard
 from neuralsde_ito.attacks import suite as suite_module
+from neuralsde_ito.attacks.peers import PEERS, OnePath, check_peer, peer_attack
 from neuralsde_ito.attacks.suite import Besieged, joined
 from neuralsde_ito.evaluation import NoiseFree
 
@@ -188,3 +189,40 @@ def test_least_norms_are_where_images_fall(ensemble, x, y):
     finite = found[(found > 0) & found.isfinite()]
     assert ((finite / 0.3 * 16).round() - finite / 0.3 * 16).abs().max() < 1e-4
     assert math.isinf(float(found.max())) or float(found.max()) <= 0.3 + 1e-6
+
+
+# --- other libraries ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", sorted(BALLS))
+def test_foolbox_attacks_an_ensemble_as_it_is(ensemble, x, y, norm):
+    eps = {"linf": 0.05, "l2": 0.3}[norm]
+    found = peer_attack("foolbox", ensemble, x, y, norm, eps)
+    assert float(BALLS[norm].length(found.images - x).max()) <= eps + 1e-5
+    steps = {"linf": 40, "l2": 50}[norm]
+    assert found.backwards == steps * N
+    assert found.forwards >= found.backwards
+
+
+@pytest.mark.parametrize("name", ["torchattacks", "autoattack"])
+def test_other_peers_where_they_are_installed(ensemble, x, y, name):
+    pytest.importorskip(PEERS[name], reason=f"{PEERS[name]} is not installed")
+    found = peer_attack(name, ensemble, x[:2], y[:2], "linf", 0.05)
+    assert float(BALLS["linf"].length(found.images - x[:2]).max()) <= 0.05 + 1e-5
+    assert found.backwards >= 2000
+
+
+def test_a_peer_sees_fresh_noise_and_is_counted(ensemble, x):
+    model = OnePath(ensemble)
+    assert not torch.equal(model(x), model(x))
+    at = x.clone().requires_grad_()
+    model(at).sum().backward()
+    assert (model.forwards, model.backwards) == (3 * N, N)
+
+
+def test_a_peer_that_is_unknown_or_absent(monkeypatch):
+    with pytest.raises(ValueError, match="foolbox"):
+        check_peer("folbox")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'ito-sde\[peers\]'"):
+        check_peer("foolbox")
