@@ -16,6 +16,8 @@ VERBS = {
     "train": "Train a ResNet (or take yours), recast it, fine-tune the members, and evaluate the ensemble.",
     "evaluate": "Let a run's ensemble vote on test images, beside the original ResNet.",
     "attack": "Attack a run's ensemble by FGSM or PGD, and the original ResNet beside it.",
+    "audit": "Check whether a robustness figure is the model's strength or the attack's weakness.",
+    "verify": "Recompute the figures of an evidence bundle on fresh noise, and say which claims stand.",
     "predict": "Label pictures, or abstain.",
     "compare": "Hold SDE solvers against a fine reference on the same paths, or measure their orders.",
     "bench": "Measure what inferences, votes, attacks and training cost beside the plain network.",

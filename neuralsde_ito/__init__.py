@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import attacks
+    from .audit import Audit, audit
+    from .bundle import Evidence, load_bundle, save_bundle, verify_bundle
     from .checkpoints import load_ensemble, save_ensemble
+    from .checks import Check
     from .comparison import SolverComparison, compare_solvers
     from .config import Config, load_config
     from .data import load_data
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 # its help should not wait for torch.
 _HOMES = {
     "attacks": ("attacks",),
+    "audit": ("Audit", "audit"),
+    "bundle": ("Evidence", "load_bundle", "save_bundle", "verify_bundle"),
+    "checks": ("Check",),
     "checkpoints": ("load_ensemble", "save_ensemble"),
     "comparison": ("SolverComparison", "compare_solvers"),
     "config": ("Config", "load_config"),
@@ -46,8 +52,9 @@ _PLACE = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [  # noqa: RUF022  (in the order of reading)
     "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule", "SCHEDULES",
     "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "ItoEnsemble", "Prediction", "decide",
-    "ABSTAIN", "Outcomes", "Rate", "Paired", "attacks", "load_data", "Config", "load_config", "save_ensemble",
-    "load_ensemble", "compare_solvers", "SolverComparison",
+    "ABSTAIN", "Outcomes", "Rate", "Paired", "attacks", "audit", "Audit", "Check", "load_data",
+    "Config", "load_config", "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison",
+    "Evidence", "save_bundle", "load_bundle", "verify_bundle",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attacks import PGD
+from .attacks import PGD, Attacked
 from .engine import infer, quicken
 from .ensemble import ItoEnsemble, evaluating
 from .noise import BrownianPath, make_keys
@@ -178,11 +178,11 @@ def bench_attack(ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float]
     def peer(model: nn.Module, eps: float) -> Tensor:
         return torchattacks.EOTPGD(model, eps=eps, alpha=2.5 * eps / steps, steps=steps, eot_iter=eot)(x, y)
 
-    def ours(eps: float, **settings) -> Tensor:
-        return PGD(eps=eps, steps=steps, eot=eot, **settings).run(one, x, y).images
+    def ours(eps: float, **settings) -> Attacked:
+        return PGD(eps=eps, steps=steps, eot=eot, **settings).run(one, x, y)
 
     for eps in radii:
-        cases: dict[str, Callable[[], Tensor]] = {
+        cases: dict[str, Callable[[], Tensor | Attacked]] = {
             "torchattacks EOTPGD, reference": partial(peer, member, eps),
             "torchattacks EOTPGD, our engine": partial(peer, quicken(member), eps),
             "ours, every image to the end": partial(ours, eps, stop=False, keep="last"),
@@ -191,13 +191,16 @@ def bench_attack(ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float]
         first = None
         for name, case in cases.items():
             start = time.perf_counter()
-            images = case()
+            found = case()
             if x.device.type == "cuda":
                 torch.cuda.synchronize()
             spent = time.perf_counter() - start
             first = first or spent
-            left = int((one.predict(images.detach()).labels == y).sum())
-            rows.append(Row("attack", f"{255 * eps:g}/255: {name}", spent, spent / first, note=f"{left} correct"))
+            images = found.images if isinstance(found, Attacked) else found.detach()
+            note = f"{int((one.predict(images).labels == y).sum())} correct"
+            if isinstance(found, Attacked):
+                note += f"; {found.backwards:,} gradients, {found.forwards:,} queries"
+            rows.append(Row("attack", f"{255 * eps:g}/255: {name}", spent, spent / first, note=note))
     return rows
 
 
