@@ -191,8 +191,14 @@ def _generate(
             work(rows, mine, scratch)
 
     cpu = keys.device.type == "cpu"
-    step = max(1, (_WORDS if cpu else 1 << 24) // half)
-    pieces = [slice(start, start + step) for start in range(0, len(keys), step)]
+    _by_rows(some, len(keys), half, keys.device)
+
+
+def _by_rows(some: Callable[[slice], None], rows: int, width: int, device: torch.device) -> None:
+    """``some`` rows after the others: on a CPU as many as its caches hold, and side by side."""
+    cpu = device.type == "cpu"
+    step = max(1, (_WORDS if cpu else 1 << 24) // max(1, width))
+    pieces = [slice(start, start + step) for start in range(0, rows, step)]
     if cpu:
         spread(some, pieces)
     else:
@@ -340,7 +346,7 @@ class BrownianPath(torchsde.BaseBrownian):
                 return self.increment(level, first // width)
             h = width * (self.t1 - self.t0) / (1 << _LEVELS)
             w, area = self.cell(level, first // width)
-            u = h * (0.5 * w + area)
+            u = torch.add(area, w, alpha=0.5).mul_(h)
             total = (w, u) if total is None else (total[0] + w, total[1] + u + h * total[0])
             first += width
         assert total is not None
@@ -404,23 +410,34 @@ class BrownianPath(torchsde.BaseBrownian):
     def _children(self, parent: _Cell, with_area: bool, sides: tuple[int, ...]) -> list[_Cell]:
         """The left child (0) and the right one (1) of a cell, as far as they are wanted."""
         assert parent.area is not None
+        w, area, keys = parent.w, parent.area, self.keys
         level, index = parent.level + 1, parent.index
         h = (self.t1 - self.t0) / (1 << level)
-        z = self._normal(level, index, 0).mul_(math.sqrt(h / 8))
-        half, bridge = 0.5 * parent.w, 1.5 * parent.area + z  # bridge: the path's deviation at the middle
-        ws = [half - bridge if side else half + bridge for side in sides]
-        areas: list[Tensor | None] = [None for _ in sides]
-        if with_area:
-            mean = (0.25 * parent.area).sub_(z, alpha=0.5)
-            # With N ~ N(0, h_parent / 12): H_left = mean + N / 2, H_right = mean - N / 2.
-            spread = self._normal(level, index, 1).mul_(math.sqrt(h / 24))
-            areas = [mean - spread if side else mean + spread for side in sides]
-        return [_Cell(level, 2 * index + side, w, a) for side, w, a in zip(sides, ws, areas, strict=True)]
+        ws = [torch.empty_like(w) for _ in sides]
+        areas = [torch.empty_like(w) for _ in sides] if with_area else []
+
+        def some(rows: slice) -> None:
+            z = self._normal(level, index, 0, keys[rows])
+            # The path's deviation at the middle: 1.5 H + z, z ~ N(0, h / 8).
+            bridge = (1.5 * area[rows]).add_(z, alpha=math.sqrt(h / 8))
+            for side, out in zip(sides, ws, strict=True):
+                torch.mul(w[rows], 0.5, out=out[rows]).add_(bridge, alpha=-1 if side else 1)
+            if areas:
+                # With N ~ N(0, h_parent / 12): H_left = mean + N / 2, H_right = mean - N / 2.
+                mean = torch.mul(area[rows], 0.25, out=bridge).sub_(z, alpha=0.5 * math.sqrt(h / 8))
+                noise = self._normal(level, index, 1, keys[rows])
+                for side, out in zip(sides, areas, strict=True):
+                    torch.add(mean, noise, alpha=-math.sqrt(h / 24) if side else math.sqrt(h / 24), out=out[rows])
+
+        _by_rows(some, len(w), w.shape[1], w.device)
+        return [_Cell(level, 2 * index + side, ws[i], areas[i] if areas else None) for i, side in enumerate(sides)]
 
     def forget(self) -> None:
         """Give back the memory of the cells that wait; they are computed anew when they are asked for."""
         self._waiting.clear()
 
-    def _normal(self, level: int, index: int, component: int) -> Tensor:
+    def _normal(self, level: int, index: int, component: int, keys: Tensor | None = None) -> Tensor:
         size = self._shape[1]
-        return normals(self.keys, size, self.block, level, index, component, dtype=self._dtype)
+        return normals(
+            self.keys if keys is None else keys, size, self.block, level, index, component, dtype=self._dtype
+        )
