@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from . import attacks
     from .audit import Audit, audit
     from .bundle import Evidence, load_bundle, save_bundle, verify_bundle
+    from .checking import Check
     from .checkpoints import load_ensemble, save_ensemble
-    from .checks import Check
     from .comparison import SolverComparison, compare_solvers
     from .config import Config, load_config
     from .data import load_data
@@ -32,7 +32,7 @@ _HOMES = {
     "attacks": ("attacks",),
     "audit": ("Audit", "audit"),
     "bundle": ("Evidence", "load_bundle", "save_bundle", "verify_bundle"),
-    "checks": ("Check",),
+    "checking": ("Check",),
     "checkpoints": ("load_ensemble", "save_ensemble"),
     "comparison": ("SolverComparison", "compare_solvers"),
     "config": ("Config", "load_config"),
