@@ -1,0 +1,503 @@
+"""Every check on a model, or under an attack, that is broken in the way it looks for, and on a sound one."""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from click.testing import CliRunner
+from neuralsde_ito.cli import cli
+from problems import smooth_chain
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import neuralsde_ito as ito
+from neuralsde_ito import checks
+from neuralsde_ito.attacks import PGD
+from neuralsde_ito.audit import Audit, audit
+from neuralsde_ito.checking import Check
+from neuralsde_ito.checks import CHECKS
+from neuralsde_ito.subject import Attempt, Subject, frozen
+
+EPS = 0.05  # at which the plain network keeps some digits and loses others
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    """A small network that knows the digits and was never defended."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.Softplus(), nn.Linear(48, 10))
+    train = ito.load_data("digits", augment="none").train
+    x, y = train.pixels.float() / 255, train.labels
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> tuple[Tensor, Tensor]:
+    test = ito.load_data("digits").test
+    return test.pixels[:40].float() / 255, test.labels[:40]
+
+
+class Wrapped(nn.Module):
+    """A network with something done to its images before, and to its logits after."""
+
+    def __init__(self, net: nn.Module, before: Callable = lambda x: x, after: Callable = lambda z: z) -> None:
+        super().__init__()
+        self.net, self.before, self.after = net, before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.net(self.before(x)))
+
+
+def quantised(net: nn.Module, levels: int = 8) -> nn.Module:
+    return Wrapped(net, before=lambda x: (x * levels).round() / levels)
+
+
+def saturated(net: nn.Module) -> nn.Module:
+    return Wrapped(net, after=lambda z: 1e6 * z)
+
+
+def noisy(net: nn.Module, sigma: float) -> nn.Module:
+    return Wrapped(net, before=lambda x: x + sigma * torch.randn_like(x))
+
+
+class Detached(nn.Module):
+    """A residual network whose drift is cut out of the graph: the gradient is that of the shortcut alone."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e-3 * x.flatten(1)[:, :10] + self.net(x.detach())
+
+
+def look(
+    check: Callable[[Subject], Check], model: nn.Module, images: tuple[Tensor, Tensor], eps=EPS, **options
+) -> Check:
+    """One check on a model, under PGD with the settings that are not the subject's."""
+    own = {name: options.pop(name) for name in ("surrogates", "queries", "draws") if name in options}
+    found = check(Subject(model, *images, PGD(**{"eps": eps, **options}), **own))
+    assert found.note
+    assert found.source
+    assert found.threshold
+    return found
+
+
+def holds(check: Callable[[Subject], Check], model: nn.Module, images: tuple[Tensor, Tensor], **options) -> None:
+    found = look(check, model, images, **options)
+    assert found.verdict == "pass", found
+
+
+def breaks(check: Callable[[Subject], Check], model: nn.Module, images: tuple[Tensor, Tensor], **options) -> None:
+    found = look(check, model, images, **options)
+    assert found.verdict == "fail", found
+
+
+def beside(check: Callable[[Subject], Check], model: nn.Module, images: tuple[Tensor, Tensor], **options) -> None:
+    found = look(check, model, images, **options)
+    assert found.verdict == "not applicable", found
+
+
+# --- one check at a time --------------------------------------------------------------------------------
+
+
+def test_there_are_twenty_checks_in_order(net, images):
+    found = audit(net, images[0][:4], images[1][:4], eps=EPS, steps=2, queries=5, draws=50)
+    assert [check.number for check in found.checks] == list(range(1, 21))
+    assert len({check.name for check in found.checks}) == 20
+
+
+def test_1_randomness(net, images):
+    holds(checks.randomness, net, images)
+    holds(checks.randomness, noisy(net, 0.05), images)  # the attack averages
+    breaks(checks.randomness, noisy(net, 0.05), images, eot=1)
+
+
+def test_2_logits(net, images):
+    holds(checks.logits, net, images)
+    breaks(checks.logits, Wrapped(net, after=lambda z: z.softmax(1)), images)
+    breaks(checks.logits, Wrapped(net, after=lambda z: F.one_hot(z.argmax(1), 10) + 0 * z), images)  # votes
+
+
+def test_3_zero_gradients(net, images):
+    holds(checks.zero_gradients, net, images)
+    for broken in (quantised(net), saturated(net)):
+        breaks(checks.zero_gradients, broken, images)
+
+
+def test_4_eot_adequacy(net, images):
+    holds(checks.eot_adequacy, noisy(net, 0.02), images, steps=5)
+    breaks(checks.eot_adequacy, noisy(net, 1.0), images, steps=2, eot=2)
+    beside(checks.eot_adequacy, net, images)
+
+
+SHORT = {"random_start": False, "step_size": EPS / 20, "steps": 10}  # gets half as far as it may
+
+
+def test_5_more_iterations(net, images):
+    holds(checks.more_iterations, net, images)
+    breaks(checks.more_iterations, net, images, random_start=False, step_size=0.005, steps=8, eps=0.1)
+
+
+def test_6_convergence(net, images):
+    holds(checks.convergence, net, images)
+    breaks(checks.convergence, net, images, **SHORT)
+    beside(checks.convergence, net, images, eps=0.5)  # nothing is left
+
+
+class Bump(nn.Module):
+    """Adversarial only within 0.008 of one brightness, 0.041 from where the images are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = 0.1 - (40 * (x.mean((1, 2, 3)) - 0.541)) ** 2
+        return torch.stack([torch.zeros_like(height), height], 1)
+
+
+def test_7_silent_success():
+    grey = torch.full((9, 1, 4, 4), 0.5), torch.zeros(9, dtype=torch.int64)
+    there_and_back = {"eps": 0.1, "steps": 2, "step_size": 0.04, "random_start": False, "stop": False}
+    breaks(checks.silent_success, Bump(), grey, **there_and_back, keep="last")
+    beside(checks.silent_success, Bump(), grey, **there_and_back)  # the best iterate: no survivor
+
+
+def test_7_holds_on_a_sound_model(net, images):
+    holds(checks.silent_success, net, images)
+    holds(checks.silent_success, noisy(net, 0.1), images, steps=5)
+
+
+class Rippled(nn.Module):
+    """Ripples on the logits, much shorter than the ball, that hardly change an answer."""
+
+    def __init__(self, net: nn.Module, height: float = 0.5) -> None:
+        super().__init__()
+        self.net, self.height = net, height
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        # Of the pixels' sum, as no difference of images is orthogonal to all of them.
+        return logits * (1 + self.height * (3e4 * x.flatten(1).sum(1, keepdim=True)).sin())
+
+
+def test_8_rough_landscape(net, images):
+    holds(checks.rough_landscape, net, images)
+    holds(checks.rough_landscape, noisy(net, 0.1), images, steps=5)  # noise is no roughness
+    breaks(checks.rough_landscape, Rippled(net), images)
+
+
+def test_9_unbounded_attack(net, images):
+    holds(checks.unbounded_attack, net, images)
+    holds(checks.unbounded_attack, net, images, norm="l2", eps=0.5)
+    breaks(checks.unbounded_attack, saturated(net), images)
+    breaks(checks.unbounded_attack, saturated(net), images, norm="l2", eps=0.5)
+
+
+class Trap(nn.Module):
+    """Brightness tells the class; where single pixels stray too far from the mean, it does so without a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((1, 2, 3))
+        strayed = (x - mean[:, None, None, None]).abs().amax((1, 2, 3)) > 0.12
+        score = torch.where(strayed, (mean - 0.5).detach().sign() * 1e6, mean - 0.5)
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+
+def test_10_monotone(net, images):
+    holds(checks.monotone, net, images)
+    bright = 0.45 + 0.1 * (torch.arange(30) % 2)
+    flat = bright[:, None, None, None].expand(30, 1, 4, 4).clone(), torch.arange(30) % 2
+    breaks(checks.monotone, Trap(), flat, eps=0.1)
+
+
+def test_11_one_step(net, images):
+    holds(checks.one_step, net, images)
+    breaks(checks.one_step, net, images, **SHORT)
+
+
+def test_12_black_box(net, images):
+    holds(checks.black_box, net, images, queries=150)
+    breaks(checks.black_box, quantised(net), images, eps=0.15, queries=150)
+
+
+def test_13_random_noise(net, images):
+    holds(checks.random_noise, net, images, draws=500)
+    breaks(checks.random_noise, quantised(net), images, eps=0.3, random_start=False, draws=500)
+    holds(checks.random_noise, noisy(net, 0.1), images, steps=5, draws=500)
+
+
+def test_13_random_noise_on_a_randomised_model(net, images):
+    masked = Wrapped(quantised(net), before=lambda x: x + 0.01 * torch.randn_like(x))
+    breaks(checks.random_noise, masked, images, eps=0.4, steps=2, eot=2, random_start=False, draws=4000)
+
+
+def test_14_transfer(net, images):
+    other = Wrapped(net, after=lambda z: 0.5 * z)
+    holds(checks.transfer, net, images, surrogates={"other": other})
+    breaks(checks.transfer, quantised(net), images, eps=0.1, surrogates={"smooth": net})
+    beside(checks.transfer, net, images)
+
+
+class Phased(nn.Module):
+    """Brightness tells the class, under ripples of random phase: they shatter one path's gradient, not the mean's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((1, 2, 3))
+        phase = 2 * math.pi * torch.rand(len(x))
+        score = mean - 0.5 + 5e-4 * (2e4 * mean + phase).sin()
+        return torch.stack([torch.zeros_like(score), 20 * score], 1)
+
+
+def test_15_known_noise(net, images):
+    holds(checks.known_noise, noisy(net, 0.1), images, steps=5)
+    beside(checks.known_noise, net, images)
+    label = torch.arange(30) % 2
+    flat = (0.47 + 0.06 * label)[:, None, None, None].expand(30, 1, 1, 1).clone(), label
+    breaks(checks.known_noise, Phased(), flat, eps=0.05, eot=200, random_start=False, stop=False, keep="last")
+
+
+def test_16_selection_bias(net, images):
+    holds(checks.selection_bias, noisy(net, 0.1), images, steps=5)
+    luck = {"eps": 1e-4, "steps": 1, "eot": 1, "selection": 1, "restarts": 10}
+    breaks(checks.selection_bias, noisy(net, 0.4), images, **luck)
+    beside(checks.selection_bias, net, images)
+
+
+def test_17_binarisation(net, images):
+    holds(checks.binarisation, net, images)
+    breaks(checks.binarisation, quantised(net), images, eps=0.2)
+    breaks(checks.binarisation, net, images, steps=1, step_size=1e-4, random_start=False)
+    beside(checks.binarisation, noisy(net, 0.1), images)
+    beside(checks.binarisation, quantised(net, 4), images, eps=1e-4)  # no readout tells the points apart
+
+
+def test_18_solver_gradient(net, images):
+    holds(checks.solver_gradient, net, images)
+    holds(checks.solver_gradient, noisy(net, 0.1), images)
+    breaks(checks.solver_gradient, Detached(net), images)
+    beside(checks.solver_gradient, Wrapped(net, before=lambda x: x.float()), images)
+
+
+def test_18_an_adaptive_solver_fails_and_bars_the_others():
+    chain = smooth_chain()
+    model = ito.recast(chain, omega=0, solver="ode:dopri5", image_shape=(2, 6, 6))
+    x = torch.rand(3, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = audit(model, x, torch.tensor([0, 1, 2]), eps=0.1)
+    verdicts = {check.number: check.verdict for check in found.checks}
+    assert verdicts.pop(18) == "fail"
+    assert verdicts.pop(1) == verdicts.pop(2) == "pass"
+    assert set(verdicts.values()) == {"not applicable"}
+    assert not found.passed
+    json.dumps(found.as_dict())
+
+
+class Fractions(nn.Module):
+    """Answers wrongly to whatever is no picture of 8 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        grey = 255 * x
+        off = (grey - grey.round().detach()).abs().mean((1, 2, 3))
+        return torch.stack([torch.ones_like(off), 20 * off], 1)
+
+
+def test_19_the_ball(net, images):
+    holds(checks.the_ball, net, images)
+    holds(checks.the_ball, net, images, norm="l2", eps=0.5)
+    for shift in (1.5 * EPS, 2.0):
+        subject = Subject(net, *images, PGD(eps=EPS))
+        far = images[0] + shift
+        subject.__dict__["main"] = Attempt(far, images[1], subject.clean == images[1], subject.clean != images[1], None)
+        assert checks.the_ball(subject).verdict == "fail"
+    grey = torch.full((12, 1, 4, 4), 100 / 255), torch.zeros(12, dtype=torch.int64)
+    breaks(checks.the_ball, Fractions(), grey, eps=0.3 / 255)
+
+
+class Patches(nn.Module):
+    """The class is the brightest of ten columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 20 * x[..., :30].mean((1, 2)).view(-1, 10, 3).mean(2)
+
+
+def test_20_extraordinary_claim(net, images):
+    label = torch.arange(60) % 10
+    for contrast, check in ((0.03, holds), (0.8, breaks)):
+        x = torch.full((60, 3, 32, 32), 0.1)
+        x[..., :30] += contrast * F.one_hot(label, 10).repeat_interleave(3, 1)[:, None, None]
+        check(checks.extraordinary_claim, Patches(), (x, label), eps=8 / 255, steps=5)
+        check(checks.extraordinary_claim, Patches(), (x, label), norm="l2", eps=1.0, steps=5)
+    beside(checks.extraordinary_claim, net, images)
+
+
+# --- whole audits ---------------------------------------------------------------------------------------
+
+
+def test_a_plain_network_passes(net, images):
+    found = audit(net, *images, eps=EPS, queries=150, draws=1000)
+    assert 0 < found.attacked.correct < found.clean.correct
+    assert found.passed, found.failed
+    rates = [rate.value for _, rate in found.curve]
+    assert rates == sorted(rates, reverse=True)
+    assert [eps / EPS for eps, _ in found.curve] == pytest.approx([0, 0.25, 0.5, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"), [(quantised, {3, 12, 17}), (Detached, {12, 18, 9}), (saturated, {3, 9, 12})]
+)
+def test_masked_gradients_are_caught_by_at_least_three_checks(net, images, broken, expected):
+    found = audit(broken(net), *images, eps=0.15, queries=150, draws=1000)
+    failed = {check.number for check in found.failed}
+    assert len(failed) >= 3
+    assert failed >= expected
+
+
+@pytest.fixture(scope="module")
+def chain_audit() -> tuple[ito.ItoEnsemble, Audit]:
+    chain = smooth_chain()
+    for p in chain.parameters():
+        p.data.mul_(2)
+    ensemble = ito.ItoEnsemble([ito.recast(chain, omega=w, image_shape=(2, 6, 6)) for w in (0.05, 0.1)], inferences=5)
+    ensemble.train()
+    x = torch.rand(10, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y = ensemble.predict(x).labels.clamp_min(0)
+    before = torch.get_rng_state()
+    found = audit(ensemble, x, y, eps=0.1, steps=4, eot=4, queries=20, draws=200, index=torch.arange(10) + 7)
+    assert torch.equal(torch.get_rng_state(), before)
+    return ensemble, found
+
+
+def test_an_ensemble_is_audited_and_left_as_it_was(chain_audit):
+    ensemble, found = chain_audit
+    verdict = {check.number: check.verdict for check in found.checks}
+    assert verdict[18] == verdict[19] == verdict[1] == "pass"
+    assert verdict[20] == "not applicable"
+    assert all(verdict[number] != "not applicable" for number in (4, 14, 15, 16))
+    assert ensemble.training
+    assert all(p.requires_grad for p in ensemble.parameters())
+    assert found.landscape.loss.shape == (21, 21)
+
+
+def test_a_single_network_is_an_ensemble_of_one_and_figures_repeat(chain_audit):
+    model = copy.deepcopy(chain_audit[0].members[0])
+    found = chain_audit[1]
+    settings = {"eps": 0.1, "steps": 2, "eot": 2, "queries": 5, "draws": 50}
+    first, second = (audit(model, found.x[:4], found.truth[:4], **settings) for _ in range(2))
+    skip = 2  # the first two look at forwards on fresh noise, which nobody can repeat
+    assert [c.figure for c in first.checks[skip:]] == [c.figure for c in second.checks[skip:]]
+
+
+def test_the_generator_of_a_randomised_module_is_not_reset(net, images):
+    torch.manual_seed(3)
+    model = noisy(net, 0.05)
+    with frozen(model):
+        subject = Subject(model, *images)
+        state = torch.get_rng_state()
+        assert torch.equal(subject.fixed(images[0]), subject.fixed(images[0]))
+        assert not torch.equal(model(images[0]), model(images[0]))
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_json_there_and_back(chain_audit):
+    found = chain_audit[1].as_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert len(found["checks"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eps": 0}, "eps must be above 0"),
+        ({"eps": 2}, "at most 1 under linf"),
+        ({"norm": "l3"}, "did you mean 'l2'"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"draws": 0}, "draws must be a whole number"),
+        ({"queries": 1.5}, "queries must be a whole number"),
+        ({"index": torch.zeros(40, dtype=torch.int64)}, "no two alike"),
+        ({"y": torch.zeros(40)}, "whole numbers of shape"),
+        ({"y": torch.full((40,), 10)}, "Labels must be from 0 to 9, got 10"),
+        ({"x": torch.full((40, 1, 8, 8), 2.0)}, r"in \[0, 1\]"),
+        ({"model": nn.Identity()}, "logits"),
+        ({"model": Wrapped(nn.Flatten(), after=lambda z: z.detach())}, "No gradient comes back"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused(net, images, change, message):
+    with pytest.raises(ValueError, match=message):
+        audit(**{"model": net, "x": images[0], "y": images[1], **change})
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> str:
+    """A folder with one small run."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = ["train", "--runs", str(folder), "--run", "<small>", "--limit", "150", "--set", "resnet.epochs=3"]
+    done = CliRunner().invoke(
+        cli, [*words, "--epochs", "1", "--members", "1", "--inferences", "4"], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    return str(folder)
+
+
+QUICK = ["--limit", "6", "--eps", "0.1", "--steps", "3", "--eot", "2", "--queries", "5", "--draws", "50"]
+
+
+def test_the_command_prints_a_table_and_writes_a_page(runs, tmp_path):
+    page = tmp_path / "audit.html"
+    done = CliRunner().invoke(cli, ["audit", "--runs", runs, *QUICK, "--html", str(page)], catch_exceptions=False)
+    assert done.exit_code == 0
+    lines = done.output.splitlines()
+    header = next(i for i, line in enumerate(lines) if "check" in line and "verdict" in line)
+    table = lines[header : lines.index("", header)]
+    assert max(map(len, table)) <= 120
+    numbers = [int(row[:2]) for row in table[2:] if row[:2].strip()]
+    assert numbers == list(range(1, 21))
+    html = page.read_text()
+    assert "&lt;small&gt;" in html
+    assert "<small>" not in html
+    assert html.count("data:image/png;base64,") == 3
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//)|@import|url\(|<script""", html)
+    for check in CHECKS:
+        assert f"<td>{CHECKS.index(check) + 1}</td>" in html
+
+
+def test_json_and_strict(runs):
+    words = ["audit", "--runs", runs, *QUICK, "--json"]
+    done = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert len(found["checks"]) == 20
+    # One path a gradient on a randomised model: the first check fails, whatever the others say.
+    weak = ["audit", "--runs", runs, *QUICK, "--eot", "1", "--json"]
+    assert CliRunner().invoke(cli, weak, catch_exceptions=False).exit_code == 0
+    done = CliRunner().invoke(cli, [*weak, "--strict"], catch_exceptions=False)
+    assert done.exit_code == 1
+    assert not json.loads(done.stdout)["passed"]
+
+
+def test_strict_is_content_when_nothing_fails(runs, monkeypatch):
+    monkeypatch.setattr(Audit, "failed", property(lambda self: []))
+    assert CliRunner().invoke(cli, ["audit", "--runs", runs, *QUICK, "--strict"], catch_exceptions=False).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--norm", "l3"], "did you mean 'l2'"),
+        (["--eps", "8"], "at most 1 under linf"),
+        (["--eps", "0"], "eps must be above 0"),
+        (["--steps", "0"], "steps must be a whole number"),
+    ],
+)
+def test_wrong_words_are_refused_before_the_run_is_read(words, message):
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(cli, ["audit", "--runs", "nowhere", *words], catch_exceptions=False)
