@@ -20,9 +20,9 @@ from . import options, output
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neuralsde_ito.attacks.suite import Besieged, Step
     from neuralsde_ito.data import Dataset
     from neuralsde_ito.ensemble import ItoEnsemble
+    from neuralsde_ito.suite import Besieged, Step
 
 
 def run(
@@ -43,12 +43,12 @@ def run(
     """Attack the ensemble and the ResNet at every radius, and print what is left after each step."""
     import torch
 
-    from neuralsde_ito.attacks.suite import Suite, joined, standard
     from neuralsde_ito.ensemble import ItoEnsemble
     from neuralsde_ito.evaluation import NoiseFree
     from neuralsde_ito.outcomes import Outcomes, Paired
     from neuralsde_ito.recast import recast
     from neuralsde_ito.recipes import command_line, environment
+    from neuralsde_ito.suite import Suite, joined, standard
 
     ensemble, radii = opened.ensemble, sorted(labels)
     noisy = any(m.schedule.omega > 0 for m in ensemble.members)  # type: ignore[union-attr, operator]

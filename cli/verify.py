@@ -13,8 +13,9 @@ from . import options, output
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neuralsde_ito.bundle import Evidence, Verification
+    from neuralsde_ito.bundle import Evidence
     from neuralsde_ito.config import Config
+    from neuralsde_ito.verification import Verification
 
 
 @click.command("verify")
@@ -59,7 +60,8 @@ def command(
     """
     from dataclasses import replace
 
-    from neuralsde_ito.bundle import Altered, Claim, Verification, load_bundle, verify_bundle
+    from neuralsde_ito.bundle import Altered, load_bundle
+    from neuralsde_ito.verification import Claim, Verification, verify_bundle
 
     files = Claim("files unaltered", "SHA-256 and summary", "the same", True)
     try:

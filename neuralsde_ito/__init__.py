@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import attacks
     from .audit import Audit, audit
-    from .bundle import Evidence, load_bundle, save_bundle, verify_bundle
+    from .bundle import Evidence, load_bundle, save_bundle
     from .checking import Check
     from .checkpoints import load_ensemble, save_ensemble
     from .comparison import SolverComparison, compare_solvers
     from .config import Config, load_config
     from .data import load_data
+    from .depth import Reading, read_depths
     from .ensemble import ItoEnsemble, Prediction
     from .noise import BrownianPath, make_keys, normals
     from .outcomes import ABSTAIN, Outcomes, Paired, Rate
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .schedules import SCHEDULES, Schedule
     from .sde import BlockSDE
     from .solvers import SOLVERS, Solver, integrate
+    from .suite import Suite, least_norm, standard
+    from .verification import Verification, verify_bundle
     from .votes import decide
 
 # The public names and where they live. Imported at first use: the command line is a part of this package, and
@@ -31,12 +34,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "attacks": ("attacks",),
     "audit": ("Audit", "audit"),
-    "bundle": ("Evidence", "load_bundle", "save_bundle", "verify_bundle"),
+    "bundle": ("Evidence", "load_bundle", "save_bundle"),
     "checking": ("Check",),
     "checkpoints": ("load_ensemble", "save_ensemble"),
     "comparison": ("SolverComparison", "compare_solvers"),
     "config": ("Config", "load_config"),
     "data": ("load_data",),
+    "depth": ("Reading", "read_depths"),
     "ensemble": ("ItoEnsemble", "Prediction"),
     "noise": ("BrownianPath", "make_keys", "normals"),
     "outcomes": ("ABSTAIN", "Outcomes", "Paired", "Rate"),
@@ -45,6 +49,8 @@ _HOMES = {
     "schedules": ("SCHEDULES", "Schedule"),
     "sde": ("BlockSDE",),
     "solvers": ("SOLVERS", "Solver", "integrate"),
+    "suite": ("Suite", "least_norm", "standard"),
+    "verification": ("Verification", "verify_bundle"),
     "votes": ("decide",),
 }
 _PLACE = {name: home for home, names in _HOMES.items() for name in names}
@@ -52,9 +58,9 @@ _PLACE = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [  # noqa: RUF022  (in the order of reading)
     "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule", "SCHEDULES",
     "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "ItoEnsemble", "Prediction", "decide",
-    "ABSTAIN", "Outcomes", "Rate", "Paired", "attacks", "audit", "Audit", "Check", "load_data",
-    "Config", "load_config", "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison",
-    "Evidence", "save_bundle", "load_bundle", "verify_bundle",
+    "ABSTAIN", "Outcomes", "Rate", "Paired", "attacks", "Suite", "standard", "least_norm", "audit", "Audit", "Check",
+    "Evidence", "save_bundle", "load_bundle", "verify_bundle", "Verification", "load_data", "Config", "load_config",
+    "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison", "read_depths", "Reading",
 ]  # fmt: skip
 
 

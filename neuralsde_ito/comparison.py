@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 import torchsde
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .convergence import slope
 from .ensemble import evaluating
+from .live import Live
 from .noise import BrownianPath, make_keys
 from .recast import ItoResNet
 from .solvers import SOLVERS, check_solver, find_solver, integrate, solvers_for
@@ -292,35 +289,6 @@ def _check_sde(sde: Any, y0: Tensor, interval: tuple[float, float]) -> None:
         raise ValueError(f"interval must be (start, end) with start < end, got {interval}.")
 
 
-class _Live(TorchDispatchMode):
-    """Bytes of storages that operations made and somebody holds, and the most there were.
-
-    The same on every device; blind to what an operation needs inside, and to other threads.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        old = {id(a.untyped_storage()) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                name, size = id(storage), storage.nbytes()
-                if name not in self.known and name not in old:
-                    self.known[name] = weakref.ref(storage, partial(self._gone, name, size))
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-        return out
-
-    def _gone(self, name: int, size: int, _: object) -> None:
-        del self.known[name]
-        self.now -= size
-
-
 def compare_solvers(
     model: ItoResNet | Any,
     x: Tensor,
@@ -440,7 +408,7 @@ def _measured(
         _wait(state)
         seconds = time.perf_counter() - start
     gradient = None
-    live = _Live()
+    live = Live()
     if gradients:
         at = subject.x.detach().requires_grad_()
         with live:

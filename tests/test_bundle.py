@@ -16,8 +16,9 @@ from torch import Tensor
 
 import neuralsde_ito as ito
 from neuralsde_ito import Evidence, ItoEnsemble, bundle, load_bundle, save_bundle, verify_bundle
-from neuralsde_ito.bundle import Altered, Verification
+from neuralsde_ito.bundle import Altered
 from neuralsde_ito.checkpoints import save_weights
+from neuralsde_ito.verification import Verification
 
 EPS, SEED = 0.15, 7
 

@@ -15,6 +15,7 @@ PACKAGE, CLI = ROOT / "neuralsde_ito", ROOT / "cli"
 FLOORS = {
     "names": -1,  # the ground: how everybody above words an unknown name
     "threads": -1,  # and how work is spread over a CPU
+    "live": -1,  # and how much memory it holds
     "schedules": 0,
     "noise": 0,
     "resnets": 0,
@@ -29,12 +30,24 @@ FLOORS = {
     "ensemble": 3,
     "attacks": 3,
     "convergence": 3,
+    "comparison": 3,
+    "depth": 3,
+    "peers": 3,
     "checkpoints": 4,
     "config": 4,
     "evaluation": 4,
     "training": 4,
     "recipes": 4,
     "benchmark": 4,
+    "suite": 4,
+    "bundle": 4,
+    "verification": 4,
+    "subject": 5,
+    "checking": 5,
+    "binarisation": 5,
+    "gradcheck": 5,
+    "checks": 5,
+    "audit": 5,
 }
 # Within a floor: who may import whom.
 NEIGHBOURS = {
@@ -42,10 +55,20 @@ NEIGHBOURS = {
     "solvers": {"sde"},
     "engine": {"recast"},
     "attacks": {"ensemble"},
-    "convergence": {"ensemble"},
+    "convergence": set(),
+    "comparison": {"convergence", "ensemble"},
+    "peers": {"convergence"},
     "checkpoints": {"config"},
     "training": {"checkpoints", "config", "evaluation"},
     "recipes": {"checkpoints", "config", "evaluation", "training"},
+    "suite": {"checkpoints"},
+    "bundle": {"checkpoints"},
+    "verification": {"bundle"},
+    "checking": {"subject"},
+    "binarisation": {"checking", "subject"},
+    "gradcheck": {"checking", "subject"},
+    "checks": {"binarisation", "checking", "gradcheck", "subject"},
+    "audit": {"checking", "checks", "subject"},
 }
 FORBIDDEN = {"click", "tqdm"}  # the library knows no terminal
 HEAVY = {"torch", "torchvision", "torchsde", "torchdiffeq", "numpy", "scipy", "sklearn", "matplotlib", "neuralsde_ito"}

@@ -11,11 +11,11 @@ from problems import random_images
 from torch import Tensor, nn
 
 import neuralsde_ito as ito
-from neuralsde_ito.attacks import APGD, BALLS, PGD, Square, Step, Suite, least_norm, standard
-from neuralsde_ito.attacks import suite as suite_module
+from neuralsde_ito import suite as suite_module
+from neuralsde_ito.attacks import APGD, BALLS, PGD, Square
 from neuralsde_ito.attacks.peers import PEERS, OnePath, check_peer, peer_attack
-from neuralsde_ito.attacks.suite import Besieged, joined
 from neuralsde_ito.evaluation import NoiseFree
+from neuralsde_ito.suite import Besieged, Step, Suite, joined, least_norm, standard
 
 N = 12
 

@@ -6,9 +6,7 @@ from .ball import BALLS, parse_eps
 from .objective import OBJECTIVES
 from .pgd import PGD, PRESETS, fgsm, pgd
 from .square import Square
-from .suite import Step, Suite, least_norm, standard
 
 __all__ = [  # noqa: RUF022  (in the order of reading)
     "BALLS", "parse_eps", "OBJECTIVES", "Attack", "Attacked", "PGD", "PRESETS", "pgd", "fgsm", "APGD", "Square",
-    "Suite", "Step", "standard", "least_norm",
 ]  # fmt: skip

@@ -18,15 +18,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from ..checkpoints import write_atomically
-from ..ensemble import ItoEnsemble
-from ..names import nearest
-from ..outcomes import ABSTAIN
-from .apgd import APGD
-from .attempts import Attack
-from .objective import Ascent, EnsembleTarget, Objective, Target
-from .pgd import PGD
-from .square import Square
+from .attacks import APGD, PGD, Attack, Square
+from .attacks.objective import Ascent, EnsembleTarget, Objective, Target
+from .checkpoints import write_atomically
+from .ensemble import ItoEnsemble
+from .names import nearest
+from .outcomes import ABSTAIN
 
 NOISES = ("fresh", "fixed", "known")
 _STATE = ("labels", "winner", "images", "share", "maker")
