@@ -66,6 +66,12 @@ def saturated(net: nn.Module) -> nn.Module:
     return Wrapped(net, after=lambda z: 1e6 * z)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Randomised modules here draw from torch's generator: what ran before must not matter."""
+    torch.manual_seed(0)
+
+
 def noisy(net: nn.Module, sigma: float) -> nn.Module:
     return Wrapped(net, before=lambda x: x + sigma * torch.randn_like(x))
 
