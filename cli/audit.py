@@ -148,8 +148,8 @@ def _print(found: Audit, written: str, data: str, seconds: float, html: Path | N
     click.echo()
     if found.failed:
         output.sentence(
-            "Next: mend the attack as said above, and audit again, or take 'ito-sde attack --suite standard'; the lower "
-            "accuracy is the one to report."
+            "Next: mend the attack as said above, and audit again, or take 'ito-sde attack --suite standard'; the "
+            "lower accuracy is the one to report."
         )
     else:
         output.sentence("Next: 'ito-sde attack' for the figures. An audit finds known faults: no proof of robustness.")
