@@ -386,19 +386,6 @@ def test_bench_of_a_network_without_a_run(trained: Path, capfd) -> None:
     assert "needs a run" in err
 
 
-@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="measures memory as Unix does")
-def test_memory_is_measured_in_fresh_processes() -> None:
-    import torch
-
-    from neuralsde_ito.benchmark import bench_memory
-
-    plain, one, four = bench_memory("resnet20", 32, torch.device("cpu"), (1, 4))
-    assert plain.ratio == 1
-    assert 20 < plain.seconds < 500  # MiB
-    assert 0 < one.ratio < 1
-    assert 0 < four.ratio < 1
-
-
 def test_evaluate_says_what_the_votes_cost(trained: Path, capfd) -> None:
     answers = {}
     for words in ([], ["--full"], ["--confidence", "0.9"]):
