@@ -32,7 +32,7 @@ _M1, _M2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583E
 PURPOSES = ("fresh", "train", "gradient", "selection", "report")
 
 _LEVELS = 20  # a block is never cut finer than 2**20 steps
-_WORDS = 1 << 16  # worked on at a time: half a MiB; smaller pieces cost more calls, larger ones leave the cache
+_WORDS = 1 << 17  # worked on at a time: a MiB; smaller pieces cost more calls, larger ones leave the cache
 
 
 def _mix_(z: Tensor) -> Tensor:
