@@ -113,11 +113,16 @@ def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.f
         dtype: float32 or float64. Both come from the same words and agree to float32's rounding.
     """
     _check(keys)
+    return _draw(_absorb(keys, _fold(address)), size, dtype)
+
+
+def _draw(base: Tensor, size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normals ``(N, size)``, times ``scale`` (not negative), of keys ``(N,)`` that hold their address already."""
     half = (size + 1) // 2
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.empty(keys.shape[0], 2 * half, dtype=work, device=keys.device)
-    elements = _elements(half, keys.device)
-    _generate(keys, half, address, work, lambda rows, base, scratch: scratch.fill(out[rows], base, elements))
+    out = torch.empty(base.shape[0], 2 * half, dtype=work, device=base.device)
+    elements = _elements(half, base.device)
+    _generate(base, half, work, lambda rows, mine, scratch: scratch.fill(out[rows], mine, elements, scale))
     return out[:, :size].to(dtype).contiguous()
 
 
@@ -170,28 +175,21 @@ def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: T
             torch.addcmul(first[rows], cosine, radius, out=to_first[rows])
             torch.addcmul(second[rows], sine, radius, out=to_second[rows])
 
-    _generate(keys, half, address, work, add)
+    _generate(_absorb(keys, _fold(address)), half, work, add)
     return out
 
 
-def _generate(
-    keys: Tensor,
-    half: int,
-    address: tuple[int, ...],
-    dtype: torch.dtype,
-    work: Callable[[slice, Tensor, _Scratch], None],
-) -> None:
+def _generate(base: Tensor, half: int, dtype: torch.dtype, work: Callable[[slice, Tensor, _Scratch], None]) -> None:
     """``work`` on some rows after the other: the rows, their mixed keys ``(R, 1)``, and buffers for them."""
-    base = _absorb(keys, _fold(address))
 
     def some(rows: slice) -> None:
         with torch.inference_mode():  # a quarter less time in each call, of which there are many
             mine = base[rows, None]
-            scratch = _scratch(len(mine), half, dtype) if cpu else _Scratch(len(mine), half, dtype, keys.device)
+            scratch = _scratch(len(mine), half, dtype) if cpu else _Scratch(len(mine), half, dtype, base.device)
             work(rows, mine, scratch)
 
-    cpu = keys.device.type == "cpu"
-    _by_rows(some, len(keys), half, keys.device)
+    cpu = base.device.type == "cpu"
+    _by_rows(some, len(base), half, base.device)
 
 
 def _by_rows(some: Callable[[slice], None], rows: int, width: int, device: torch.device) -> None:
@@ -216,11 +214,11 @@ class _Scratch:
         self.radius, self.angle = self.floats.split(columns, 1)
         self.least = torch.full((), 0.5 / (2**31 + 1), dtype=dtype, device=device)
 
-    def fill(self, out: Tensor, base: Tensor, elements: Tensor) -> None:
-        """Normals ``(R, 2 C)`` from keys ``(R, 1)`` and elements ``(1, C)``, both mixed already."""
+    def fill(self, out: Tensor, base: Tensor, elements: Tensor, scale: float = 1.0) -> None:
+        """Normals ``(R, 2 C)``, times ``scale``, from keys ``(R, 1)`` and elements ``(1, C)``, both mixed already."""
         first, second = out.split(elements.shape[1], 1)
         self._uniform(base, elements)
-        self.radius.log_().mul_(-2).sqrt_()
+        self.radius.log_().mul_(-2 * scale * scale).sqrt_()
         torch.cos(self.angle, out=first).mul_(self.radius)
         torch.sin(self.angle, out=second).mul_(self.radius)
 
@@ -346,7 +344,7 @@ class BrownianPath(torchsde.BaseBrownian):
                 return self.increment(level, first // width)
             h = width * (self.t1 - self.t0) / (1 << _LEVELS)
             w, area = self.cell(level, first // width)
-            u = torch.add(area, w, alpha=0.5).mul_(h)
+            u = area.add_(w, alpha=0.5).mul_(h)  # nobody else holds the area
             total = (w, u) if total is None else (total[0] + w, total[1] + u + h * total[0])
             first += width
         assert total is not None
@@ -396,48 +394,50 @@ class BrownianPath(torchsde.BaseBrownian):
         while at.level < level:
             depth = level - at.level - 1
             right = index >> depth & 1
-            pair = self._children(at, with_area or depth > 0, (1,) if right else (0, 1))
+            pair = self._children(at, with_area or depth > 0)
             if not right:
                 self._waiting.append(pair[1])
-            at = pair[0]
+            at = pair[right]
         return at
 
     def _root(self, with_area: bool) -> _Cell:
         h = self.t1 - self.t0
-        area = self._normal(0, 0, 1).mul_(math.sqrt(h / 12)) if with_area else None
-        return _Cell(0, 0, self._normal(0, 0, 0).mul_(math.sqrt(h)), area)
+        w, area = (
+            _draw(self._base(0, 0, component), self._shape[1], self._dtype, math.sqrt(variance)) if wanted else None
+            for component, variance, wanted in ((0, h, True), (1, h / 12, with_area))
+        )
+        assert w is not None
+        return _Cell(0, 0, w, area)
 
-    def _children(self, parent: _Cell, with_area: bool, sides: tuple[int, ...]) -> list[_Cell]:
-        """The left child (0) and the right one (1) of a cell, as far as they are wanted."""
-        assert parent.area is not None
-        w, area, keys = parent.w, parent.area, self.keys
-        level, index = parent.level + 1, parent.index
+    def _children(self, parent: _Cell, with_area: bool) -> tuple[_Cell, _Cell]:
+        """The two halves of a cell, whose memory becomes the right one's: nobody else holds it."""
+        w, area = parent.w, parent.area
+        assert area is not None
+        level, index = parent.level + 1, 2 * parent.index
         h = (self.t1 - self.t0) / (1 << level)
-        ws = [torch.empty_like(w) for _ in sides]
-        areas = [torch.empty_like(w) for _ in sides] if with_area else []
+        left_w, left_area = torch.empty_like(w) if with_area else area, torch.empty_like(w) if with_area else None
+        base = [self._base(level, parent.index, component) for component in (0, 1)]
 
         def some(rows: slice) -> None:
-            z = self._normal(level, index, 0, keys[rows])
-            # The path's deviation at the middle: 1.5 H + z, z ~ N(0, h / 8).
-            bridge = (1.5 * area[rows]).add_(z, alpha=math.sqrt(h / 8))
-            for side, out in zip(sides, ws, strict=True):
-                torch.mul(w[rows], 0.5, out=out[rows]).add_(bridge, alpha=-1 if side else 1)
-            if areas:
-                # With N ~ N(0, h_parent / 12): H_left = mean + N / 2, H_right = mean - N / 2.
-                mean = torch.mul(area[rows], 0.25, out=bridge).sub_(z, alpha=0.5 * math.sqrt(h / 8))
-                noise = self._normal(level, index, 1, keys[rows])
-                for side, out in zip(sides, areas, strict=True):
-                    torch.add(mean, noise, alpha=-math.sqrt(h / 24) if side else math.sqrt(h / 24), out=out[rows])
+            def normal(component: int, variance: float) -> Tensor:
+                return _draw(base[component][rows], self._shape[1], self._dtype, math.sqrt(variance))
 
-        _by_rows(some, len(w), w.shape[1], w.device)
-        return [_Cell(level, 2 * index + side, ws[i], areas[i] if areas else None) for i, side in enumerate(sides)]
+            # The path's deviation at the middle: 1.5 H + z / 2, z ~ N(0, h / 2).
+            z = normal(0, h / 2)
+            left = torch.add(w[rows], area[rows], alpha=3, out=left_w[rows]).lerp_(z, 0.5)
+            torch.sub(w[rows], left, out=w[rows])
+            if left_area is not None:
+                # H_left = (H - z) / 4 + n and H_right = (H - z) / 4 - n, n ~ N(0, h / 24).
+                n = normal(1, h / 24)
+                left = torch.add(n, torch.sub(area[rows], z, out=z), alpha=0.25, out=left_area[rows])
+                torch.sub(left, n, alpha=2, out=area[rows])
+
+        _by_rows(some, len(w), (w.shape[1] + 1) // 2, w.device)
+        return _Cell(level, index, left_w, left_area), _Cell(level, index + 1, w, area if with_area else None)
 
     def forget(self) -> None:
         """Give back the memory of the cells that wait; they are computed anew when they are asked for."""
         self._waiting.clear()
 
-    def _normal(self, level: int, index: int, component: int, keys: Tensor | None = None) -> Tensor:
-        size = self._shape[1]
-        return normals(
-            self.keys if keys is None else keys, size, self.block, level, index, component, dtype=self._dtype
-        )
+    def _base(self, level: int, index: int, component: int) -> Tensor:
+        return _absorb(self.keys, _fold((self.block, level, index, component)))
