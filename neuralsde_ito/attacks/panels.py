@@ -62,9 +62,10 @@ class Panels:
     def beaten(self, x: Tensor, rows: Tensor, logits: Tensor, draw: int) -> Tensor:
         """Which images have fallen for good: bool ``(N,)``.
 
-        Those that lost on the ``logits`` at hand, and under noise on the ``draw``-th set of the selection, too.
+        Those that lost on the ``logits`` at hand, and under noise on the ``draw``-th set of the selection, too: it is
+        asked of those that at hand are nearly as far beyond luck, as each question costs as much as a gradient.
         """
-        done = right_share(logits, self.labels[rows]) <= 0.5
+        done = right_share(logits, self.labels[rows]) <= (2 * _BEYOND_LUCK if self.noisy else 0.5)
         if self.noisy and bool(done.any()):
             suspects = done.nonzero()[:, 0]
             judged = self.judge(x[suspects], rows[suspects], draw)
