@@ -197,7 +197,7 @@ def _orders(
 
     asked = list(PROBLEMS) if "all" in problems else list(problems)
     chosen = solvers or tuple(name for name, solver in SOLVERS.items() if solver.library != "torchdiffeq")
-    grid = tuple(sorted(set(steps))) or (8, 16, 32, 64)
+    grid = tuple(sorted(set(steps))) or (8, 16, 32, 64, 128, 256)
     for name in asked:
         if name not in PROBLEMS:
             raise ValueError(nearest("problem", name, PROBLEMS))
@@ -257,8 +257,9 @@ def _orders(
     output.table(rows, [*heads, "remarks"])
     click.echo()
     output.sentence(
-        f"Slopes of the error against the step over {', '.join(map(str, grid))} steps, ± one standard error over 16 "
-        "groups of paths. A strong order above theory is no error: linear problems with additive noise give SRK 2. "
+        f"Slopes of the error against the step over the four finest of {', '.join(map(str, grid))} steps that were "
+        "stable, ± one standard error over 16 groups of paths. A strong order above theory is no error: linear "
+        "problems with additive noise give SRK 2. "
         + ("By torchsde: its solver on its own Brownian interval. " if "torchsde" in peers else "")
         + ("By diffrax: its solver on its own Brownian tree. " if "diffrax" in peers else "")
         + ("DIFFERS: by more than 3 standard errors and 0.02." if peers else "")

@@ -18,6 +18,7 @@ from .problems import Problem
 from .solvers import find_solver
 
 _GROUPS = 16  # of paths, for standard errors
+_FINEST = 4  # an order is a statement about small steps: coarser ones are reported, and enter no slope
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class Order:
         solver: its name; ``theory`` its strong order there.
         steps: the numbers of steps that were tried.
         errors: strong errors, one a number of steps; NaN or huge where it was unstable.
-        fit, standard_error: the slope of the stable errors, and its standard error over groups of paths; None with
-            fewer than three stable ones.
+        fit, standard_error: the slope of the errors at the four finest numbers of steps that were stable, and its
+            standard error over groups of paths; None with fewer than three.
         unstable: numbers of steps at which it left all bounds.
         weak: slope of the bias of the mean and its standard error; None where the bias does not exceed four of its
-            standard errors at every step size, so that a slope would fit noise.
+            standard errors at every one of these, so that a slope would fit noise.
         evaluations: of the drift, a step.
     """
 
@@ -99,7 +100,7 @@ def fit_order(
         group_errors.append(groups.square().mean(1).sqrt())
         biases.append(float(difference.mean().abs()))
         noises.append(float(groups.mean(1).std()) / math.sqrt(_GROUPS))
-    good = [i for i, fine in enumerate(stable) if fine]
+    good = [i for i, fine in enumerate(stable) if fine][-_FINEST:]
     fit = standard_error = None
     weak = None
     if len(good) >= 3:

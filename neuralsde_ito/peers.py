@@ -51,7 +51,7 @@ def diffrax_orders(problem: str, solvers: Sequence[str], steps: Sequence[int]) -
         return y - y**3
 
     def diffusion(t: Any, y: Any, _: Any) -> Any:
-        g = {"ornstein-uhlenbeck": 1 / (1 + t), "geometric-brownian": 0.5 * y, "double-well": 0.5}[problem]
+        g = {"ornstein-uhlenbeck": 1 / (1 + t), "geometric-brownian": 0.5 * y, "double-well": 0.75}[problem]
         return lineax.DiagonalLinearOperator(jnp.broadcast_to(jnp.asarray(g, y.dtype), y.shape))
 
     def tree(key: Any) -> Any:
@@ -83,7 +83,7 @@ def diffrax_orders(problem: str, solvers: Sequence[str], steps: Sequence[int]) -
     with jax.enable_x64():
         keys = jax.random.split(jax.random.key(0), 64)
         if problem == "double-well":
-            fine = solver_of("SRA1", False)(keys, 1024.0)
+            fine = solver_of("SRA1", False)(keys, 2048.0)
         else:
             fine = jax.jit(jax.vmap(exact))(keys)
         found = {}

@@ -50,7 +50,9 @@ class Problem:
     def torchsde_path(self, seed: int = 0) -> torchsde.BrownianInterval:
         """torchsde's own, with other noise of the same law."""
         size, dtype = tuple(self.y0.shape), self.y0.dtype
-        return torchsde.BrownianInterval(0.0, 1.0, size, dtype, entropy=seed, levy_area_approximation="space-time")
+        return torchsde.BrownianInterval(
+            0.0, 1.0, size, dtype, entropy=seed, levy_area_approximation="space-time", cache_size=None
+        )
 
     def exact(self, path: torchsde.BaseBrownian | None = None) -> Tensor:
         """The states at 1, on our path or another."""
@@ -102,11 +104,14 @@ def geometric_brownian_motion(mu: float = 0.25, omega: float = 0.5, paths: int =
     return Problem(sde, y0, keys, solution)
 
 
-def double_well(omega: float = 0.5, paths: int = 4096, seed: int = 3) -> Problem:
-    """``dy = (y - y^3) dt + omega dW``: not linear, additive noise. The reference is SRK with fine steps."""
+def double_well(omega: float = 0.75, paths: int = 4096, seed: int = 3) -> Problem:
+    """``dy = (y - y^3) dt + omega dW``: not linear, additive noise. The reference is SRK with fine steps.
+
+    Strong enough noise to throw a path where reversible Heun with 8 steps leaves all bounds.
+    """
     y0, keys = _states(paths, 0.5, seed)
     sde = _block(lambda y: y + y - y**3, Schedule(omega, "constant"))
-    return Problem(sde, y0, keys, lambda path: solve_torchsde(sde, path, find_solver("srk"), 1 << 10, y0, 0, 1 << 10))
+    return Problem(sde, y0, keys, lambda path: solve_torchsde(sde, path, find_solver("srk"), 1 << 11, y0, 0, 1 << 11))
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
