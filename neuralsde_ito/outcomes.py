@@ -87,4 +87,4 @@ class Paired:
         if first.shape != second.shape:
             raise ValueError(f"A paired test needs the same images: {tuple(first.shape)}, {tuple(second.shape)}.")
         one, two = int((first & ~second).sum()), int((second & ~first).sum())
-        return cls(one, two, binomtest(one, one + two).pvalue if one + two else 1.0)
+        return cls(one, two, float(binomtest(one, one + two).pvalue) if one + two else 1.0)  # scipy: a numpy scalar

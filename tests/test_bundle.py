@@ -20,7 +20,7 @@ from neuralsde_ito.bundle import Altered
 from neuralsde_ito.checkpoints import save_weights
 from neuralsde_ito.verification import Verification
 
-EPS, SEED = 0.15, 7
+EPS, SEED = 0.06, 7
 
 
 @pytest.fixture(scope="module")
