@@ -402,12 +402,8 @@ class BrownianPath(torchsde.BaseBrownian):
 
     def _root(self, with_area: bool) -> _Cell:
         h = self.t1 - self.t0
-        w, area = (
-            _draw(self._base(0, 0, component), self._shape[1], self._dtype, math.sqrt(variance)) if wanted else None
-            for component, variance, wanted in ((0, h, True), (1, h / 12, with_area))
-        )
-        assert w is not None
-        return _Cell(0, 0, w, area)
+        area = self._normal(self._base(0, 0, 1), h / 12) if with_area else None
+        return _Cell(0, 0, self._normal(self._base(0, 0, 0), h), area)
 
     def _children(self, parent: _Cell, with_area: bool) -> tuple[_Cell, _Cell]:
         """The two halves of a cell, whose memory becomes the right one's: nobody else holds it."""
@@ -416,19 +412,16 @@ class BrownianPath(torchsde.BaseBrownian):
         level, index = parent.level + 1, 2 * parent.index
         h = (self.t1 - self.t0) / (1 << level)
         left_w, left_area = torch.empty_like(w) if with_area else area, torch.empty_like(w) if with_area else None
-        base = [self._base(level, parent.index, component) for component in (0, 1)]
+        bases = [self._base(level, parent.index, component) for component in range(1 + with_area)]
 
         def some(rows: slice) -> None:
-            def normal(component: int, variance: float) -> Tensor:
-                return _draw(base[component][rows], self._shape[1], self._dtype, math.sqrt(variance))
-
             # The path's deviation at the middle: 1.5 H + z / 2, z ~ N(0, h / 2).
-            z = normal(0, h / 2)
+            z = self._normal(bases[0][rows], h / 2)
             left = torch.add(w[rows], area[rows], alpha=3, out=left_w[rows]).lerp_(z, 0.5)
             torch.sub(w[rows], left, out=w[rows])
             if left_area is not None:
                 # H_left = (H - z) / 4 + n and H_right = (H - z) / 4 - n, n ~ N(0, h / 24).
-                n = normal(1, h / 24)
+                n = self._normal(bases[1][rows], h / 24)
                 left = torch.add(n, torch.sub(area[rows], z, out=z), alpha=0.25, out=left_area[rows])
                 torch.sub(left, n, alpha=2, out=area[rows])
 
@@ -440,4 +433,8 @@ class BrownianPath(torchsde.BaseBrownian):
         self._waiting.clear()
 
     def _base(self, level: int, index: int, component: int) -> Tensor:
+        """The path's keys, with the address of one component of a cell mixed in."""
         return _absorb(self.keys, _fold((self.block, level, index, component)))
+
+    def _normal(self, base: Tensor, variance: float) -> Tensor:
+        return _draw(base, self._shape[1], self._dtype, math.sqrt(variance))
