@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from .attacks import PGD, Attacked
 from .engine import infer, quicken
 from .ensemble import ItoEnsemble, evaluating
+from .fused import library
 from .noise import BrownianPath, make_keys
 from .recast import ItoResNet, recast
 from .resnets import load_resnet
@@ -291,4 +292,6 @@ def machine(device: torch.device) -> Iterator[str]:
         yield torch.cuda.get_device_name(device)
     else:
         yield f"{torch.get_num_threads()} CPU threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+        if library is None:
+            yield "noise without the compiled pass"
     yield f"PyTorch {torch.__version__}"

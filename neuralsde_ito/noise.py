@@ -22,6 +22,7 @@ import torch
 import torchsde
 from torch import Tensor
 
+from . import fused
 from .threads import spread
 
 # The multipliers of SplitMix64's finaliser and its increment, as signed 64-bit integers.
@@ -120,9 +121,9 @@ def _draw(base: Tensor, size: int, dtype: torch.dtype, scale: float = 1.0) -> Te
     """Normals ``(N, size)``, times ``scale`` (not negative), of keys ``(N,)`` that hold their address already."""
     half = (size + 1) // 2
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.empty(base.shape[0], 2 * half, dtype=work, device=base.device)
-    elements = _elements(half, base.device)
-    _generate(base, half, work, lambda rows, mine, scratch: scratch.fill(out[rows], mine, elements, scale))
+    out = torch.zeros(base.shape[0], 2 * half, dtype=work, device=base.device)
+    if not _fused(out, base, scale, out):
+        _generate(base, half, work, lambda rows, scratch: scratch.fill(out[rows], scale))
     return out[:, :size].to(dtype).contiguous()
 
 
@@ -155,40 +156,42 @@ class _Shift(torch.autograd.Function):
 
 def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: Tensor) -> Tensor:
     _check(keys)
-    size = math.prod(x.shape[1:])
-    half = (size + 1) // 2
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    elements = _elements(half, keys.device)
-    if scale < 0 or size % 2 or x.dtype != work or not (x.is_contiguous() and out.is_contiguous()):
+    base = _absorb(keys, _fold(address))
+    if not _fused(x, base, scale, out):
+        size = math.prod(x.shape[1:])
 
-        def add(rows: slice, base: Tensor, scratch: _Scratch) -> None:
-            part = x[rows]
-            scratch.fill(scratch.draws, base, elements)
-            torch.add(part, scratch.draws[:, :size].reshape(part.shape).to(x.dtype), alpha=scale, out=out[rows])
+        def add(rows: slice, scratch: _Scratch) -> None:
+            draws = scratch.fill(scratch.draws, 1.0)
+            torch.add(x[rows], draws[:, :size].reshape(x[rows].shape).to(x.dtype), alpha=scale, out=out[rows])
 
-    else:  # two passes over the state less
-        first, second = x.view(-1, 2, half).unbind(1)
-        to_first, to_second = out.view(-1, 2, half).unbind(1)
-
-        def add(rows: slice, base: Tensor, scratch: _Scratch) -> None:
-            cosine, sine, radius = scratch.polar(base, elements, scale)
-            torch.addcmul(first[rows], cosine, radius, out=to_first[rows])
-            torch.addcmul(second[rows], sine, radius, out=to_second[rows])
-
-    _generate(_absorb(keys, _fold(address)), half, work, add)
+        _generate(base, (size + 1) // 2, torch.float64 if x.dtype == torch.float64 else torch.float32, add)
     return out
 
 
-def _generate(base: Tensor, half: int, dtype: torch.dtype, work: Callable[[slice, Tensor, _Scratch], None]) -> None:
-    """``work`` on some rows after the other: the rows, their mixed keys ``(R, 1)``, and buffers for them."""
+def _fused(x: Tensor, base: Tensor, scale: float, out: Tensor) -> bool:
+    """``out = x + scale * normals`` in one pass; False where that cannot be."""
+    channels = fused.layout(x, out)
+    if channels:
+        half = math.prod(x.shape[1:]) // 2
+        elements = _elements(half, base.device)
+        _by_rows(
+            lambda rows: fused.add(x[rows], base[rows], elements, scale, channels, out[rows]), len(x), half, x.device
+        )
+    return channels > 0
+
+
+def _generate(base: Tensor, half: int, dtype: torch.dtype, work: Callable[[slice, _Scratch], object]) -> None:
+    """``work`` on some rows after the other, with buffers that hold their words."""
+    cpu = base.device.type == "cpu"
+    elements = _elements(half, base.device)
 
     def some(rows: slice) -> None:
         with torch.inference_mode():  # a quarter less time in each call, of which there are many
-            mine = base[rows, None]
-            scratch = _scratch(len(mine), half, dtype) if cpu else _Scratch(len(mine), half, dtype, base.device)
-            work(rows, mine, scratch)
+            count = len(base[rows])
+            scratch = _scratch(count, half, dtype) if cpu else _Scratch(count, half, dtype, base.device)
+            torch.bitwise_xor(base[rows, None], elements, out=scratch.words)
+            work(rows, scratch)
 
-    cpu = base.device.type == "cpu"
     _by_rows(some, len(base), half, base.device)
 
 
@@ -214,28 +217,11 @@ class _Scratch:
         self.radius, self.angle = self.floats.split(columns, 1)
         self.least = torch.full((), 0.5 / (2**31 + 1), dtype=dtype, device=device)
 
-    def fill(self, out: Tensor, base: Tensor, elements: Tensor, scale: float = 1.0) -> None:
-        """Normals ``(R, 2 C)``, times ``scale``, from keys ``(R, 1)`` and elements ``(1, C)``, both mixed already."""
-        first, second = out.split(elements.shape[1], 1)
-        self._uniform(base, elements)
-        self.radius.log_().mul_(-2 * scale * scale).sqrt_()
-        torch.cos(self.angle, out=first).mul_(self.radius)
-        torch.sin(self.angle, out=second).mul_(self.radius)
-
-    def polar(self, base: Tensor, elements: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The same normals, times ``scale`` (not negative), in factors ``(R, C)``: cosines, sines and radii."""
-        cosine, sine = self.draws.view(2, *self.angle.shape)
-        self._uniform(base, elements)
-        torch.cos(self.angle, out=cosine)
-        torch.sin(self.angle, out=sine)
-        return cosine, sine, self.radius.log_().mul_(-2 * scale * scale).sqrt_()
-
-    def _uniform(self, base: Tensor, elements: Tensor) -> None:
-        """``radius`` uniform in (0, 1], ``angle`` in [-pi, pi)."""
+    def fill(self, out: Tensor, scale: float) -> Tensor:
+        """Write normals ``(R, 2 C)``, times ``scale`` (not negative); ``words`` holds the mixed keys and elements."""
         words, radius, angle = self.words, self.radius, self.angle
         # The middle of SplitMix64's finaliser: what comes in is mixed already, and what goes out is read from the
         # top of each half. The shift is arithmetic: it loses the sign's bit, no more, and needs no mask.
-        torch.bitwise_xor(base, elements, out=words)
         words.mul_(_M1)
         words.bitwise_xor_(torch.bitwise_right_shift(words, 32, out=self.shifted))
         words.mul_(_M2)
@@ -244,6 +230,11 @@ class _Scratch:
         # the second half is the angle.
         torch.add(self.least, radius.abs_(), alpha=1 / (2**31 + 1), out=radius)
         angle.mul_(math.pi * 2.0**-31)
+        radius.log_().mul_(-2 * scale * scale).sqrt_()
+        first, second = out.split(words.shape[1], 1)
+        torch.cos(angle, out=first).mul_(radius)
+        torch.sin(angle, out=second).mul_(radius)
+        return out
 
 
 _local = threading.local()

@@ -15,6 +15,7 @@ PACKAGE, CLI = ROOT / "neuralsde_ito", ROOT / "cli"
 FLOORS = {
     "names": -1,  # the ground: how everybody above words an unknown name
     "threads": -1,  # and how work is spread over a CPU
+    "fused": -1,  # and whether noise takes one pass
     "live": -1,  # and how much memory it holds
     "schedules": 0,
     "noise": 0,

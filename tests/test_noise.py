@@ -8,7 +8,7 @@ import torch
 import torchsde
 from scipy import stats
 
-from neuralsde_ito import noise
+from neuralsde_ito import fused, noise
 from neuralsde_ito.noise import PURPOSES, BrownianPath, fresh_keys, make_keys, normals
 
 # Seeds are fixed, so a test passes for good or fails for good. What the thresholds mean: a correct generator
@@ -113,6 +113,15 @@ def test_errors_of_keys():
         normals(torch.zeros((), dtype=torch.int64), 4)
 
 
+@pytest.fixture(params=["one pass", "tensors"])
+def way(request, monkeypatch):
+    """Either way to draw float32 on a CPU."""
+    if request.param == "tensors":
+        monkeypatch.setattr(fused, "library", None)
+    elif fused.library is None:
+        pytest.skip("the package was built without a C compiler: there is no noise in one pass")
+
+
 def test_fresh_keys_cannot_be_reseeded():
     torch.manual_seed(0)
     first = fresh_keys(5)
@@ -124,6 +133,7 @@ def test_fresh_keys_cannot_be_reseeded():
 # --- the normal law -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_moments_and_tails(dtype):
     keys = make_keys(0, "report", index=torch.arange(512))
@@ -140,6 +150,7 @@ def test_moments_and_tails(dtype):
             assert abs(int(tail.sum()) - n * p) / math.sqrt(n * p) < Z, f"beyond {sigmas} sigma"
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kolmogorov_smirnov_overall_by_key_and_by_element(dtype):
     x = normals(make_keys(1, "train", index=torch.arange(200)), 250, 3, 0, 0, 0, dtype=dtype).double().numpy()
@@ -219,6 +230,7 @@ def test_keys_of_a_large_evaluation_are_distinct():
 # --- the noise of an image is its own -------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 3, 17, 1001, 3072, 16385])
 def test_noise_does_not_depend_on_the_batch(size, dtype):
@@ -231,6 +243,7 @@ def test_noise_does_not_depend_on_the_batch(size, dtype):
         assert torch.equal(normals(keys[part], size, 1, 0, 0, 0, dtype=dtype), whole[part])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_noise_depends_neither_on_threads_nor_on_the_global_random_state(dtype):
     keys = make_keys(4, "report", index=torch.arange(64))
@@ -248,12 +261,14 @@ def test_noise_depends_neither_on_threads_nor_on_the_global_random_state(dtype):
     assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
 
 
+@pytest.mark.usefixtures("way")
 def test_a_longer_state_does_not_reuse_a_shorter_ones_words_wrongly():
     # Odd and even sizes share words, and the last normal of an odd size is cut off, not invented.
     keys = make_keys(5, "report", index=torch.arange(4))
     assert torch.equal(normals(keys, 1001, 0), normals(keys, 1002, 0)[:, :1001])
 
 
+@pytest.mark.usefixtures("way")
 def test_float32_and_float64_are_the_same_normals():
     keys = make_keys(6, "report", index=torch.arange(64))
     half = 8192
@@ -427,6 +442,39 @@ def test_added_normals_are_the_normals(shape, layout):
     assert torch.equal(x, before)
     assert torch.allclose(noise.add_normals(x, keys, 0.3, 2, 0, 0, 0, in_place=True), wanted, rtol=0, atol=1e-14)
     assert not torch.equal(x, before)
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+@pytest.mark.parametrize(
+    ("shape", "layout", "fits"),
+    [
+        ((3, 4, 5, 7), torch.contiguous_format, True),
+        ((2, 40002), torch.contiguous_format, True),  # an odd number of words, in several pieces
+        ((3, 2, 1, 3), torch.contiguous_format, True),
+        ((3, 5, 5, 3), torch.contiguous_format, False),  # an odd number of normals
+        ((40, 16, 32, 32), torch.channels_last, True),
+        ((3, 6, 5, 5), torch.channels_last, True),  # words shared by two channels
+        ((2, 128, 17, 3), torch.channels_last, True),
+        ((2, 4096, 2, 2), torch.channels_last, True),
+        ((2, 4098, 2, 1), torch.channels_last, False),
+        ((3, 5, 4, 4), torch.channels_last, False),
+        ((0, 4, 4, 4), torch.contiguous_format, True),
+    ],
+)
+def test_one_pass_adds_what_tensors_add(shape, layout, fits, scale, monkeypatch):
+    if fused.library is None:
+        pytest.skip("the package was built without a C compiler: there is no noise in one pass")
+    keys = make_keys(7, "report", index=torch.arange(shape[0]))
+    x = torch.rand(shape)
+    x = x.contiguous(memory_format=layout) if len(shape) == 4 else x
+    assert bool(fused.layout(x, x)) == fits
+    found = noise.add_normals(x, keys, scale, 2, 0, 0, 1)
+    changed = noise.add_normals(x.clone(), keys, scale, 2, 0, 0, 1, in_place=True)
+    monkeypatch.setattr(fused, "library", None)
+    wanted = noise.add_normals(x, keys, scale, 2, 0, 0, 1)
+    assert found.stride() == x.stride()
+    assert torch.allclose(found, wanted, rtol=0, atol=2e-6)
+    assert torch.equal(changed, found)
 
 
 def test_a_recorded_state_is_not_changed_and_its_gradient_passes():

@@ -1,0 +1,126 @@
+/* out = x + scale * normals, in one pass over the state: noise.py's words and normals, within float32's rounding.
+ *
+ * The inner loops are straight lines, so that a compiler makes vectors of them; on x86-64 they are compiled three
+ * times, and the processor decides which of them runs. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { PAIRS = 2048, TILE = 256 }; /* in the innermost cache; at a time of one channel, and of a state without channels */
+
+union halves {
+    uint64_t words[TILE / 2 + 1];
+    int32_t halves[TILE + 2];
+};
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+/* u = 2^e (1 + m), 1 + m in [1/sqrt 2, sqrt 2); log(1 + m) = m + m^2 R(m). R, as the polynomials below, is a weighted
+ * least-maximum fit; relative error 6e-8. */
+INLINE float logarithm(float u) {
+    int32_t bits;
+    float m;
+    memcpy(&bits, &u, sizeof bits);
+    const int32_t e = (bits - 0x3f3504f3) >> 23;
+    bits -= (int32_t)((uint32_t)e << 23);
+    memcpy(&m, &bits, sizeof m);
+    m -= 1.0f;
+    float r = 0.0873661637f;
+    r = r * m - 0.143076017f;
+    r = r * m + 0.149173543f;
+    r = r * m - 0.165704697f;
+    r = r * m + 0.199621335f;
+    r = r * m - 0.250017583f;
+    r = r * m + 0.333339483f;
+    r = r * m - 0.499999911f;
+    return (float)e * 0.693147181f + (m + m * m * r);
+}
+
+INLINE void mix(union halves *out, const int64_t *elements, int64_t key, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t word = (uint64_t)(key ^ elements[i]) * 0xBF58476D1CE4E5B9u;
+        word ^= (uint64_t)((int64_t)word >> 32);
+        out->words[i] = word * 0x94D049BB133111EBu;
+    }
+}
+
+/* Pairs first to first + n of a row: sizes are the halves of its first words, angles those of the others. */
+INLINE void box_muller(float *cosines, float *sines, const int64_t *elements, int64_t key, int64_t half, int64_t first,
+                       int64_t n, float scale) {
+    union halves low, high;
+    const int64_t second = half + first;
+    mix(&low, elements + first / 2, key, (first % 2 + n + 1) / 2);
+    mix(&high, elements + second / 2, key, (second % 2 + n + 1) / 2);
+    const int32_t *sizes = low.halves + first % 2, *angles = high.halves + second % 2;
+    for (int64_t i = 0; i < n; i++) {
+        const float u = fabsf((float)sizes[i]) * (1.0f / 2147483649.0f) + 0.5f / 2147483649.0f;
+        const float radius = scale * sqrtf(-2.0f * logarithm(u));
+        /* The angle is pi / 2^31 of the integer: its quadrant, and v in [-1/2, 1/2) quarter turns from there. */
+        const uint32_t angle = (uint32_t)angles[i];
+        const int32_t quadrant = (int32_t)(angle + 0x20000000u) >> 30;
+        const float v = (float)((int32_t)(angle << 2) >> 2) * 0x1p-30f, z = v * v;
+        const float s = v * (1.57079637f + z * (-0.64596349f + z * (0.0796802267f + z * -0.00460217707f)));
+        const float c = 1.0f + z * (-1.23370051f + z * (0.253669202f + z * (-0.0208600722f + z * 0.000903631677f)));
+        const float sine = quadrant & 1 ? c : s, cosine = quadrant & 1 ? s : c;
+        sines[i] = radius * (quadrant & 2 ? -sine : sine);
+        cosines[i] = radius * ((quadrant + 1) & 2 ? -cosine : cosine);
+    }
+}
+
+#define PARAMETERS                                                                                        \
+    float *out, const float *x, const int64_t *keys, int64_t rows, const int64_t *elements, int64_t half, \
+        int64_t channels, float scale
+#define ARGUMENTS out, x, keys, rows, elements, half, channels, scale
+
+INLINE void add(PARAMETERS) {
+    float cosines[PAIRS], sines[PAIRS];
+    const int64_t pairs = channels > 1 ? channels / 2 : 1; /* of channels; the noise is in order of channels, then space */
+    const int64_t space = half / pairs, most = PAIRS / pairs < TILE ? PAIRS / pairs : TILE;
+    for (int64_t row = 0; row < rows; row++, out += 2 * half, x += 2 * half)
+        for (int64_t from = 0; from < space; from += most) {
+            const int64_t n = space - from < most ? space - from : most;
+            for (int64_t c = 0; c < pairs; c++)
+                box_muller(cosines + c * most, sines + c * most, elements, keys[row], half, c * space + from, n, scale);
+            if (channels == 1)
+                for (int64_t i = 0; i < n; i++) {
+                    out[from + i] = x[from + i] + cosines[i];
+                    out[half + from + i] = x[half + from + i] + sines[i];
+                }
+            else
+                for (int64_t c = 0; c < pairs; c++) {
+                    const float *at = x + from * channels + c;
+                    float *to = out + from * channels + c;
+                    for (int64_t i = 0; i < n; i++) {
+                        to[i * channels] = at[i * channels] + cosines[c * most + i];
+                        to[i * channels + pairs] = at[i * channels + pairs] + sines[c * most + i];
+                    }
+                }
+        }
+}
+
+static void add_anywhere(PARAMETERS) { add(ARGUMENTS); }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx2,fma"))) static void add_avx2(PARAMETERS) { add(ARGUMENTS); }
+__attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512"))) static void add_avx512(
+    PARAMETERS) {
+    add(ARGUMENTS);
+}
+#endif
+
+/* States of `rows` images, 2 * half numbers each: contiguous (channels = 1), or channels_last with an even number of
+ * channels, 4096 at most. `x` and `out` may be one. */
+void add_normals(PARAMETERS) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        add_avx512(ARGUMENTS);
+    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        add_avx2(ARGUMENTS);
+    else
+#endif
+        add_anywhere(ARGUMENTS);
+}
