@@ -11,11 +11,17 @@ import click
 
 from . import options, output
 
-PARTS = ("inference", "vote", "path", "attack", "training", "memory")
+PARTS = ("inference", "vote", "path", "attack", "suite", "training", "memory")
 
 
 @click.command("bench")
-@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only this.  [repeatable; default: all]")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(PARTS),
+    help="Only this.  [repeatable; default: all but suite, which is slow]",
+)
 @click.option("--arch", help="A network with random weights instead of a run's: no votes and attacks then.")
 @options.on_run
 @click.option("--batch", type=click.IntRange(2), default=256, show_default=True, help="Images of an inference.")
@@ -52,23 +58,24 @@ def command(
 
     from neuralsde_ito import benchmark
     from neuralsde_ito.attacks.ball import check_eps, parse_eps
+    from neuralsde_ito.attacks.peers import check_peer
     from neuralsde_ito.recast import recast
     from neuralsde_ito.recipes import load_dataset, pick_device
     from neuralsde_ito.resnets import load_resnet
 
-    asked = parts or PARTS
+    asked = parts or tuple(part for part in PARTS if part != "suite")
     left_out: list[str] = []
     eps = [check_eps("linf", parse_eps(text)) for text in radii]
     if arch:
         place = pick_device(device)
         net = load_resnet(arch).eval().to(place)
         model = recast(net)
-        if parts and (wrong := {"vote", "attack"} & set(parts)):
+        if parts and (wrong := {"vote", "attack", "suite"} & set(parts)):
             raise ValueError(f"--arch has random weights: --part {min(wrong)} needs a run.")
         x = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(place)
         y = torch.arange(batch, device=place) % 10
         ensemble, what = None, f"{arch} with random weights, random images"
-        asked = tuple(part for part in asked if part not in ("vote", "attack"))
+        asked = tuple(part for part in asked if part not in ("vote", "attack", "suite"))
     else:
         opened = options.open_run(root, run, device)
         net, ensemble, place = opened.resnet, opened.ensemble, opened.device
@@ -80,6 +87,8 @@ def command(
     if "attack" in asked and importlib.util.find_spec("torchattacks") is None:
         asked = tuple(part for part in asked if part != "attack")
         left_out.append("Attacks are left out: pip install torchattacks, to measure against its EOTPGD.")
+    if "suite" in asked:
+        check_peer("autoattack")
     if "memory" in asked and (tuple(x.shape[1:]) != (3, 32, 32) or importlib.util.find_spec("resource") is None):
         asked = tuple(part for part in asked if part != "memory")
         left_out.append("Memory is left out: it is measured with images of 3x32x32, on Linux and macOS.")
@@ -95,6 +104,8 @@ def command(
                 rows += benchmark.bench_path(torch.empty(batch, 16 * 32 * 32, device=place), repeats)
             elif part == "attack" and ensemble is not None:
                 rows += benchmark.bench_attack(ensemble, x[:images], y[:images], eps, steps, eot)
+            elif part == "suite" and ensemble is not None:
+                rows += benchmark.bench_suite(net, ensemble, x[:images], y[:images], eps)
             elif part == "training":
                 rows += benchmark.bench_training(net, model.schedule.omega, x[:128], y[:128], repeats)
             elif part == "memory":
@@ -123,7 +134,7 @@ def command(
     click.echo()
     output.sentence(
         f"Ratio: to the first row of the part (attacks: of each radius; paths: of each number of steps), measured in "
-        f"turn, median of {repeats} repeats (attacks and memory: 1). An inference, a vote and paths of 16,384 numbers "
+        f"turn, median of {repeats} repeats (memory: 1; attacks: 1, step by step in turn). An inference, a vote and paths of 16,384 numbers "
         f"are of {batch} images, a training step of {min(batch, 128)}, an attack of {images}, memory of 128."
     )
     for sentence in left_out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import platform
 import statistics
@@ -19,14 +20,20 @@ import torchsde
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from .attacks import PGD, Attacked
+from .attacks.objective import Ascent, EnsembleTarget, Objective
+from .attacks.peers import peer_attack
 from .engine import infer, quicken
 from .ensemble import ItoEnsemble, evaluating
+from .evaluation import NoiseFree
 from .fused import library
 from .noise import BrownianPath, make_keys
 from .recast import ItoResNet, recast
 from .resnets import load_resnet
+from .suite import Suite, standard
+from .turns import Pause, in_turns
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Row:
     """One line of a benchmark.
 
     Attributes:
-        part: ``inference``, ``vote``, ``path``, ``attack``, ``training`` or ``memory``.
+        part: ``inference``, ``vote``, ``path``, ``attack``, ``suite``, ``training`` or ``memory``.
         name: what was measured.
         seconds: median; MiB where the part is ``memory``.
         ratio: to the part's first row, the median of the ratios of each repeat.
@@ -109,7 +116,35 @@ def bench_inference(net: nn.Module, model: ItoResNet, x: Tensor, repeats: int, c
         cases["plain network, torch.compile"] = lambda: fast(x)
     with evaluating(net), evaluating(model):
         rows = interleaved("inference", cases, repeats, x.device)
-    return [Row(r.part, r.name, r.seconds, r.ratio, r.cold if "compile" in r.name else None) for r in rows]
+        peak = bf16_peak(x.device) if x.device.type == "cuda" else math.inf
+        share = operations(net, x) / peak
+    return [
+        Row(
+            r.part,
+            r.name,
+            r.seconds,
+            r.ratio,
+            r.cold if "compile" in r.name else None,
+            f"{100 * share / r.seconds:.1f} % of the card's bf16 peak" if share else "",
+        )
+        for r in rows
+    ]
+
+
+@torch.no_grad()
+def operations(net: nn.Module, x: Tensor) -> int:
+    """Multiplications and additions of convolutions and matrix products in ``net(x)``."""
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def bf16_peak(device: torch.device, size: int = 8192) -> float:
+    """Operations a second that a product of two large bf16 matrices reaches here: measured, not the data sheet's."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    (row,) = interleaved("peak", {"product": lambda: a @ b}, 9, device)
+    return 2 * size**3 / row.seconds
 
 
 @torch.no_grad()
@@ -176,32 +211,99 @@ def bench_attack(ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float]
     one = ItoEnsemble([member], ensemble.inferences)
     rows = []
 
-    def peer(model: nn.Module, eps: float) -> Tensor:
-        return torchattacks.EOTPGD(model, eps=eps, alpha=2.5 * eps / steps, steps=steps, eot_iter=eot)(x, y)
+    def peer(model: nn.Module, eps: float, pause: Pause) -> Tensor:
+        paused = _PausedModule(model, pause, eot)
+        return torchattacks.EOTPGD(paused, eps=eps, alpha=2.5 * eps / steps, steps=steps, eot_iter=eot)(x, y).detach()
 
-    def ours(eps: float, **settings) -> Attacked:
-        return PGD(eps=eps, steps=steps, eot=eot, **settings).run(one, x, y)
+    def ours(eps: float, pause: Pause, **settings) -> Attacked:
+        target = _PausedTarget(EnsembleTarget(one, x.device), pause)
+        return PGD(eps=eps, steps=steps, eot=eot, **settings).run(target, x, y)
 
     for eps in radii:
-        cases: dict[str, Callable[[], Tensor | Attacked]] = {
+        cases: dict[str, Callable[[Pause], Tensor | Attacked]] = {
             "torchattacks EOTPGD, reference": partial(peer, member, eps),
             "torchattacks EOTPGD, our engine": partial(peer, quicken(member), eps),
             "ours, every image to the end": partial(ours, eps, stop=False, keep="last"),
             "ours": partial(ours, eps),
         }
-        first = None
-        for name, case in cases.items():
-            start = time.perf_counter()
-            found = case()
-            if x.device.type == "cuda":
-                torch.cuda.synchronize()
-            spent = time.perf_counter() - start
-            first = first or spent
-            images = found.images if isinstance(found, Attacked) else found.detach()
-            note = f"{int((one.predict(images).labels == y).sum())} correct"
-            if isinstance(found, Attacked):
-                note += f"; {found.backwards:,} gradients, {found.forwards:,} queries"
-            rows.append(Row("attack", f"{255 * eps:g}/255: {name}", spent, spent / first, note=note))
+        rows += _attacked("attack", cases, eps, lambda images: int((one.predict(images).labels == y).sum()))
+    return rows
+
+
+class _PausedModule(nn.Module):
+    """A model that pauses before every ``every``-th forward."""
+
+    def __init__(self, model: nn.Module, pause: Pause, every: int) -> None:
+        super().__init__()
+        self.model, self.pause, self.every, self.calls = model, pause, every, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.calls % self.every == 0:
+            self.pause()
+        self.calls += 1
+        return self.model(x)
+
+
+class _PausedTarget:
+    """A target that pauses before every gradient."""
+
+    def __init__(self, target: EnsembleTarget, pause: Pause) -> None:
+        self.paths, self.distinct = target.paths, target.distinct
+        self._ascend, self._pause = target.ascend, pause
+
+    def ascend(
+        self, objective: Objective, x: Tensor, y: Tensor, first: int, count: int, seed: int, index: Tensor
+    ) -> Ascent:
+        self._pause()
+        return self._ascend(objective, x, y, first, count, seed, index)
+
+
+def _attacked(
+    part: str, cases: dict[str, Callable[[Pause], Tensor | Attacked]], eps: float, right: Callable[[Tensor], int]
+) -> list[Row]:
+    """Attacks by turns: how long each takes, how many images are right after it, and by how many gradients."""
+    rows: list[Row] = []
+    for name, (found, spent) in in_turns(cases).items():
+        note = f"{right(found.images if isinstance(found, Attacked) else found)} correct"
+        if isinstance(found, Attacked):
+            note += f"; {found.backwards:,} gradients, {found.forwards:,} queries"
+        rows.append(
+            Row(part, f"{255 * eps:g}/255: {name}", spent, spent / (rows[0].seconds if rows else spent), note=note)
+        )
+    return rows
+
+
+def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float]) -> list[Row]:
+    """The whole ensemble, L-inf: AutoAttack (its ``rand`` where there is noise) and our suite ``standard``.
+
+    Both meet the images that are right without attack, and both are judged by the same fresh vote.
+
+    Raises:
+        ValueError: pyautoattack is not installed.
+    """
+    index = torch.arange(len(x), device=x.device)
+    right = ensemble.predict(x, 0, index).labels == y
+    x, y, index = x[right], y[right], index[right]
+    noisy = any(m.schedule.omega > 0 for m in ensemble.members)  # type: ignore[union-attr, operator]
+    surrogates = {"resnet": net, "noise-free": NoiseFree(ensemble)}
+
+    def peer(eps: float, pause: Pause) -> Attacked:
+        return peer_attack("autoattack", ensemble, x, y, "linf", eps)
+
+    def ours(eps: float, pause: Pause) -> Attacked:
+        suite = Suite(partial(standard, "linf", noisy=noisy), surrogates)
+        *_, (_, found) = suite.run(ensemble, x, y, index, [eps])
+        return Attacked(found.images, found.labels != y, sum(found.forwards), sum(found.backwards))
+
+    rows = []
+    for eps in radii:
+        cases: dict[str, Callable[[Pause], Tensor | Attacked]] = {
+            "AutoAttack": partial(peer, eps),
+            "ours, standard": partial(ours, eps),
+        }
+        rows += _attacked(
+            "suite", cases, eps, lambda images: int((ensemble.predict(images, 0, index).labels == y).sum())
+        )
     return rows
 
 

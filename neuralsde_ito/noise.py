@@ -156,6 +156,10 @@ class _Shift(torch.autograd.Function):
 
 def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: Tensor) -> Tensor:
     _check(keys)
+    if len(keys) != len(x) or keys.device != x.device:
+        raise ValueError(
+            f"Every state needs a key beside it: {len(x)} states on {x.device}, {len(keys)} keys on {keys.device}."
+        )
     base = _absorb(keys, _fold(address))
     if not _fused(x, base, scale, out):
         size = math.prod(x.shape[1:])

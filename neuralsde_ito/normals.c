@@ -105,11 +105,13 @@ INLINE void add(PARAMETERS) {
 static void add_anywhere(PARAMETERS) { add(ARGUMENTS); }
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__clang__)
+#define WIDE "avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"
+#else
+#define WIDE "avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512" /* a third quicker than 256 */
+#endif
 __attribute__((target("avx2,fma"))) static void add_avx2(PARAMETERS) { add(ARGUMENTS); }
-__attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512"))) static void add_avx512(
-    PARAMETERS) {
-    add(ARGUMENTS);
-}
+__attribute__((target(WIDE))) static void add_avx512(PARAMETERS) { add(ARGUMENTS); }
 #endif
 
 /* States of `rows` images, 2 * half numbers each: contiguous (channels = 1), or channels_last with an even number of

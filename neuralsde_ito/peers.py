@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .convergence import Order, fit_order
+from .problems import FINEST, PROBLEMS
 from .solvers import find_solver
 
 # Our name -> diffrax's class, for additive and for multiplicative noise; it has no Itô SRK of order 1.5 for the latter.
@@ -41,17 +42,18 @@ def diffrax_orders(problem: str, solvers: Sequence[str], steps: Sequence[int]) -
     import lineax
     import numpy as np
 
-    multiplicative = problem == "geometric-brownian"
+    posed = PROBLEMS[problem]()
+    multiplicative, omega, y0 = posed.sde.schedule.multiplicative, posed.sde.schedule.omega, float(posed.y0[0, 0])
 
     def drift(t: Any, y: Any, stratonovich: bool) -> Any:
         if problem == "ornstein-uhlenbeck":
             return -y
         if multiplicative:
-            return (0.25 - (0.125 if stratonovich else 0.0)) * y
+            return (0.25 - (omega**2 / 2 if stratonovich else 0.0)) * y
         return y - y**3
 
     def diffusion(t: Any, y: Any, _: Any) -> Any:
-        g = {"ornstein-uhlenbeck": 1 / (1 + t), "geometric-brownian": 0.5 * y, "double-well": 0.75}[problem]
+        g = omega * y if multiplicative else omega / (1 + t) if problem == "ornstein-uhlenbeck" else omega
         return lineax.DiagonalLinearOperator(jnp.broadcast_to(jnp.asarray(g, y.dtype), y.shape))
 
     def tree(key: Any) -> Any:
@@ -64,7 +66,7 @@ def diffrax_orders(problem: str, solvers: Sequence[str], steps: Sequence[int]) -
             terms: Any = diffrax.MultiTerm(
                 diffrax.ODETerm(lambda t, y, _: drift(t, y, stratonovich)), diffrax.ControlTerm(diffusion, tree(key))
             )
-            start = jnp.full((64,), 0.5 if problem == "double-well" else 1.0)
+            start = jnp.full((64,), y0)
             return diffrax.diffeqsolve(terms, solver, 0.0, 1.0, 1 / n, start, max_steps=None, throw=False).ys[0]
 
         return jax.jit(jax.vmap(one, (0, None)))
@@ -72,18 +74,18 @@ def diffrax_orders(problem: str, solvers: Sequence[str], steps: Sequence[int]) -
     def exact(key: Any) -> Any:
         path = tree(key)
         if multiplicative:
-            return jnp.exp(0.25 - 0.125 + 0.5 * path.evaluate(0.0, 1.0))
+            return y0 * jnp.exp(0.25 - omega**2 / 2 + omega * path.evaluate(0.0, 1.0))
         h = 2.0**-9  # as in `problems.ornstein_uhlenbeck`; here H is given in place of U = h (W / 2 + H)
         left = jnp.arange(512) * h
         area = jax.vmap(lambda t: path.evaluate(t, t + h, use_levy=True))(left)
         m = (left + 0.5 * h)[:, None]
-        phi = jnp.exp(m - 1) / (1 + m)
-        return math.exp(-1) + (phi * area.W - phi * (1 - 1 / (1 + m)) * h * area.H).sum(0)
+        phi = jnp.exp(m - 1) * omega / (1 + m)
+        return math.exp(-1) * y0 + (phi * area.W - phi * (1 - 1 / (1 + m)) * h * area.H).sum(0)
 
     with jax.enable_x64():
         keys = jax.random.split(jax.random.key(0), 64)
         if problem == "double-well":
-            fine = solver_of("SRA1", False)(keys, 2048.0)
+            fine = solver_of("SRA1", False)(keys, float(FINEST))
         else:
             fine = jax.jit(jax.vmap(exact))(keys)
         found = {}

@@ -15,6 +15,8 @@ from .schedules import Schedule
 from .sde import BlockSDE
 from .solvers import find_solver, integrate, solve_torchsde
 
+FINEST = 1 << 11  # steps of a reference where no solution is known
+
 
 class Pointwise(nn.Module):
     """``B(y)`` given as a function of every element."""
@@ -111,7 +113,7 @@ def double_well(omega: float = 0.75, paths: int = 4096, seed: int = 3) -> Proble
     """
     y0, keys = _states(paths, 0.5, seed)
     sde = _block(lambda y: y + y - y**3, Schedule(omega, "constant"))
-    return Problem(sde, y0, keys, lambda path: solve_torchsde(sde, path, find_solver("srk"), 1 << 11, y0, 0, 1 << 11))
+    return Problem(sde, y0, keys, lambda path: solve_torchsde(sde, path, find_solver("srk"), FINEST, y0, 0, FINEST))
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {

@@ -16,6 +16,7 @@ FLOORS = {
     "names": -1,  # the ground: how everybody above words an unknown name
     "threads": -1,  # and how work is spread over a CPU
     "fused": -1,  # and whether noise takes one pass
+    "turns": -1,  # and how long measurements share it
     "live": -1,  # and how much memory it holds
     "schedules": 0,
     "noise": 0,
@@ -63,6 +64,7 @@ NEIGHBOURS = {
     "training": {"checkpoints", "config", "evaluation"},
     "recipes": {"checkpoints", "config", "evaluation", "training"},
     "suite": {"checkpoints"},
+    "benchmark": {"evaluation", "suite"},
     "bundle": {"checkpoints"},
     "verification": {"bundle"},
     "checking": {"subject"},

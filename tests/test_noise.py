@@ -477,6 +477,15 @@ def test_one_pass_adds_what_tensors_add(shape, layout, fits, scale, monkeypatch)
     assert torch.equal(changed, found)
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("keys", [make_keys(0, "report", index=torch.arange(n)) for n in (1, 4)])
+def test_a_state_without_a_key_is_refused(keys):
+    with pytest.raises(ValueError, match=rf"3 states on cpu, {len(keys)} keys on cpu"):
+        noise.add_normals(torch.rand(3, 2, 4, 4), keys, 0.3, 2)
+    with pytest.raises(ValueError, match="3 states on meta, 3 keys on cpu"):
+        noise.add_normals(torch.rand(3, 4, device="meta"), make_keys(0, "report", index=torch.arange(3)), 0.3, 2)
+
+
 def test_a_recorded_state_is_not_changed_and_its_gradient_passes():
     keys = make_keys(1, "report", index=torch.arange(3))
     x = torch.rand(3, 2, 4, 4).requires_grad_()

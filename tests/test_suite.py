@@ -201,7 +201,7 @@ def test_foolbox_attacks_an_ensemble_as_it_is(ensemble, x, y, norm):
     assert float(BALLS[norm].length(found.images - x).max()) <= eps + 1e-5
     steps = {"linf": 40, "l2": 50}[norm]
     assert found.backwards == steps * N
-    assert found.forwards >= found.backwards
+    assert found.forwards < found.backwards  # those without a gradient only
 
 
 @pytest.mark.parametrize("name", ["torchattacks", "autoattack"])

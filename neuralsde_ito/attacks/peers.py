@@ -22,7 +22,7 @@ class OnePath(nn.Module):
     """An ensemble as other libraries see it: every call one fresh path of the next member, counted.
 
     Attributes:
-        forwards, backwards: images that went through, and gradients that came back.
+        forwards, backwards: images that went through, and gradients that came back of them.
     """
 
     def __init__(self, ensemble: ItoEnsemble) -> None:
@@ -91,7 +91,7 @@ def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: st
             attack = pyautoattack.AutoAttack(model, eps=eps, norm=spelling, version=kind, seed=0, device=x.device)
             images = attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
     images = images.detach()
-    forwards, backwards = model.forwards, model.backwards
+    forwards, backwards = model.forwards - model.backwards, model.backwards
     with torch.no_grad():
         fooled = right_share(torch.stack([model(images) for _ in range(20 if model.noisy else 1)]), y) <= 0.5
     return Attacked(images, fooled, forwards, backwards)

@@ -1,0 +1,74 @@
+"""What the benchmark counts, and that its slow parts run; the figures themselves are in docs/speed.md."""
+
+import time
+
+import pytest
+import torch
+
+import neuralsde_ito as ito
+from neuralsde_ito.benchmark import bench_attack, bench_suite, bf16_peak, operations
+from neuralsde_ito.turns import in_turns
+
+
+def test_operations_of_resnet20_are_those_of_its_paper():
+    net = ito.load_resnet("resnet20").eval()  # He et al. 2015 and its reimplementations: 41 million products an image
+    assert operations(net, torch.rand(2, 3, 32, 32)) == pytest.approx(2 * 2 * 41e6, rel=0.02)
+
+
+def test_the_peak_is_measured():
+    assert 1e6 < bf16_peak(torch.device("cpu"), 64) < 1e15
+
+
+def test_cases_take_turns_and_none_is_charged_for_the_others():
+    order = []
+
+    def case(name, turns, length):
+        def run(pause):
+            for _ in range(turns):
+                order.append(name)
+                time.sleep(length)
+                pause()
+            return name
+
+        return run
+
+    found = in_turns({"a": case("a", 2, 0), "b": case("b", 4, 0.05), "c": case("c", 3, 0)})
+    assert order == list("abcabcbcb")
+    assert [result for result, _ in found.values()] == ["a", "b", "c"]
+    assert found["b"][1] >= 4 * 0.05
+
+
+def test_an_error_of_a_turn_is_raised_and_the_others_end():
+    ended = []
+
+    def wrong(pause):
+        pause()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        in_turns({"wrong": wrong, "right": lambda pause: ended.append(pause())})
+    assert ended == [None]
+
+
+@pytest.fixture
+def ensemble():
+    torch.manual_seed(0)
+    return ito.ItoEnsemble([ito.recast(ito.load_resnet("resnet8"), omega=0.2)], inferences=4)
+
+
+def test_attacks_are_measured_beside_torchattacks(ensemble):
+    pytest.importorskip("torchattacks", reason="torchattacks is not installed")
+    x = torch.rand(4, 3, 32, 32)
+    rows = bench_attack(ensemble, x, ensemble.predict(x).labels, [0.01, 0.02], steps=2, eot=2)
+    assert [row.ratio for row in rows[::4]] == [1, 1]
+    assert all("gradients" in row.note for row in rows if "ours" in row.name)
+
+
+def test_the_suite_is_measured_beside_autoattack(ensemble):
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    x = torch.rand(3, 3, 32, 32)
+    y = ensemble.predict(x, 0, torch.arange(3)).labels
+    y[0] = (y[0] + 1) % 10  # wrong without attack: nobody attacks it
+    rows = bench_suite(ensemble.members[0].base, ensemble, x, y, [8 / 255])
+    assert [row.name for row in rows] == ["8/255: AutoAttack", "8/255: ours, standard"]
+    assert all(int(row.note.split()[0]) <= 2 for row in rows)
