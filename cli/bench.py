@@ -134,7 +134,7 @@ def command(
     click.echo()
     output.sentence(
         f"Ratio: to the first row of the part (attacks: of each radius; paths: of each number of steps), measured in "
-        f"turn, median of {repeats} repeats. Attacks run once, step by step in turn; memory is measured once. An "
+        f"turn, median of {repeats} repeats. Attacks run once, step by step in turn; suites and memory once. An "
         f"inference, a vote and paths of 16,384 numbers are of {batch} images, a training step of {min(batch, 128)}, "
         f"an attack of {images}, memory of 128."
     )

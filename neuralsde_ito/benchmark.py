@@ -28,7 +28,7 @@ from .attacks.peers import peer_attack
 from .engine import infer, quicken
 from .ensemble import ItoEnsemble, evaluating
 from .evaluation import NoiseFree
-from .fused import library
+from .fused import kernel
 from .noise import BrownianPath, make_keys
 from .recast import ItoResNet, recast
 from .resnets import load_resnet
@@ -64,7 +64,7 @@ def interleaved(part: str, cases: dict[str, Callable[[], object]], repeats: int,
         start = time.perf_counter()
         case()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
     cold = {name: clock(case) for name, case in cases.items()}
@@ -226,7 +226,7 @@ def bench_attack(ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float]
             "ours, every image to the end": partial(ours, eps, stop=False, keep="last"),
             "ours": partial(ours, eps),
         }
-        rows += _attacked("attack", cases, eps, lambda images: int((one.predict(images).labels == y).sum()))
+        rows += _attacked("attack", cases, eps, lambda images: int((one.predict(images).labels == y).sum()), x.device)
     return rows
 
 
@@ -236,6 +236,7 @@ class _PausedModule(nn.Module):
     def __init__(self, model: nn.Module, pause: Pause, every: int) -> None:
         super().__init__()
         self.model, self.pause, self.every, self.calls = model, pause, every, 0
+        self.training = model.training  # what torchattacks goes back to
 
     def forward(self, x: Tensor) -> Tensor:
         if self.calls % self.every == 0:
@@ -259,11 +260,15 @@ class _PausedTarget:
 
 
 def _attacked(
-    part: str, cases: dict[str, Callable[[Pause], Tensor | Attacked]], eps: float, right: Callable[[Tensor], int]
+    part: str,
+    cases: dict[str, Callable[[Pause], Tensor | Attacked]],
+    eps: float,
+    right: Callable[[Tensor], int],
+    device: torch.device,
 ) -> list[Row]:
-    """Attacks by turns: how long each takes, how many images are right after it, and by how many gradients."""
+    """Attacks, by turns where they pause: their time, the images that stay right, and the gradients."""
     rows: list[Row] = []
-    for name, (found, spent) in in_turns(cases).items():
+    for name, (found, spent) in in_turns(cases, device).items():
         note = f"{right(found.images if isinstance(found, Attacked) else found)} correct"
         if isinstance(found, Attacked):
             note += f"; {found.backwards:,} gradients, {found.forwards:,} queries"
@@ -284,6 +289,8 @@ def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, rad
     index = torch.arange(len(x), device=x.device)
     right = ensemble.predict(x, 0, index).labels == y
     x, y, index = x[right], y[right], index[right]
+    if not len(x):
+        return []
     noisy = any(m.schedule.omega > 0 for m in ensemble.members)  # type: ignore[union-attr, operator]
     surrogates = {"resnet": net, "noise-free": NoiseFree(ensemble)}
 
@@ -302,7 +309,7 @@ def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, rad
             "ours, standard": partial(ours, eps),
         }
         rows += _attacked(
-            "suite", cases, eps, lambda images: int((ensemble.predict(images, 0, index).labels == y).sum())
+            "suite", cases, eps, lambda images: int((ensemble.predict(images, 0, index).labels == y).sum()), x.device
         )
     return rows
 
@@ -394,6 +401,6 @@ def machine(device: torch.device) -> Iterator[str]:
         yield torch.cuda.get_device_name(device)
     else:
         yield f"{torch.get_num_threads()} CPU threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
-        if library is None:
+        if kernel is None:
             yield "noise without the compiled pass"
     yield f"PyTorch {torch.__version__}"

@@ -55,12 +55,11 @@ INLINE void box_muller(float *cosines, float *sines, const int64_t *elements, in
     const int64_t second = half + first;
     mix(&low, elements + first / 2, key, (first % 2 + n + 1) / 2);
     mix(&high, elements + second / 2, key, (second % 2 + n + 1) / 2);
-    const int32_t *sizes = low.halves + first % 2, *angles = high.halves + second % 2;
     for (int64_t i = 0; i < n; i++) {
-        const float u = fabsf((float)sizes[i]) * (1.0f / 2147483649.0f) + 0.5f / 2147483649.0f;
+        const float u = fabsf((float)low.halves[first % 2 + i]) * (1.0f / 2147483649.0f) + 0.5f / 2147483649.0f;
         const float radius = scale * sqrtf(-2.0f * logarithm(u));
         /* The angle is pi / 2^31 of the integer: its quadrant, and v in [-1/2, 1/2) quarter turns from there. */
-        const uint32_t angle = (uint32_t)angles[i];
+        const uint32_t angle = (uint32_t)high.halves[second % 2 + i];
         const int32_t quadrant = (int32_t)(angle + 0x20000000u) >> 30;
         const float v = (float)((int32_t)(angle << 2) >> 2) * 0x1p-30f, z = v * v;
         const float s = v * (1.57079637f + z * (-0.64596349f + z * (0.0796802267f + z * -0.00460217707f)));
@@ -115,8 +114,9 @@ __attribute__((target(WIDE))) static void add_avx512(PARAMETERS) { add(ARGUMENTS
 #endif
 
 /* States of `rows` images, 2 * half numbers each: contiguous (channels = 1), or channels_last with an even number of
- * channels, 4096 at most. `x` and `out` may be one. */
-void add_normals(PARAMETERS) {
+ * channels, 4096 at most. `x` and `out` may be one. Whoever changes the parameters changes the name: a library that was
+ * built before is not found then. */
+void ito_add_normals_1(PARAMETERS) {
 #if defined(__x86_64__) && defined(__GNUC__)
     if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
         add_avx512(ARGUMENTS);

@@ -24,7 +24,7 @@ from .checkpoints import (
 )
 from .config import Config, differing_keys
 from .data import Dataset, load_data
-from .fused import library
+from .fused import kernel
 from .names import nearest
 from .resnets import load_resnet
 from .training import Trainer
@@ -104,7 +104,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "noise": "tensors" if library is None else "compiled",  # on a CPU; alike but for the last bits
+        "noise": "tensors" if kernel is None else "compiled",  # on a CPU; alike but for the last bits
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": {name: version(name) for name in packages},
     }

@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 Pause = Callable[[], None]
 
 
-def in_turns(cases: dict[str, Callable[[Pause], Result]]) -> dict[str, tuple[Result, float]]:
+def in_turns(cases: dict[str, Callable[[Pause], Result]], device: torch.device) -> dict[str, tuple[Result, float]]:
     """Run long cases side by side, but one at a time: whoever calls his ``pause()`` lets the next one go on.
 
     Each case has a thread. So what disturbs the machine for a minute disturbs all of them.
@@ -35,8 +35,8 @@ def in_turns(cases: dict[str, Callable[[Pause], Result]]) -> dict[str, tuple[Res
             return time.perf_counter()
 
         def stop() -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             spent[name] += time.perf_counter() - began
 
         def pause() -> None:
@@ -49,9 +49,9 @@ def in_turns(cases: dict[str, Callable[[Pause], Result]]) -> dict[str, tuple[Res
         began = begin()
         try:
             found[name] = cases[name](pause)
+            stop()
         except BaseException as error:
             errors.append(error)
-        stop()
         row.pop(0)
         if row:
             go[row[0]].release()

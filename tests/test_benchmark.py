@@ -1,13 +1,14 @@
 """What the benchmark counts, and that its slow parts run; the figures themselves are in docs/speed.md."""
 
-import time
-
 import pytest
 import torch
 
 import neuralsde_ito as ito
+from neuralsde_ito import turns
 from neuralsde_ito.benchmark import bench_attack, bench_suite, bf16_peak, operations
 from neuralsde_ito.turns import in_turns
+
+CPU = torch.device("cpu")
 
 
 def test_operations_of_resnet20_are_those_of_its_paper():
@@ -16,26 +17,26 @@ def test_operations_of_resnet20_are_those_of_its_paper():
 
 
 def test_the_peak_is_measured():
-    assert 1e6 < bf16_peak(torch.device("cpu"), 64) < 1e15
+    assert 1e6 < bf16_peak(CPU, 64) < 1e15
 
 
-def test_cases_take_turns_and_none_is_charged_for_the_others():
-    order = []
+def test_cases_take_turns_and_none_is_charged_for_the_others(monkeypatch):
+    order, clock = [], [0.0]
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
 
-    def case(name, turns, length):
+    def case(name, steps, length):
         def run(pause):
-            for _ in range(turns):
+            for _ in range(steps):
                 order.append(name)
-                time.sleep(length)
+                clock[0] += length
                 pause()
             return name
 
         return run
 
-    found = in_turns({"a": case("a", 2, 0), "b": case("b", 4, 0.05), "c": case("c", 3, 0)})
+    found = in_turns({"a": case("a", 2, 1.0), "b": case("b", 4, 5.0), "c": case("c", 3, 0.5)}, CPU)
     assert order == list("abcabcbcb")
-    assert [result for result, _ in found.values()] == ["a", "b", "c"]
-    assert found["b"][1] >= 4 * 0.05
+    assert found == {"a": ("a", 2.0), "b": ("b", 20.0), "c": ("c", 1.5)}
 
 
 def test_an_error_of_a_turn_is_raised_and_the_others_end():
@@ -46,7 +47,7 @@ def test_an_error_of_a_turn_is_raised_and_the_others_end():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        in_turns({"wrong": wrong, "right": lambda pause: ended.append(pause())})
+        in_turns({"wrong": wrong, "right": lambda pause: ended.append(pause())}, CPU)
     assert ended == [None]
 
 
@@ -59,9 +60,11 @@ def ensemble():
 def test_attacks_are_measured_beside_torchattacks(ensemble):
     pytest.importorskip("torchattacks", reason="torchattacks is not installed")
     x = torch.rand(4, 3, 32, 32)
-    rows = bench_attack(ensemble, x, ensemble.predict(x).labels, [0.01, 0.02], steps=2, eot=2)
+    modes = [module.training for module in ensemble.modules()]
+    rows = bench_attack(ensemble, x, ensemble.predict(x).labels, [0.01, 0.02], steps=3, eot=2)
     assert [row.ratio for row in rows[::4]] == [1, 1]
-    assert all("gradients" in row.note for row in rows if "ours" in row.name)
+    assert all(" 24 gradients" in row.note for row in rows if "to the end" in row.name)  # images x steps x paths
+    assert [module.training for module in ensemble.modules()] == modes
 
 
 def test_the_suite_is_measured_beside_autoattack(ensemble):
@@ -72,3 +75,4 @@ def test_the_suite_is_measured_beside_autoattack(ensemble):
     rows = bench_suite(ensemble.members[0].base, ensemble, x, y, [8 / 255])
     assert [row.name for row in rows] == ["8/255: AutoAttack", "8/255: ours, standard"]
     assert all(int(row.note.split()[0]) <= 2 for row in rows)
+    assert not bench_suite(ensemble.members[0].base, ensemble, x[:1], y[:1], [8 / 255])

@@ -117,8 +117,8 @@ def test_errors_of_keys():
 def way(request, monkeypatch):
     """Either way to draw float32 on a CPU."""
     if request.param == "tensors":
-        monkeypatch.setattr(fused, "library", None)
-    elif fused.library is None:
+        monkeypatch.setattr(fused, "kernel", None)
+    elif fused.kernel is None:
         pytest.skip("the package was built without a C compiler: there is no noise in one pass")
 
 
@@ -462,7 +462,7 @@ def test_added_normals_are_the_normals(shape, layout):
     ],
 )
 def test_one_pass_adds_what_tensors_add(shape, layout, fits, scale, monkeypatch):
-    if fused.library is None:
+    if fused.kernel is None:
         pytest.skip("the package was built without a C compiler: there is no noise in one pass")
     keys = make_keys(7, "report", index=torch.arange(shape[0]))
     x = torch.rand(shape)
@@ -470,7 +470,7 @@ def test_one_pass_adds_what_tensors_add(shape, layout, fits, scale, monkeypatch)
     assert bool(fused.layout(x, x)) == fits
     found = noise.add_normals(x, keys, scale, 2, 0, 0, 1)
     changed = noise.add_normals(x.clone(), keys, scale, 2, 0, 0, 1, in_place=True)
-    monkeypatch.setattr(fused, "library", None)
+    monkeypatch.setattr(fused, "kernel", None)
     wanted = noise.add_normals(x, keys, scale, 2, 0, 0, 1)
     assert found.stride() == x.stride()
     assert torch.allclose(found, wanted, rtol=0, atol=2e-6)
@@ -484,6 +484,15 @@ def test_a_state_without_a_key_is_refused(keys):
         noise.add_normals(torch.rand(3, 2, 4, 4), keys, 0.3, 2)
     with pytest.raises(ValueError, match="3 states on meta, 3 keys on cpu"):
         noise.add_normals(torch.rand(3, 4, device="meta"), make_keys(0, "report", index=torch.arange(3)), 0.3, 2)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_graph_that_holds_a_state_notices_that_it_was_changed():
+    x, weight = torch.rand(3, 4), torch.rand(3, 4, requires_grad=True)
+    y = (weight * x).sum()
+    noise.add_normals(x, make_keys(0, "report", index=torch.arange(3)), 0.3, 2, in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_a_recorded_state_is_not_changed_and_its_gradient_passes():
