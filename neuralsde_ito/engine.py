@@ -86,15 +86,20 @@ def in_pieces(work: Callable[[slice], Result], total: int, size: int, device: to
 def infer(model: ItoResNet, x: Tensor, rows: Tensor, keys: Tensor, size: int | None = None) -> Tensor:
     """Inferences without a gradient: logits ``(K, classes)`` of images ``x[rows]`` along paths ``keys``, both ``(K,)``.
 
-    The stem runs once an image, however many inferences it has. A single state is doubled, as a batch of one takes
-    other convolution kernels, with other last bits.
+    What the inferences of an image have in common runs once, where there are several. A single state is doubled, as a
+    batch of one takes other convolution kernels, with other last bits.
     """
-    state = model.stem(x if len(x) > 1 else torch.cat([x, x]))
+    size = size or piece_of(model, x.device)
+    state = None
+    if len(rows) > len(x):
+        images = x if len(x) > 1 else torch.cat([x, x])
+        state = torch.cat(in_pieces(lambda part: model.start(images[part]), len(images), size, x.device))
 
     def piece(part: slice) -> Tensor:
         one, these = rows[part], keys[part]
-        if len(one) > 1:
-            return model.propagate(state[one], these)
-        return model.propagate(state[one.repeat(2)], these.repeat(2))[:1]
+        if single := len(one) == 1:
+            one, these = one.repeat(2), these.repeat(2)
+        logits = model.propagate(model.start(x[one]) if state is None else state[one], these)
+        return logits[:1] if single else logits
 
-    return torch.cat(in_pieces(piece, len(rows), size or piece_of(model, x.device), x.device))
+    return torch.cat(in_pieces(piece, len(rows), size, x.device))

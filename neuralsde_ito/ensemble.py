@@ -117,12 +117,12 @@ class ItoEnsemble(nn.Module):
         return torch.stack([row for row in out if row is not None])
 
     def _infer(self, member: int, x: Tensor, keys: Tensor) -> Tensor:
-        """Logits ``(P, N, classes)`` of one member for keys ``(P, N)``; the stem runs once."""
+        """Logits ``(P, N, classes)`` of one member for keys ``(P, N)``; what they have in common runs once."""
         model: ItoResNet = self.members[member]  # type: ignore[assignment]
         if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in model.parameters()))):
             rows = torch.arange(len(x), device=x.device).repeat(len(keys))
             return infer(model, x, rows, keys.flatten(), self.chunk).view(*keys.shape, -1)
-        state = model.stem(x)
+        state = model.start(x)
         out = []
         size = self.chunk or piece_of(model, x.device)
         for group in keys.split(max(1, size // max(1, len(x)))):

@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from .noise import fresh_keys
 from .schedules import Schedule
 from .sde import BlockSDE
-from .solvers import check_solver, integrate
+from .solvers import check_solver, diffuse, integrate
 
 _BLOCKS = (BasicBlock, Bottleneck)
 
@@ -119,15 +119,30 @@ class ItoResNet(nn.Module):
         Returns:
             Logits ``(N, classes)``.
         """
-        return self.propagate(self.stem(x), fresh_keys(len(x), x.device) if keys is None else keys)
+        return self.propagate(self.start(x), fresh_keys(len(x), x.device) if keys is None else keys)
+
+    @property
+    def _drifts_once(self) -> bool:
+        return (self.solver, self.steps, self.checkpoint) == ("euler", 1, False) and not self.schedule.multiplicative
+
+    def start(self, x: Tensor) -> Tensor:
+        """What all inferences of an image have in common, ``(N, C, H, W) -> (N, ...)``: all that is before any noise.
+
+        That is the stem, and the drift of the first block where Euler takes it in one step.
+        """
+        state = self.stem(x)
+        return self.sdes[0].block(state) if self._drifts_once else state  # type: ignore[operator]
 
     def propagate(self, state: Tensor, keys: Tensor) -> Tensor:
-        """From the first state ``(N, ...)``, after the stem, to logits: the stem is common to all inferences."""
+        """From what `start` has made, ``(N, ...)``, to logits along paths ``(N,)``."""
         if keys.shape != state.shape[:1]:
             raise ValueError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
         check_solver(self.solver, self.schedule.omega, self.steps)  # they may have been set since
         keys = keys.to(state.device)
-        for sde in self.sdes:
+        rest = iter(self.sdes)
+        if self._drifts_once:
+            state = diffuse(next(rest), state, keys)  # type: ignore[arg-type]
+        for sde in rest:
             state = integrate(sde, state, keys, self.solver, self.steps, self.checkpoint)  # type: ignore[arg-type]
         return self.head(state)
 

@@ -68,6 +68,38 @@ def test_inferences_of_images_in_any_order():
             assert torch.allclose(infer(model, x, rows, keys, size), wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("settings", "shared"),
+    [
+        ({}, True),
+        ({"omega": 0.0}, True),
+        ({"schedule": "constant"}, True),
+        ({"schedule": "multiplicative"}, False),  # its noise needs the state before the block
+        ({"solver": "milstein"}, False),
+        ({"steps": 2}, False),
+        ({"checkpoint": True}, False),
+    ],
+)
+def test_what_is_before_any_noise_runs_once_an_image(settings, shared):
+    model = ito.recast(trained(ito.load_resnet("resnet8")), **({"omega": 0.2} | settings)).eval().double()
+    x = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    keys = ito.make_keys(0, "report", inference=torch.arange(3)[:, None], index=torch.arange(4))
+    ensemble, seen = ito.ItoEnsemble([model]), []
+    with torch.no_grad():
+        state = model.stem(x.repeat(3, 1, 1, 1))  # every inference by itself
+        for sde in model.sdes:
+            state = ito.integrate(sde, state, keys.flatten(), model.solver, model.steps)
+        wanted = model.head(state).view(3, 4, -1)
+        model.sdes[0].block.register_forward_hook(lambda block, given, y: seen.append(len(y)))
+        found = ensemble._infer(0, x, keys)
+        once = sum(seen)
+        at = x.clone().requires_grad_()
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    with torch.enable_grad():
+        assert torch.allclose(ensemble._infer(0, at, keys), wanted, rtol=0, atol=1e-12)
+    assert once == 4 if shared else once >= 12
+
+
 def test_a_block_that_hands_back_its_input_does_not_see_it_changed():
     model = ito.recast(networks()["chain"], omega=0.5).eval()
     state = torch.rand(3, 8, 30, 30)

@@ -158,7 +158,8 @@ class EnsembleTarget:
         noisy = any(member.schedule.omega > 0 for member in ensemble.members)  # type: ignore[union-attr, operator]
         self.distinct = None if noisy else len(ensemble.members)
         self.quick = ensemble.quick()
-        self.size = ensemble.chunk or min(piece_of(m, device) for m in self.quick.members)  # type: ignore[arg-type]
+        # A gradient goes through twice as many tensors: half as many states fit the caches.
+        self.size = ensemble.chunk or min(piece_of(m, device) for m in self.quick.members) // 2  # type: ignore[arg-type]
 
     @torch.no_grad()
     def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
