@@ -11,6 +11,7 @@ import click
 
 from . import options, output
 
+OF_A_RUN = ("vote", "attack", "suite")  # parts that random weights cannot have
 PARTS = ("inference", "vote", "path", "attack", "suite", "training", "memory")
 
 
@@ -70,12 +71,12 @@ def command(
         place = pick_device(device)
         net = load_resnet(arch).eval().to(place)
         model = recast(net)
-        if parts and (wrong := {"vote", "attack", "suite"} & set(parts)):
+        if parts and (wrong := set(OF_A_RUN) & set(parts)):
             raise ValueError(f"--arch has random weights: --part {min(wrong)} needs a run.")
         x = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(place)
         y = torch.arange(batch, device=place) % 10
         ensemble, what = None, f"{arch} with random weights, random images"
-        asked = tuple(part for part in asked if part not in ("vote", "attack", "suite"))
+        asked = tuple(part for part in asked if part not in OF_A_RUN)
     else:
         opened = options.open_run(root, run, device)
         net, ensemble, place = opened.resnet, opened.ensemble, opened.device

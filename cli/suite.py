@@ -51,7 +51,6 @@ def run(
     from neuralsde_ito.suite import Suite, joined, standard
 
     ensemble, radii = opened.ensemble, sorted(labels)
-    noisy = any(m.schedule.omega > 0 for m in ensemble.members)  # type: ignore[union-attr, operator]
     batches = list(data.test.batches(batch_size, opened.device))
     resnet = ItoEnsemble([recast(opened.resnet, 0.0, image_shape=tuple(batches[0][1].shape[1:]))], 1)  # type: ignore[arg-type]
     settings = {
@@ -74,7 +73,7 @@ def run(
         "Itô ensemble": (
             ensemble,
             Suite(
-                partial(standard, norm, noisy=noisy, effort=effort),
+                partial(standard, norm, noisy=ensemble.noisy, effort=effort),
                 {"resnet": opened.resnet, "noise-free": NoiseFree(ensemble)},
                 noise,
                 repeat,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import platform
 import statistics
@@ -116,8 +115,7 @@ def bench_inference(net: nn.Module, model: ItoResNet, x: Tensor, repeats: int, c
         cases["plain network, torch.compile"] = lambda: fast(x)
     with evaluating(net), evaluating(model):
         rows = interleaved("inference", cases, repeats, x.device)
-        peak = bf16_peak(x.device) if x.device.type == "cuda" else math.inf
-        share = operations(net, x) / peak
+        share = operations(net, x) / bf16_peak(x.device) if x.device.type == "cuda" else 0.0
     return [
         Row(
             r.part,
@@ -291,14 +289,13 @@ def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, rad
     x, y, index = x[right], y[right], index[right]
     if not len(x):
         return []
-    noisy = any(m.schedule.omega > 0 for m in ensemble.members)  # type: ignore[union-attr, operator]
     surrogates = {"resnet": net, "noise-free": NoiseFree(ensemble)}
 
     def peer(eps: float, pause: Pause) -> Attacked:
         return peer_attack("autoattack", ensemble, x, y, "linf", eps)
 
     def ours(eps: float, pause: Pause) -> Attacked:
-        suite = Suite(partial(standard, "linf", noisy=noisy), surrogates)
+        suite = Suite(partial(standard, "linf", noisy=ensemble.noisy), surrogates)
         *_, (_, found) = suite.run(ensemble, x, y, index, [eps])
         return Attacked(found.images, found.labels != y, sum(found.forwards), sum(found.backwards))
 

@@ -91,9 +91,13 @@ def infer(model: ItoResNet, x: Tensor, rows: Tensor, keys: Tensor, size: int | N
     """
     size = size or piece_of(model, x.device)
     state = None
+
+    def begin(part: slice) -> Tensor:
+        images = x[part]
+        return model.start(images) if len(images) > 1 else model.start(torch.cat([images, images]))[:1]
+
     if len(rows) > len(x):
-        images = x if len(x) > 1 else torch.cat([x, x])
-        state = torch.cat(in_pieces(lambda part: model.start(images[part]), len(images), size, x.device))
+        state = torch.cat(in_pieces(begin, len(x), size, x.device))
 
     def piece(part: slice) -> Tensor:
         one, these = rows[part], keys[part]

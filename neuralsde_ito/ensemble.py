@@ -77,6 +77,11 @@ class ItoEnsemble(nn.Module):
         self.inferences, self.rule, self.paths_per_call = inferences, check_rule(rule), paths_per_call
 
     @property
+    def noisy(self) -> bool:
+        """Whether any member has noise: whether two inferences of an image can differ."""
+        return any(member.schedule.omega > 0 for member in self.members)  # type: ignore[union-attr, operator]
+
+    @property
     def channels(self) -> int | None:
         """Channels of an image, where the stem has a convolution to tell."""
         convs = (m for m in self.members[0].get_submodule("stem").modules() if isinstance(m, nn.Conv2d))

@@ -121,8 +121,10 @@ def _draw(base: Tensor, size: int, dtype: torch.dtype, scale: float = 1.0) -> Te
     """Normals ``(N, size)``, times ``scale`` (not negative), of keys ``(N,)`` that hold their address already."""
     half = (size + 1) // 2
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.zeros(base.shape[0], 2 * half, dtype=work, device=base.device)
-    if not _fused(out, base, scale, out):
+    out = torch.empty(base.shape[0], 2 * half, dtype=work, device=base.device)
+    if channels := fused.layout(out, out):
+        _fused(out.zero_(), base, scale, channels, out)
+    else:
         _generate(base, half, work, lambda rows, scratch: scratch.fill(out[rows], scale))
     return out[:, :size].to(dtype).contiguous()
 
@@ -161,7 +163,9 @@ def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: T
             f"Every state needs a key beside it: {len(x)} states on {x.device}, {len(keys)} keys on {keys.device}."
         )
     base = _absorb(keys, _fold(address))
-    if not _fused(x, base, scale, out):
+    if channels := fused.layout(x, out):
+        _fused(x, base, scale, channels, out)
+    else:
         size = math.prod(x.shape[1:])
 
         def add(rows: slice, scratch: _Scratch) -> None:
@@ -172,16 +176,15 @@ def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: T
     return out
 
 
-def _fused(x: Tensor, base: Tensor, scale: float, out: Tensor) -> bool:
-    """``out = x + scale * normals`` in one pass; False where that cannot be."""
-    channels = fused.layout(x, out)
-    if channels:
-        half = math.prod(x.shape[1:]) // 2
-        elements = _elements(half, base.device)
-        _by_rows(
-            lambda rows: fused.add(x[rows], base[rows], elements, scale, channels, out[rows]), len(x), half, x.device
-        )
-    return channels > 0
+def _fused(x: Tensor, base: Tensor, scale: float, channels: int, out: Tensor) -> None:
+    """``out = x + scale * normals`` in one pass, for states with `fused.layout`'s ``channels``."""
+    half = math.prod(x.shape[1:]) // 2
+    elements = _elements(half, base.device)
+
+    def some(rows: slice) -> None:
+        fused.add(x[rows], base[rows], elements, scale, channels, out[rows])
+
+    _by_rows(some, len(x), half, x.device)
 
 
 def _generate(base: Tensor, half: int, dtype: torch.dtype, work: Callable[[slice, _Scratch], object]) -> None:

@@ -177,7 +177,7 @@ class Suite:
 
     def _judge(self, ensemble: ItoEnsemble, x: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The share of votes for the right class, and who has fallen, ``(N,)`` each: not by the report's noise."""
-        if self.noise == "known" or not any(m.schedule.omega for m in ensemble.members):  # type: ignore[union-attr]
+        if self.noise == "known" or not ensemble.noisy:
             votes = [(self.seed, "report")]
         else:
             votes = [(self.seed + 1 + again, "selection") for again in range(3)]

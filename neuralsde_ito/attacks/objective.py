@@ -155,8 +155,7 @@ class EnsembleTarget:
                     f"Solver {member.solver!r} chooses its steps for the whole batch, so that one image's gradient "
                     "depends on the others; attack with a solver of fixed steps."
                 )
-        noisy = any(member.schedule.omega > 0 for member in ensemble.members)  # type: ignore[union-attr, operator]
-        self.distinct = None if noisy else len(ensemble.members)
+        self.distinct = None if ensemble.noisy else len(ensemble.members)
         self.quick = ensemble.quick()
         # A gradient goes through twice as many tensors: half as many states fit the caches.
         self.size = ensemble.chunk or min(piece_of(m, device) for m in self.quick.members) // 2  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ class OnePath(nn.Module):
     def __init__(self, ensemble: ItoEnsemble) -> None:
         super().__init__()
         self.ensemble = ensemble.quick()
-        self.noisy = any(m.schedule.omega > 0 for m in ensemble.members)  # type: ignore[union-attr, operator]
+        self.noisy = ensemble.noisy
         self.forwards = self.backwards = 0
         self._turn = itertools.cycle(range(len(ensemble.members)))
 
