@@ -21,7 +21,7 @@ def _load() -> Callable[..., None] | None:
         return None
     try:
         library = ctypes.CDLL(spec.origin)
-        add_normals = library.ito_add_normals_1
+        add_normals = library.ito_add_normals_2
     except (OSError, AttributeError):  # built for another system, or from another version of normals.c
         return None
     at, number = ctypes.c_void_p, ctypes.c_int64
@@ -41,7 +41,8 @@ def layout(x: Tensor, out: Tensor) -> int:
     if x.is_contiguous():
         return 1 - math.prod(x.shape[1:]) % 2
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x.shape[1] if last and x.shape[1] % 2 == 0 and x.shape[1] <= 4096 else 0
+    even = last and x.shape[1] % 2 == 0 and x.shape[2] * x.shape[3] % 2 == 0
+    return x.shape[1] if even and 0 < x.shape[1] <= 256 else 0
 
 
 def add(x: Tensor, base: Tensor, elements: Tensor, scale: float, channels: int, out: Tensor) -> None:

@@ -20,6 +20,7 @@ from functools import lru_cache
 
 import torch
 import torchsde
+from einops import rearrange
 from torch import Tensor
 
 from . import fused
@@ -100,8 +101,11 @@ def fresh_keys(n: int, device: torch.device | str | None = None) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _elements(words: int, device: torch.device) -> Tensor:
-    return _mix_(torch.arange(1, words + 1, device=device) * _GOLDEN)[None]
+def _elements(words: int, device: torch.device, channels: int = 1) -> Tensor:
+    """The mixed elements ``(1, C)``, where a state is channels_last in the order in which `normals.c` meets them."""
+    elements = _mix_(torch.arange(1, words + 1, device=device) * _GOLDEN)[None]
+    # Sizes and angles, each of `channels / 2` channels.
+    return elements if channels == 1 else rearrange(elements, "1 (a c s) -> 1 (a s c)", a=2, c=channels // 2)
 
 
 def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -179,7 +183,7 @@ def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: T
 def _fused(x: Tensor, base: Tensor, scale: float, channels: int, out: Tensor) -> None:
     """``out = x + scale * normals`` in one pass, for states with `fused.layout`'s ``channels``."""
     half = math.prod(x.shape[1:]) // 2
-    elements = _elements(half, base.device)
+    elements = _elements(half, base.device, channels)
 
     def some(rows: slice) -> None:
         fused.add(x[rows], base[rows], elements, scale, channels, out[rows])

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { PAIRS = 2048, TILE = 256 }; /* in the innermost cache; at a time of one channel, and of a state without channels */
+enum { TILE = 256 }; /* pairs of numbers at a time, that the innermost cache holds */
 
 union halves {
     uint64_t words[TILE / 2 + 1];
@@ -75,29 +75,37 @@ INLINE void box_muller(float *cosines, float *sines, const int64_t *elements, in
         int64_t channels, float scale
 #define ARGUMENTS out, x, keys, rows, elements, half, channels, scale
 
+/* One of a word's two pairs is of a pixel, the other of the next. */
+INLINE void by_pixels(float *noise, const float *cosines, const float *sines, int64_t n, int64_t pairs) {
+    for (int64_t i = 0; i < n; i += 2 * pairs, noise += 4 * pairs)
+        for (int64_t c = 0; c < pairs; c++) {
+            noise[c] = cosines[i + 2 * c];
+            noise[pairs + c] = sines[i + 2 * c];
+            noise[2 * pairs + c] = cosines[i + 2 * c + 1];
+            noise[3 * pairs + c] = sines[i + 2 * c + 1];
+        }
+}
+
 INLINE void add(PARAMETERS) {
-    float cosines[PAIRS], sines[PAIRS];
-    const int64_t pairs = channels > 1 ? channels / 2 : 1; /* of channels; the noise is in order of channels, then space */
-    const int64_t space = half / pairs, most = PAIRS / pairs < TILE ? PAIRS / pairs : TILE;
+    float cosines[TILE], sines[TILE], noise[2 * TILE];
+    const int64_t pairs = channels / 2, most = TILE / channels * channels;
     for (int64_t row = 0; row < rows; row++, out += 2 * half, x += 2 * half)
-        for (int64_t from = 0; from < space; from += most) {
-            const int64_t n = space - from < most ? space - from : most;
-            for (int64_t c = 0; c < pairs; c++)
-                box_muller(cosines + c * most, sines + c * most, elements, keys[row], half, c * space + from, n, scale);
+        for (int64_t from = 0; from < half; from += most) {
+            const int64_t n = half - from < most ? half - from : most;
+            box_muller(cosines, sines, elements, keys[row], half, from, n, scale);
             if (channels == 1)
                 for (int64_t i = 0; i < n; i++) {
                     out[from + i] = x[from + i] + cosines[i];
                     out[half + from + i] = x[half + from + i] + sines[i];
                 }
-            else
-                for (int64_t c = 0; c < pairs; c++) {
-                    const float *at = x + from * channels + c;
-                    float *to = out + from * channels + c;
-                    for (int64_t i = 0; i < n; i++) {
-                        to[i * channels] = at[i * channels] + cosines[c * most + i];
-                        to[i * channels + pairs] = at[i * channels + pairs] + sines[c * most + i];
-                    }
-                }
+            else {
+                if (pairs == 8) /* so few that it pays to tell the compiler */
+                    by_pixels(noise, cosines, sines, n, 8);
+                else
+                    by_pixels(noise, cosines, sines, n, pairs);
+                for (int64_t i = 0; i < 2 * n; i++)
+                    out[2 * from + i] = x[2 * from + i] + noise[i];
+            }
         }
 }
 
@@ -114,9 +122,9 @@ __attribute__((target(WIDE))) static void add_avx512(PARAMETERS) { add(ARGUMENTS
 #endif
 
 /* States of `rows` images, 2 * half numbers each: contiguous (channels = 1), or channels_last with an even number of
- * channels, 4096 at most. `x` and `out` may be one. Whoever changes the parameters changes the name: a library that was
- * built before is not found then. */
-void ito_add_normals_1(PARAMETERS) {
+ * channels, 256 at most, and of pixels; `elements` are in the order in which the state is. `x` and `out` may be one.
+ * Whoever changes the parameters or their meaning changes the name: a library that was built before is not found then. */
+void ito_add_normals_2(PARAMETERS) {
 #if defined(__x86_64__) && defined(__GNUC__)
     if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
         add_avx512(ARGUMENTS);

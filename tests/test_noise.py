@@ -453,10 +453,11 @@ def test_added_normals_are_the_normals(shape, layout):
         ((3, 2, 1, 3), torch.contiguous_format, True),
         ((3, 5, 5, 3), torch.contiguous_format, False),  # an odd number of normals
         ((40, 16, 32, 32), torch.channels_last, True),
-        ((3, 6, 5, 5), torch.channels_last, True),  # words shared by two channels
-        ((2, 128, 17, 3), torch.channels_last, True),
-        ((2, 4096, 2, 2), torch.channels_last, True),
-        ((2, 4098, 2, 1), torch.channels_last, False),
+        ((3, 6, 5, 4), torch.channels_last, True),
+        ((3, 6, 5, 5), torch.channels_last, False),  # words shared by two channels
+        ((2, 100, 17, 6), torch.channels_last, True),  # a piece ends inside of a row of pixels
+        ((2, 256, 2, 3), torch.channels_last, True),
+        ((2, 258, 2, 2), torch.channels_last, False),
         ((3, 5, 4, 4), torch.channels_last, False),
         ((0, 4, 4, 4), torch.contiguous_format, True),
     ],
