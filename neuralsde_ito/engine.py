@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from .frozen import FrozenResNet
 from .recast import ItoResNet
+from .sde import BlockSDE
 from .threads import spread, workers
 
 Result = TypeVar("Result")
@@ -26,12 +28,14 @@ _PIECE = {"cpu": 1 << 21}
 
 
 def quicken(model: ItoResNet) -> ItoResNet:
-    """A frozen copy for inference and for gradients of the input, in eval mode.
+    """A frozen copy for inference and for first derivatives in the images, in eval mode.
 
     BatchNorm is folded into the convolution before it (in torchvision's blocks, and in any ``nn.Sequential``, where
     it is certain which that is), parameters want no gradient, and narrow networks on a CPU are channels_last.
     """
-    quick = copy.deepcopy(model).eval().requires_grad_(False)
+    own = copy.deepcopy(model)
+    sdes: list[BlockSDE] = list(own.sdes)  # type: ignore[arg-type]
+    quick = FrozenResNet(own.stem, sdes, own.head, own.solver, own.steps, own.checkpoint).eval().requires_grad_(False)
     for sde in quick.sdes:
         sde.in_place = True  # type: ignore[assignment]
     for module in list(quick.modules()):
@@ -55,9 +59,11 @@ def quicken(model: ItoResNet) -> ItoResNet:
     return quick
 
 
-def piece_of(model: ItoResNet, device: torch.device) -> int:
+def piece_of(model: ItoResNet, device: torch.device, gradient: bool = False) -> int:
     """How many states go through a model at a time."""
     largest = max(math.prod(sde.shape) for sde in model.sdes)  # type: ignore[union-attr, arg-type]
+    if gradient and not (isinstance(model, FrozenResNet) and model.by_hand):
+        largest *= 2  # autograd keeps twice as many tensors: half as many states fit the caches
     return max(2, _PIECE.get(device.type, 1 << 27) // max(1, largest))
 
 
@@ -72,7 +78,9 @@ def in_pieces(work: Callable[[slice], Result], total: int, size: int, device: to
     """
     while True:
         at_once = workers() if device.type == "cpu" else 1
-        count = min(total, max(math.ceil(total / size), min(at_once, total // 2), 1))
+        least = math.ceil(total / size)
+        even = math.ceil(least / at_once) * at_once  # so that nobody waits for another's last piece
+        count = min(total, max(least, min(even, total // 2), 1))
         pieces = [slice(a, b) for a, b in itertools.pairwise(total * i // count for i in range(count + 1))]
         try:
             return spread(work, pieces) if at_once > 1 else [work(piece) for piece in pieces]

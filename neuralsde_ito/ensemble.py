@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from .data import check_images
@@ -131,9 +131,7 @@ class ItoEnsemble(nn.Module):
         out = []
         size = self.chunk or piece_of(model, x.device)
         for group in keys.split(max(1, size // max(1, len(x)))):
-            states = repeat(state, "n ... -> (p n) ...", p=len(group))
-            logits = model.propagate(states, rearrange(group, "p n -> (p n)"))
-            out.append(rearrange(logits, "(p n) c -> p n c", n=len(x)))
+            out.append(model.propagate(state, group))
         return torch.cat(out)
 
     def quick(self) -> ItoEnsemble:

@@ -1,42 +1,45 @@
-"""Normals in one pass over a state: `normals.c`, where a C compiler was at hand when the package was built.
+"""Passes over a state that tensors would make several times: `fused.c`, where a C compiler was at hand at installation.
 
-Where there was none (and on Windows, whose libraries need more), and for states that `layout` refuses, noise.py does
-the same with tensors.
+Where there was none (and on Windows, whose libraries need more), and for states that it cannot take, noise.py and
+autograd do the same with tensors.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 
-def _load() -> Callable[..., None] | None:
-    spec = find_spec(f"{__package__}._normals")  # found as a module is, but a plain library: nothing to import
+def _load() -> ctypes.CDLL | None:
+    spec = find_spec(f"{__package__}._fused")  # found as a module is, but a plain library: nothing to import
     if spec is None or spec.origin is None:
         return None
+    at, number = ctypes.c_void_p, ctypes.c_int64
     try:
         library = ctypes.CDLL(spec.origin)
-        add_normals = library.ito_add_normals_2
-    except (OSError, AttributeError):  # built for another system, or from another version of normals.c
+        library.ito_add_normals_2.argtypes = [at, at, at, number, at, number, number, ctypes.c_float]
+        library.ito_rectify_1.argtypes = [at, at, at, number]
+        library.ito_gate_1.argtypes = [at, at, at, number]
+    except (OSError, AttributeError):  # built for another system, or from another version of fused.c
         return None
-    at, number = ctypes.c_void_p, ctypes.c_int64
-    add_normals.argtypes = [at, at, at, number, at, number, number, ctypes.c_float]
-    add_normals.restype = None
-    return add_normals
+    return library
 
 
 kernel = _load()
 
 
+def takes(x: Tensor) -> bool:
+    """Whether `fused.c` is there, and for such a tensor."""
+    return kernel is not None and type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
+
+
 def layout(x: Tensor, out: Tensor) -> int:
-    """How `add` goes through two states ``(N, ...)``: 1 contiguous, their channels if channels_last, 0 not at all."""
-    plain = type(x) is type(out) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
-    if kernel is None or not plain or x.stride() != out.stride() or x.is_neg():
+    """How `add_normals` goes through ``(N, ...)``: 1 contiguous, its channels if channels_last, 0 not at all."""
+    if not (takes(x) and takes(out)) or x.stride() != out.stride() or x.is_neg():
         return 0
     if x.is_contiguous():
         return 1 - math.prod(x.shape[1:]) % 2
@@ -45,10 +48,10 @@ def layout(x: Tensor, out: Tensor) -> int:
     return x.shape[1] if even and 0 < x.shape[1] <= 256 else 0
 
 
-def add(x: Tensor, base: Tensor, elements: Tensor, scale: float, channels: int, out: Tensor) -> None:
+def add_normals(x: Tensor, base: Tensor, elements: Tensor, scale: float, channels: int, out: Tensor) -> None:
     """``out = x + scale * normals`` of keys ``(N,)`` and elements ``(1, C)``, both mixed; Python's lock is let go."""
     assert kernel is not None
-    kernel(
+    kernel.ito_add_normals_2(
         out.data_ptr(),
         x.data_ptr(),
         base.data_ptr(),
@@ -60,3 +63,34 @@ def add(x: Tensor, base: Tensor, elements: Tensor, scale: float, channels: int, 
     )
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # a graph that holds what was there before must not use this
+
+
+def rectify_(x: Tensor, skip: Tensor | None = None, remember: bool = True) -> Tensor | None:
+    """``x = relu(x + skip)`` in place; returns which numbers went through, in the order in which ``x`` is held.
+
+    Args:
+        x: dense in memory, in any order; `takes` it, and nobody else knows it.
+        skip: of the same shape.
+        remember: whether to return anything.
+    """
+    assert kernel is not None
+    passed = torch.empty_like(x, dtype=torch.bool) if remember else None
+    kernel.ito_rectify_1(x.data_ptr(), _beside(x, skip), None if passed is None else passed.data_ptr(), x.numel())
+    return passed
+
+
+def gate_(gradient: Tensor, passed: Tensor, skip: Tensor | None = None) -> Tensor:
+    """The way back through `rectify_`: ``gradient + skip`` of what went through, in place where its order allows."""
+    assert kernel is not None
+    if gradient.stride() != passed.stride():
+        gradient = torch.empty_like(passed, dtype=gradient.dtype).copy_(gradient)
+    kernel.ito_gate_1(gradient.data_ptr(), _beside(gradient, skip), passed.data_ptr(), gradient.numel())
+    return gradient
+
+
+def _beside(x: Tensor, skip: Tensor | None) -> int | None:
+    """Where a skip is held, in the order of ``x``; one in another order is added at once."""
+    if skip is not None and skip.stride() != x.stride():
+        x += skip
+        return None
+    return None if skip is None else skip.data_ptr()

@@ -102,7 +102,7 @@ def fresh_keys(n: int, device: torch.device | str | None = None) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _elements(words: int, device: torch.device, channels: int = 1) -> Tensor:
-    """The mixed elements ``(1, C)``, where a state is channels_last in the order in which `normals.c` meets them."""
+    """The mixed elements ``(1, C)``, where a state is channels_last in the order in which `fused.c` meets them."""
     elements = _mix_(torch.arange(1, words + 1, device=device) * _GOLDEN)[None]
     # Sizes and angles, each of `channels / 2` channels.
     return elements if channels == 1 else rearrange(elements, "1 (a c s) -> 1 (a s c)", a=2, c=channels // 2)
@@ -186,7 +186,7 @@ def _fused(x: Tensor, base: Tensor, scale: float, channels: int, out: Tensor) ->
     elements = _elements(half, base.device, channels)
 
     def some(rows: slice) -> None:
-        fused.add(x[rows], base[rows], elements, scale, channels, out[rows])
+        fused.add_normals(x[rows], base[rows], elements, scale, channels, out[rows])
 
     _by_rows(some, len(x), half, x.device)
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -122,7 +123,8 @@ class ItoResNet(nn.Module):
         return self.propagate(self.start(x), fresh_keys(len(x), x.device) if keys is None else keys)
 
     @property
-    def _drifts_once(self) -> bool:
+    def drifts_once(self) -> bool:
+        """Whether a block is one Euler step with additive noise: its drift at the start, then the noise."""
         return (self.solver, self.steps, self.checkpoint) == ("euler", 1, False) and not self.schedule.multiplicative
 
     def start(self, x: Tensor) -> Tensor:
@@ -131,16 +133,23 @@ class ItoResNet(nn.Module):
         That is the stem, and the drift of the first block where Euler takes it in one step.
         """
         state = self.stem(x)
-        return self.sdes[0].block(state) if self._drifts_once else state  # type: ignore[operator]
+        return self.sdes[0].block(state) if self.drifts_once else state  # type: ignore[operator]
+
+    def check(self, state: Tensor, keys: Tensor) -> None:
+        """Refuse keys ``(N,)`` or ``(P, N)`` that do not fit the states, and settings that were changed since."""
+        if keys.dim() not in (1, 2) or keys.shape[-1:] != state.shape[:1]:
+            raise ValueError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
+        check_solver(self.solver, self.schedule.omega, self.steps)
 
     def propagate(self, state: Tensor, keys: Tensor) -> Tensor:
-        """From what `start` has made, ``(N, ...)``, to logits along paths ``(N,)``."""
-        if keys.shape != state.shape[:1]:
-            raise ValueError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
-        check_solver(self.solver, self.schedule.omega, self.steps)  # they may have been set since
+        """From what `start` has made, ``(N, ...)``, to logits along paths ``(N,)``, or ``(P, N)``: P of each."""
+        self.check(state, keys)
+        if keys.dim() == 2:
+            states = torch.cat([state] * len(keys))  # in the order in memory that it has
+            return rearrange(self.propagate(states, keys.flatten()), "(p n) c -> p n c", p=len(keys))
         keys = keys.to(state.device)
         rest = iter(self.sdes)
-        if self._drifts_once:
+        if self.drifts_once:
             state = diffuse(next(rest), state, keys)  # type: ignore[arg-type]
         for sde in rest:
             state = integrate(sde, state, keys, self.solver, self.steps, self.checkpoint)  # type: ignore[arg-type]

@@ -148,12 +148,12 @@ def integrate(
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def diffuse(sde: BlockSDE, x: Tensor, keys: Tensor) -> Tensor:
+def diffuse(sde: BlockSDE, x: Tensor, keys: Tensor, in_place: bool = False) -> Tensor:
     """The end of an Euler step over a whole block with additive noise: from ``B(x)``, which many paths may share."""
     sde.shape = tuple(x.shape[1:])
     sigma = sde.schedule.sigma(sde.t0)
     path = BrownianPath(keys, math.prod(sde.shape), sde.index, sde.t0, sde.t1, dtype=x.dtype)
-    return path.add_to(x, sigma) if sigma else x
+    return path.add_to(x, sigma, in_place) if sigma else x
 
 
 _SLICE = {"cpu": 1 << 19}  # elements of the state that are checkpointed at a time: on a CPU what its caches hold

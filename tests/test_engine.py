@@ -9,6 +9,7 @@ from problems import trained
 from torch import nn
 
 import neuralsde_ito as ito
+from neuralsde_ito import engine
 from neuralsde_ito.attacks import PGD
 from neuralsde_ito.attacks.objective import as_target, mean_loss
 from neuralsde_ito.engine import in_pieces, infer, quicken
@@ -142,6 +143,16 @@ def test_elsewhere_than_on_a_cpu_pieces_run_one_after_another_in_the_caller_s_th
     names = in_pieces(lambda part: (threading.current_thread().name, part), 20, 6, torch.device("meta"))
     assert {name for name, _ in names} == {threading.current_thread().name}
     assert [part.stop - part.start for _, part in names] == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "lengths"),
+    [(20, 7, [5, 5, 5, 5]), (20, 20, [10, 10]), (3, 7, [3]), (5, 2, [1, 2, 2]), (1, 1, [1])],
+)
+def test_on_a_cpu_every_worker_has_as_many_pieces_but_none_of_one_for_that(total, size, lengths, monkeypatch):
+    monkeypatch.setattr(engine, "workers", lambda: 2)
+    parts = in_pieces(lambda part: part, total, size, torch.device("cpu"))
+    assert [part.stop - part.start for part in parts] == lengths
 
 
 def test_out_of_memory_with_one_is_out_of_memory():

@@ -15,7 +15,7 @@ PACKAGE, CLI = ROOT / "neuralsde_ito", ROOT / "cli"
 FLOORS = {
     "names": -1,  # the ground: how everybody above words an unknown name
     "threads": -1,  # and how work is spread over a CPU
-    "fused": -1,  # and whether noise takes one pass
+    "fused": -1,  # and what a state goes through in one pass
     "turns": -1,  # and how long measurements share it
     "live": -1,  # and how much memory it holds
     "schedules": 0,
@@ -27,6 +27,7 @@ FLOORS = {
     "sde": 1,
     "solvers": 1,
     "recast": 2,
+    "frozen": 2,
     "engine": 2,
     "problems": 2,
     "ensemble": 3,
@@ -55,7 +56,8 @@ FLOORS = {
 NEIGHBOURS = {
     "votes": {"outcomes"},
     "solvers": {"sde"},
-    "engine": {"recast"},
+    "frozen": {"recast"},
+    "engine": {"frozen", "recast"},
     "attacks": {"ensemble"},
     "convergence": set(),
     "comparison": {"convergence", "ensemble"},

@@ -157,8 +157,7 @@ class EnsembleTarget:
                 )
         self.distinct = None if ensemble.noisy else len(ensemble.members)
         self.quick = ensemble.quick()
-        # A gradient goes through twice as many tensors: half as many states fit the caches.
-        self.size = ensemble.chunk or min(piece_of(m, device) for m in self.quick.members) // 2  # type: ignore[arg-type]
+        self.size = ensemble.chunk or min(piece_of(m, device, gradient=True) for m in self.quick.members)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:

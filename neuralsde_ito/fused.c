@@ -1,4 +1,5 @@
-/* out = x + scale * normals, in one pass over the state: noise.py's words and normals, within float32's rounding.
+/* What a network does between its convolutions, in one pass over the state: the noise of noise.py (its words and
+ * normals, within float32's rounding), and ReLUs that remember what they let through.
  *
  * The inner loops are straight lines, so that a compiler makes vectors of them; on x86-64 they are compiled three
  * times, and the processor decides which of them runs. */
@@ -70,11 +71,6 @@ INLINE void box_muller(float *cosines, float *sines, const int64_t *elements, in
     }
 }
 
-#define PARAMETERS                                                                                        \
-    float *out, const float *x, const int64_t *keys, int64_t rows, const int64_t *elements, int64_t half, \
-        int64_t channels, float scale
-#define ARGUMENTS out, x, keys, rows, elements, half, channels, scale
-
 /* One of a word's two pairs is of a pixel, the other of the next. */
 INLINE void by_pixels(float *noise, const float *cosines, const float *sines, int64_t n, int64_t pairs) {
     for (int64_t i = 0; i < n; i += 2 * pairs, noise += 4 * pairs)
@@ -86,7 +82,11 @@ INLINE void by_pixels(float *noise, const float *cosines, const float *sines, in
         }
 }
 
-INLINE void add(PARAMETERS) {
+/* out = x + scale * normals, for states of `rows` images, 2 * half numbers each: contiguous (channels = 1), or
+ * channels_last with an even number of channels, 256 at most, and of pixels; `elements` are in the order in which the
+ * state is. `x` and `out` may be one. */
+INLINE void add_normals(float *out, const float *x, const int64_t *keys, int64_t rows, const int64_t *elements,
+                        int64_t half, int64_t channels, float scale) {
     float cosines[TILE], sines[TILE], noise[2 * TILE];
     const int64_t pairs = channels / 2, most = TILE / channels * channels;
     for (int64_t row = 0; row < rows; row++, out += 2 * half, x += 2 * half)
@@ -109,7 +109,24 @@ INLINE void add(PARAMETERS) {
         }
 }
 
-static void add_anywhere(PARAMETERS) { add(ARGUMENTS); }
+/* x = relu(x + skip), where there is a skip; `passed`, where it is asked for, says which numbers went through, NaN
+ * among them. */
+INLINE void rectify(float *x, const float *skip, uint8_t *passed, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const float sum = skip ? x[i] + skip[i] : x[i]; /* the compiler asks once, before the loop */
+        if (passed)
+            passed[i] = !(sum <= 0.0f);
+        x[i] = sum <= 0.0f ? 0.0f : sum;
+    }
+}
+
+/* x + skip, where there is a skip, of what went through, and 0 of the rest. */
+INLINE void gate(float *x, const float *skip, const uint8_t *passed, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const float sum = skip ? x[i] + skip[i] : x[i];
+        x[i] = passed[i] ? sum : 0.0f;
+    }
+}
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #if defined(__clang__)
@@ -117,20 +134,29 @@ static void add_anywhere(PARAMETERS) { add(ARGUMENTS); }
 #else
 #define WIDE "avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512" /* a third quicker than 256 */
 #endif
-__attribute__((target("avx2,fma"))) static void add_avx2(PARAMETERS) { add(ARGUMENTS); }
-__attribute__((target(WIDE))) static void add_avx512(PARAMETERS) { add(ARGUMENTS); }
+#define PUBLIC(name, function, parameters, arguments)                                                        \
+    __attribute__((target("avx2,fma"))) static void function##_avx2 parameters { function arguments; }       \
+    __attribute__((target(WIDE))) static void function##_wide parameters { function arguments; }             \
+    static void function##_anywhere parameters { function arguments; }                                       \
+    void name parameters {                                                                                   \
+        if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&                      \
+            __builtin_cpu_supports("avx512vl"))                                                              \
+            function##_wide arguments;                                                                       \
+        else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))                            \
+            function##_avx2 arguments;                                                                       \
+        else                                                                                                 \
+            function##_anywhere arguments;                                                                   \
+    }
+#else
+#define PUBLIC(name, function, parameters, arguments) \
+    void name parameters { function arguments; }
 #endif
 
-/* States of `rows` images, 2 * half numbers each: contiguous (channels = 1), or channels_last with an even number of
- * channels, 256 at most, and of pixels; `elements` are in the order in which the state is. `x` and `out` may be one.
- * Whoever changes the parameters or their meaning changes the name: a library that was built before is not found then. */
-void ito_add_normals_2(PARAMETERS) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        add_avx512(ARGUMENTS);
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        add_avx2(ARGUMENTS);
-    else
-#endif
-        add_anywhere(ARGUMENTS);
-}
+/* Whoever changes the parameters or their meaning changes the name: a library that was built before is not found then. */
+PUBLIC(ito_add_normals_2, add_normals,
+       (float *out, const float *x, const int64_t *keys, int64_t rows, const int64_t *elements, int64_t half,
+        int64_t channels, float scale),
+       (out, x, keys, rows, elements, half, channels, scale))
+PUBLIC(ito_rectify_1, rectify, (float *x, const float *skip, uint8_t *passed, int64_t n), (x, skip, passed, n))
+PUBLIC(ito_gate_1, gate, (float *x, const float *skip, const uint8_t *passed, int64_t n),
+       (x, skip, passed, n))
