@@ -24,6 +24,8 @@ def _load() -> ctypes.CDLL | None:
         library.ito_add_normals_2.argtypes = [at, at, at, number, at, number, number, ctypes.c_float]
         library.ito_rectify_1.argtypes = [at, at, at, number]
         library.ito_gate_1.argtypes = [at, at, at, number]
+        for function in (library.ito_add_normals_2, library.ito_rectify_1, library.ito_gate_1):
+            function.restype = None
     except (OSError, AttributeError):  # built for another system, or from another version of fused.c
         return None
     return library
