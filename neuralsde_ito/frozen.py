@@ -11,7 +11,6 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -30,14 +29,11 @@ class FrozenResNet(ItoResNet):
         rest: list[BlockSDE] = list(self.sdes)[1:]  # type: ignore[assignment]
         return fused.kernel is not None and self.drifts_once and len(rest) > 0 and all(_is_plain(s.block) for s in rest)
 
-    def propagate(self, state: Tensor, keys: Tensor) -> Tensor:
-        """See `ItoResNet.propagate`."""
-        if not (self.by_hand and fused.takes(state) and not torch.is_autocast_enabled("cpu")):
-            return super().propagate(state, keys)
-        self.check(state, keys)
-        copies = len(keys) if keys.dim() == 2 else 1
-        logits = self.head(_Chain.apply(state, keys.flatten().to(state.device), copies, list(self.sdes)))
-        return rearrange(logits, "(p n) c -> p n c", p=copies) if keys.dim() == 2 else logits
+    def solve(self, state: Tensor, keys: Tensor, copies: int) -> Tensor:
+        """See `ItoResNet.solve`."""
+        if self.by_hand and fused.takes(state) and not torch.is_autocast_enabled("cpu"):
+            return _Chain.apply(state, keys, copies, list(self.sdes))
+        return super().solve(state, keys, copies)
 
 
 def _is_plain(block: nn.Module) -> bool:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -135,25 +134,24 @@ class ItoResNet(nn.Module):
         state = self.stem(x)
         return self.sdes[0].block(state) if self.drifts_once else state  # type: ignore[operator]
 
-    def check(self, state: Tensor, keys: Tensor) -> None:
-        """Refuse keys ``(N,)`` or ``(P, N)`` that do not fit the states, and settings that were changed since."""
-        if keys.dim() not in (1, 2) or keys.shape[-1:] != state.shape[:1]:
-            raise ValueError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
-        check_solver(self.solver, self.schedule.omega, self.steps)
-
     def propagate(self, state: Tensor, keys: Tensor) -> Tensor:
         """From what `start` has made, ``(N, ...)``, to logits along paths ``(N,)``, or ``(P, N)``: P of each."""
-        self.check(state, keys)
-        if keys.dim() == 2:
-            states = torch.cat([state] * len(keys))  # in the order in memory that it has
-            return rearrange(self.propagate(states, keys.flatten()), "(p n) c -> p n c", p=len(keys))
-        keys = keys.to(state.device)
+        if keys.dim() not in (1, 2) or keys.shape[-1:] != state.shape[:1]:
+            raise ValueError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
+        check_solver(self.solver, self.schedule.omega, self.steps)  # they may have been set since
+        copies = len(keys) if keys.dim() == 2 else 1
+        return self.head(self.solve(state, keys.flatten().to(state.device), copies)).unflatten(0, keys.shape)
+
+    def solve(self, state: Tensor, keys: Tensor, copies: int) -> Tensor:
+        """Through the blocks: from `start`'s ``(N, ...)`` to ``(copies N, ...)``, along paths ``(copies N,)``."""
+        if copies > 1:
+            state = torch.cat([state] * copies)  # in the order in memory that it has
         rest = iter(self.sdes)
         if self.drifts_once:
             state = diffuse(next(rest), state, keys)  # type: ignore[arg-type]
         for sde in rest:
             state = integrate(sde, state, keys, self.solver, self.steps, self.checkpoint)  # type: ignore[arg-type]
-        return self.head(state)
+        return state
 
 
 def recast(
