@@ -10,7 +10,7 @@ import warnings
 
 import click
 
-from neuralsde_ito.names import nearest
+from neuralsde_ito.validation import ItoError, nearest
 
 VERBS = {
     "train": "Train a ResNet (or take yours), recast it, fine-tune the members, and evaluate the ensemble.",
@@ -79,6 +79,6 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         click.echo(f"Error: {error or type(error).__name__}", err=True)
-        if not isinstance(error, ValueError) and not debug:
+        if not isinstance(error, ItoError) and not debug:
             click.echo("This was not foreseen; --debug shows where it happened.", err=True)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        sys.exit(2 if isinstance(error, ItoError) else 1)

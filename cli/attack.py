@@ -113,13 +113,13 @@ def command(
     from neuralsde_ito.attacks import BALLS, PRESETS, parse_eps
     from neuralsde_ito.attacks.peers import check_peer
     from neuralsde_ito.evaluation import SURROGATES, attack_sweep, surrogate_models
-    from neuralsde_ito.names import nearest
     from neuralsde_ito.recipes import load_dataset
+    from neuralsde_ito.validation import ItoError, nearest
 
     if norm not in BALLS:
-        raise ValueError(nearest("norm", norm, BALLS))
+        raise ItoError(nearest("norm", norm, BALLS))
     if preset not in PRESETS:
-        raise ValueError(nearest("preset", preset, PRESETS))
+        raise ItoError(nearest("preset", preset, PRESETS))
     if settings["step_size"] is not None:
         settings["step_size"] = parse_eps(settings["step_size"])
     chosen = {key: value for key, value in settings.items() if value is not None}

@@ -64,13 +64,13 @@ def command(
     from neuralsde_ito.attacks import BALLS, PGD, parse_eps
     from neuralsde_ito.audit import audit
     from neuralsde_ito.checks import CHECKS
-    from neuralsde_ito.names import nearest
     from neuralsde_ito.recipes import command_line, environment, load_dataset
+    from neuralsde_ito.validation import ItoError, nearest
 
     if norm not in BALLS:
-        raise ValueError(nearest("norm", norm, BALLS))
+        raise ItoError(nearest("norm", norm, BALLS))
     if radius is not None and parse_eps(radius) == 0:
-        raise ValueError("An audit needs a ball to attack in: eps must be above 0.")
+        raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
     length = None if step_size is None else parse_eps(step_size)
     settings: dict[str, Any] = {"steps": steps, "step_size": length, "restarts": restarts, "eot": eot}
     PGD(norm=norm, eps=parse_eps(radius or 0), **settings)  # refuse what is wrong before the run is read

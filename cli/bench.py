@@ -63,6 +63,7 @@ def command(
     from neuralsde_ito.recast import recast
     from neuralsde_ito.recipes import load_dataset, pick_device
     from neuralsde_ito.resnets import load_resnet
+    from neuralsde_ito.validation import ItoError
 
     asked = parts or tuple(part for part in PARTS if part != "suite")
     left_out: list[str] = []
@@ -72,7 +73,7 @@ def command(
         net = load_resnet(arch).eval().to(place)
         model = recast(net)
         if parts and (wrong := set(OF_A_RUN) & set(parts)):
-            raise ValueError(f"--arch has random weights: --part {min(wrong)} needs a run.")
+            raise ItoError(f"--arch has random weights: --part {min(wrong)} needs a run.")
         x = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(place)
         y = torch.arange(batch, device=place) % 10
         ensemble, what = None, f"{arch} with random weights, random images"

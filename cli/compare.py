@@ -191,21 +191,21 @@ def _orders(
 ) -> None:
     """The table of theory, fit and standard error."""
     from neuralsde_ito.convergence import Order, measure_order
-    from neuralsde_ito.names import nearest
     from neuralsde_ito.problems import PROBLEMS
     from neuralsde_ito.solvers import SOLVERS, find_solver
+    from neuralsde_ito.validation import ItoError, nearest
 
     asked = list(PROBLEMS) if "all" in problems else list(problems)
     chosen = solvers or tuple(name for name, solver in SOLVERS.items() if solver.library != "torchdiffeq")
     grid = tuple(sorted(set(steps))) or (8, 16, 32, 64, 128, 256)
     for name in asked:
         if name not in PROBLEMS:
-            raise ValueError(nearest("problem", name, PROBLEMS))
+            raise ItoError(nearest("problem", name, PROBLEMS))
     for solver in chosen:
         if find_solver(solver).library == "torchdiffeq":
-            raise ValueError(f"{solver!r} solves the ODE, without noise; these problems have noise.")
+            raise ItoError(f"{solver!r} solves the ODE, without noise; these problems have noise.")
     if "diffrax" in peers and importlib.util.find_spec("diffrax") is None:
-        raise ValueError("diffrax is not installed: pip install diffrax.")
+        raise ItoError("diffrax is not installed: pip install diffrax.")
     found: dict[str, list[Order]] = {}
     others: dict[str, dict[str, dict[str, Order]]] = {peer: {} for peer in peers}
     with output.progress(len(asked) * (len(chosen) * (1 + ("torchsde" in peers)) + 1), "orders", "solvers") as bar:

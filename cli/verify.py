@@ -83,6 +83,7 @@ def _data(config: Config, evidence: Evidence) -> tuple[Tensor, Tensor] | tuple[N
     import torch
 
     from neuralsde_ito.recipes import load_dataset
+    from neuralsde_ito.validation import ItoError
 
     wanted = evidence.index.tolist()
     missing = "the test split does not hold all of the bundle's images"
@@ -95,7 +96,7 @@ def _data(config: Config, evidence: Evidence) -> tuple[Tensor, Tensor] | tuple[N
             if found.keys() >= set(wanted):
                 images, labels = zip(*(found[i] for i in wanted), strict=True)
                 return torch.stack(images), torch.stack(labels)
-    except ValueError as error:
+    except ItoError as error:
         missing = str(error).rstrip(".")
     click.echo(f"Warning: originals and labels are not compared with the data set's: {missing}.", err=True)
     return None, None

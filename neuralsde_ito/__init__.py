@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .sde import BlockSDE
     from .solvers import SOLVERS, Solver, integrate
     from .suite import Suite, least_norm, standard
+    from .validation import ItoError
     from .verification import Verification, verify_bundle
     from .votes import decide
 
@@ -50,6 +51,7 @@ _HOMES = {
     "sde": ("BlockSDE",),
     "solvers": ("SOLVERS", "Solver", "integrate"),
     "suite": ("Suite", "least_norm", "standard"),
+    "validation": ("ItoError",),
     "verification": ("Verification", "verify_bundle"),
     "votes": ("decide",),
 }
@@ -60,7 +62,7 @@ __all__ = [  # noqa: RUF022  (in the order of reading)
     "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "ItoEnsemble", "Prediction", "decide",
     "ABSTAIN", "Outcomes", "Rate", "Paired", "attacks", "Suite", "standard", "least_norm", "audit", "Audit", "Check",
     "Evidence", "save_bundle", "load_bundle", "verify_bundle", "Verification", "load_data", "Config", "load_config",
-    "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison", "read_depths", "Reading",
+    "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison", "read_depths", "Reading", "ItoError",
 ]  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def audit(
         tick: called with 1 after every check.
 
     Raises:
-        ValueError: images, labels or settings that cannot be.
+        ItoError: images, labels or settings that cannot be.
 
     Example:
         ``audit(net, x, y, norm="linf", eps=8/255).passed``

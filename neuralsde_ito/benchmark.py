@@ -282,7 +282,7 @@ def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, rad
     Both meet the images that are right without attack, and both are judged by the same fresh vote.
 
     Raises:
-        ValueError: pyautoattack is not installed.
+        ItoError: pyautoattack is not installed.
     """
     index = torch.arange(len(x), device=x.device)
     right = ensemble.predict(x, 0, index).labels == y

@@ -26,8 +26,8 @@ from torch import Tensor
 from .attacks.ball import BALLS, check_eps
 from .checkpoints import write_atomically
 from .data import check_images
-from .names import nearest
 from .outcomes import ABSTAIN, Outcomes
+from .validation import ItoError, nearest
 
 IMAGES, RECORDS, SUMMARY = "images.safetensors", "records.json", "summary.json"
 FORMAT = 1
@@ -38,7 +38,7 @@ ROUNDING = 1e-6  # of float32, in pixel units: added to eps, and between an orig
 _LEVEL = 0.01  # of the paired test
 
 
-class Altered(ValueError):
+class Altered(ItoError):
     """A bundle's files are not those that were written together."""
 
 
@@ -90,18 +90,18 @@ def save_bundle(folder: str | Path, evidence: Evidence) -> None:
         evidence: on any device.
 
     Raises:
-        ValueError: a folder that holds something; shapes or values that do not fit, images outside the ball or
+        ItoError: a folder that holds something; shapes or values that do not fit, images outside the ball or
             outside [0, 1], a config that is not JSON.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"The folder {str(folder)!r} is not empty; a bundle is never written over.")
+        raise ItoError(f"The folder {str(folder)!r} is not empty; a bundle is never written over.")
     check_evidence(evidence)
     check_images(evidence.originals)
     check_images(evidence.images)
     norms = norms_of(evidence)
     if not float(norms.amax()) <= evidence.eps + ROUNDING:
-        raise ValueError(
+        raise ItoError(
             f"A perturbation has the {evidence.norm} norm {float(norms.amax()):g}, more than eps {evidence.eps:g}."
         )
     tensors = {name: getattr(evidence, name).detach().cpu().contiguous() for name in ("originals", "images")}
@@ -135,15 +135,15 @@ def load_bundle(folder: str | Path) -> Evidence:
 
     Raises:
         Altered: the images are not those of the records' SHA-256, or the summary does not follow from the records.
-        ValueError: files that are missing, damaged or something else.
+        ItoError: files that are missing, damaged or something else.
     """
     folder = Path(folder)
     for name in (IMAGES, RECORDS, SUMMARY):
         if not (folder / name).is_file():
-            raise ValueError(f"There is no evidence bundle in {str(folder)!r}: it has no {name}.")
+            raise ItoError(f"There is no evidence bundle in {str(folder)!r}: it has no {name}.")
     head, summary = _json(folder / RECORDS), _json(folder / SUMMARY)
     if head.get("format") != FORMAT:
-        raise ValueError(
+        raise ItoError(
             f"{str(folder / RECORDS)!r} has the format {head.get('format')!r}; this version reads bundles of {FORMAT}."
         )
     content = (folder / IMAGES).read_bytes()
@@ -154,11 +154,11 @@ def load_bundle(folder: str | Path) -> Evidence:
         check_evidence(evidence)
         figures = _summary(evidence)
     except SafetensorError:
-        raise ValueError(f"{str(folder / IMAGES)!r} is no safetensors file.") from None
+        raise ItoError(f"{str(folder / IMAGES)!r} is no safetensors file.") from None
     except KeyError as error:
-        raise ValueError(f"The bundle {str(folder)!r} is damaged: it has no {error}.") from None
+        raise ItoError(f"The bundle {str(folder)!r} is damaged: it has no {error}.") from None
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"The bundle {str(folder)!r} is damaged: {str(error).rstrip('.')}.") from None
+        raise ItoError(f"The bundle {str(folder)!r} is damaged: {str(error).rstrip('.')}.") from None
     if summary != figures:
         raise Altered(f"{str(folder / SUMMARY)!r} does not follow from {RECORDS}: one of the two was altered.")
     return evidence
@@ -168,9 +168,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{str(path)!r} is not JSON.") from None
+        raise ItoError(f"{str(path)!r} is not JSON.") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} must hold keys and values.")
+        raise ItoError(f"{str(path)!r} must hold keys and values.")
     return content
 
 
@@ -207,7 +207,7 @@ def _records(evidence: Evidence, norms: Tensor, digest: str) -> str:
     try:
         start = json.dumps(head, indent=2, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"The bundle's config must be what JSON can hold: {error}.") from None
+        raise ItoError(f"The bundle's config must be what JSON can hold: {error}.") from None
     lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
     return f'{start},\n  "images": [\n{lines}\n  ]\n}}\n'
 
@@ -268,18 +268,18 @@ def _summary(evidence: Evidence) -> dict[str, Any]:
 def check_evidence(evidence: Evidence) -> None:
     """Refuse what does not fit together."""
     if evidence.norm not in BALLS:
-        raise ValueError(nearest("norm", evidence.norm, BALLS))
+        raise ItoError(nearest("norm", evidence.norm, BALLS))
     check_eps(evidence.norm, evidence.eps)
     names = (*evidence.attacks, *_NO_ATTACK.values())
     if not evidence.attacks or len(set(names)) < len(names):
-        raise ValueError(f"A bundle needs attacks, no two of one name, got {evidence.attacks!r}.")
+        raise ItoError(f"A bundle needs attacks, no two of one name, got {evidence.attacks!r}.")
     if not len(evidence.forwards) == len(evidence.backwards) == len(evidence.attacks):
-        raise ValueError(f"Model evaluations are counted for each of the {len(evidence.attacks)} attacks.")
+        raise ItoError(f"Model evaluations are counted for each of the {len(evidence.attacks)} attacks.")
     if not isinstance(evidence.config, dict):
-        raise ValueError(f"config must hold keys and values, got {type(evidence.config).__name__}.")
+        raise ItoError(f"config must hold keys and values, got {type(evidence.config).__name__}.")
     n = len(evidence.index)
     if evidence.votes.dim() != 3 or evidence.votes.shape[1] != n or n == 0:
-        raise ValueError(f"votes must be (members, {n}, classes) and not empty, got {tuple(evidence.votes.shape)}.")
+        raise ItoError(f"votes must be (members, {n}, classes) and not empty, got {tuple(evidence.votes.shape)}.")
     classes = evidence.votes.shape[2]
     ranges = {
         "truth": (0, classes),
@@ -290,20 +290,20 @@ def check_evidence(evidence: Evidence) -> None:
     for name in ("index", "votes", *ranges):
         values: Tensor = getattr(evidence, name)
         if values.dtype != torch.int64 or (name != "votes" and values.shape != (n,)):
-            raise ValueError(f"{name} must be int64 ({n},), got {values.dtype} {tuple(values.shape)}.")
+            raise ItoError(f"{name} must be int64 ({n},), got {values.dtype} {tuple(values.shape)}.")
     for name, (low, end) in ranges.items():
         values = getattr(evidence, name)
         if not bool(((values >= low) & (values < end)).all()):
             first, last = int(values.amin()), int(values.amax())
-            raise ValueError(f"{name} must be from {low} to below {end}, got {first} to {last}.")
+            raise ItoError(f"{name} must be from {low} to below {end}, got {first} to {last}.")
     if len(evidence.index.unique()) < n:
-        raise ValueError("index names an image twice: it would count twice.")
+        raise ItoError("index names an image twice: it would count twice.")
     for name in ("originals", "images"):
         values = getattr(evidence, name)
         if values.dtype != torch.float32 or values.dim() != 4 or values.shape != evidence.originals.shape:
-            raise ValueError(f"{name} must be float32 (N, C, H, W), got {values.dtype} {tuple(values.shape)}.")
+            raise ItoError(f"{name} must be float32 (N, C, H, W), got {values.dtype} {tuple(values.shape)}.")
     if len(evidence.originals) != n:
-        raise ValueError(f"There are {len(evidence.originals)} original images for {n} names.")
+        raise ItoError(f"There are {len(evidence.originals)} original images for {n} names.")
 
 
 def norms_of(evidence: Evidence) -> Tensor:

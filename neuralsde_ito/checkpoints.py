@@ -19,6 +19,7 @@ from .config import Config, parse_config
 from .ensemble import ItoEnsemble
 from .recast import ItoResNet, as_chain, recast
 from .resnets import load_resnet, read_weights
+from .validation import ItoError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -52,11 +53,11 @@ def to_resnet(model: ItoResNet, template: nn.Sequential) -> nn.Sequential:
     """``template`` (made by `load_resnet`) with the weights of a recast network's noise-free base.
 
     Raises:
-        ValueError: they are not of one architecture.
+        ItoError: they are not of one architecture.
     """
     source, target = model.base.state_dict(), as_chain(template).state_dict()
     if [(k, v.shape) for k, v in source.items()] != [(k, v.shape) for k, v in target.items()]:
-        raise ValueError("The recast network and the ResNet are not of one architecture.")
+        raise ItoError("The recast network and the ResNet are not of one architecture.")
     with torch.no_grad():
         for key, value in target.items():
             value.copy_(source[key])
@@ -79,11 +80,11 @@ def save_ensemble(
         classes, channels: of the network's logits and images.
 
     Raises:
-        ValueError: the configuration is not that of the ensemble.
+        ItoError: the configuration is not that of the ensemble.
     """
     folder = Path(path)
     if len(ensemble.members) != config.ensemble.members:
-        raise ValueError(
+        raise ItoError(
             f"config.ensemble.members is {config.ensemble.members}, the ensemble has {len(ensemble.members)}."
         )
     for m, member in enumerate(ensemble.members):
@@ -96,13 +97,13 @@ def load_ensemble(path: str | Path, device: torch.device | str = "cpu") -> tuple
     """Read a run's folder back, in eval mode.
 
     Raises:
-        ValueError: no such folder, or a run that has not finished.
+        ItoError: no such folder, or a run that has not finished.
     """
     folder = Path(path)
     config = read_config(folder)
     missing = [m for m in range(config.ensemble.members) if not member_path(folder, m).is_file()]
     if missing:
-        raise ValueError(
+        raise ItoError(
             f"The run {str(folder)!r} has not finished: {len(missing)} of {config.ensemble.members} members "
             f"are missing; go on with 'ito-sde train --run {folder} --resume'."
         )
@@ -129,10 +130,10 @@ def read_config(folder: Path) -> Config:
     """The resolved configuration of a run.
 
     Raises:
-        ValueError: no run is there.
+        ItoError: no run is there.
     """
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"There is no run in {str(folder)!r}: it has no config.yaml.")
+        raise ItoError(f"There is no run in {str(folder)!r}: it has no config.yaml.")
     return parse_config(yaml.safe_load((folder / "config.yaml").read_text()))
 
 

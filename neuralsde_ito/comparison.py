@@ -23,6 +23,7 @@ from .live import Live
 from .noise import BrownianPath, make_keys
 from .recast import ItoResNet
 from .solvers import SOLVERS, check_solver, find_solver, integrate, solvers_for
+from .validation import ItoError
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class _Equation:
         method = find_solver(solver)
         fitting = solvers_for(*self.kind)
         if solver not in fitting and not (solver == "torchsde:euler" and "euler" in fitting):
-            raise ValueError(f"{solver!r} does not solve {self.noise}; these do: {', '.join(fitting)}.")
+            raise ItoError(f"{solver!r} does not solve {self.noise}; these do: {', '.join(fitting)}.")
         check_solver(solver, 1.0 if method.library != "torchdiffeq" else 0.0, steps)
 
     def solvers(self) -> list[str]:
@@ -274,19 +275,19 @@ _KINDS = {"noise_type": ("diagonal", "additive", "scalar", "general"), "sde_type
 def _check_sde(sde: Any, y0: Tensor, interval: tuple[float, float]) -> None:
     name = type(sde).__name__
     if not (hasattr(sde, "f") or hasattr(sde, "f_and_g")):
-        raise ValueError(f"{name} has no drift: define f(t, y), from states (N, D) to (N, D).")
+        raise ItoError(f"{name} has no drift: define f(t, y), from states (N, D) to (N, D).")
     if not (hasattr(sde, "g") or hasattr(sde, "f_and_g")):
-        raise ValueError(
+        raise ItoError(
             f"{name} has no diffusion: define g(t, y), from states (N, D) to (N, D) for diagonal noise, else (N, D, M)."
         )
     for attribute, known in _KINDS.items():
         found = getattr(sde, attribute, None)
         if found not in known:
-            raise ValueError(f"{name}.{attribute} must be one of {', '.join(known)}; it is {found!r}.")
+            raise ItoError(f"{name}.{attribute} must be one of {', '.join(known)}; it is {found!r}.")
     if not isinstance(y0, Tensor) or y0.dim() != 2 or not y0.is_floating_point():
-        raise ValueError("The first states of an SDE must be a floating-point tensor (N, D): paths, components.")
+        raise ItoError("The first states of an SDE must be a floating-point tensor (N, D): paths, components.")
     if not (math.isfinite(interval[0]) and math.isfinite(interval[1]) and interval[0] < interval[1]):
-        raise ValueError(f"interval must be (start, end) with start < end, got {interval}.")
+        raise ItoError(f"interval must be (start, end) with start < end, got {interval}.")
 
 
 def compare_solvers(
@@ -317,14 +318,14 @@ def compare_solvers(
         interval: start and end of time, for an SDE; a network brings its own.
 
     Raises:
-        ValueError: an SDE that lacks something, a solver that does not fit (those that do are named), or a reference
+        ItoError: an SDE that lacks something, a solver that does not fit (those that do are named), or a reference
             that does not stay finite (block, time and solver named).
     """
     index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
     keys = make_keys(seed, "report", index=index)
     if not isinstance(model, ItoResNet):
         if y is not None:
-            raise ValueError("Labels y go with a network; an SDE has none.")
+            raise ItoError("Labels y go with a network; an SDE has none.")
         return _compare(_Equation(model, x, keys, interval), solvers, steps, reference, gradients)
     with evaluating(model):
         return _compare(_Network(model, x, y, keys), solvers, steps, reference, gradients)
@@ -346,7 +347,7 @@ def _compare(
         fine_state, fine, fine_gradient, _, _ = _measured(subject, *reference, gradients)
     except NotFinite as place:
         unit = "steps a block" if isinstance(subject, _Network) else "steps"
-        raise ValueError(
+        raise ItoError(
             f"The reference, {reference[0]} at {reference[1]} {unit}, is not finite after {place}; "
             "choose another, or less noise."
         ) from None

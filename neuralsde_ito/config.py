@@ -12,10 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .data import AUGMENTATIONS, DATASETS
-from .names import nearest
 from .resnets import ARCHITECTURES
 from .schedules import Schedule
 from .solvers import check_solver
+from .validation import ItoError, nearest
 from .votes import RULES
 
 ENVIRONMENT = "ITO_SDE_"  # ITO_SDE_SDE__OMEGA=0.4 sets sde.omega
@@ -23,7 +23,7 @@ ENVIRONMENT = "ITO_SDE_"  # ITO_SDE_SDE__OMEGA=0.4 sets sde.omega
 
 def _one_of(kind: str, known: Iterable[str], value: str | None) -> str | None:
     if value is not None and value not in known:
-        raise ValueError(nearest(kind, value, known))
+        raise ItoError(nearest(kind, value, known))
     return value
 
 
@@ -162,7 +162,7 @@ def load_config(
         base: a configuration to begin with instead of a preset.
 
     Raises:
-        ValueError: unknown preset, key (the nearest is offered) or value; one sentence that names it.
+        ItoError: unknown preset, key (the nearest is offered) or value; one sentence that names it.
     """
     if source is not None or base is None:
         tree = _read(source or "digits")
@@ -175,7 +175,7 @@ def load_config(
     for assignment in assignments:
         key, mark, text = assignment.partition("=")
         if not mark or not key.strip():
-            raise ValueError(f"An assignment looks like sde.omega=0.4, got {assignment!r}.")
+            raise ItoError(f"An assignment looks like sde.omega=0.4, got {assignment!r}.")
         changes[key.strip()] = _value(key, text)
     changes.update({key: value for key, value in (overrides or {}).items() if value is not None})
     for key, value in changes.items():
@@ -184,7 +184,7 @@ def load_config(
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
-                raise ValueError(f"Unknown key {key!r}: {section!r} holds no keys.")
+                raise ItoError(f"Unknown key {key!r}: {section!r} holds no keys.")
         node[leaf] = value
     return parse_config(tree)
 
@@ -193,7 +193,7 @@ def parse_config(tree: object) -> Config:
     """A configuration from nested mappings.
 
     Raises:
-        ValueError: one sentence that names the key, the value it saw, and the mend.
+        ItoError: one sentence that names the key, the value it saw, and the mend.
     """
     try:
         return Config.model_validate(tree)
@@ -201,10 +201,10 @@ def parse_config(tree: object) -> Config:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ValueError(nearest("configuration key", place, _keys(Config))) from None
+            raise ItoError(nearest("configuration key", place, _keys(Config))) from None
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
         saw = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-        raise ValueError(f"{place or 'The configuration'}: {reason}{saw}.") from None
+        raise ItoError(f"{place or 'The configuration'}: {reason}{saw}.") from None
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:
@@ -217,16 +217,16 @@ def _read(source: str | Path) -> dict[str, Any]:
     path: Path | Traversable = Path(source)
     if not str(source).endswith((".yaml", ".yml")):
         if str(source) not in preset_names():
-            raise ValueError(nearest("preset", str(source), preset_names()))
+            raise ItoError(nearest("preset", str(source), preset_names()))
         path = _presets() / f"{source}.yaml"
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError:
-        raise ValueError(f"There is no configuration file {str(path)!r}.") from None
+        raise ItoError(f"There is no configuration file {str(path)!r}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The configuration file {str(path)!r} is not YAML: {error}.") from None
+        raise ItoError(f"The configuration file {str(path)!r} is not YAML: {error}.") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"The configuration file {str(path)!r} must hold keys and values.")
+        raise ItoError(f"The configuration file {str(path)!r} must hold keys and values.")
     return tree
 
 
@@ -234,7 +234,7 @@ def _value(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ValueError(f"The value of {name} is not YAML: {text!r}.") from None
+        raise ItoError(f"The value of {name} is not YAML: {text!r}.") from None
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:

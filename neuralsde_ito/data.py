@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from .names import nearest
+from .validation import ItoError, nearest
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 AUGMENTATIONS = ("none", "shift", "flip-crop", "imagenet")
@@ -36,18 +36,18 @@ def check_images(x: Tensor, channels: int | None = None) -> None:
     """Refuse what is not a batch of images.
 
     Raises:
-        ValueError: not floating point, not ``(N, C, H, W)``, empty, wrong channels, not finite, or not in [0, 1].
+        ItoError: not floating point, not ``(N, C, H, W)``, empty, wrong channels, not finite, or not in [0, 1].
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
         kind = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"Images must be a floating-point tensor (N, C, H, W), got {kind}.")
+        raise ItoError(f"Images must be a floating-point tensor (N, C, H, W), got {kind}.")
     if not len(x):
-        raise ValueError("There are no images in the batch.")
+        raise ItoError("There are no images in the batch.")
     if channels is not None and x.shape[1] != channels:
-        raise ValueError(f"The network takes images with {channels} channels, got {x.shape[1]}.")
+        raise ItoError(f"The network takes images with {channels} channels, got {x.shape[1]}.")
     low, high = float(x.detach().amin()), float(x.detach().amax())  # NaN if any pixel is
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"Images must be finite and in [0, 1], got values from {low:g} to {high:g}.")
+        raise ItoError(f"Images must be finite and in [0, 1], got values from {low:g} to {high:g}.")
 
 
 class Split(Protocol):
@@ -101,7 +101,7 @@ def _spread(n: int, count: int | None) -> Tensor:
     if count is None or count >= n:
         return torch.arange(n)
     if count < 1:
-        raise ValueError(f"A limit on images must be at least 1, got {count}.")
+        raise ItoError(f"A limit on images must be at least 1, got {count}.")
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
@@ -212,8 +212,8 @@ class Streamed:
             for rows, pixels in loader:
                 x = pixels.to(device, non_blocking=True).float() / 255
                 yield names[rows].to(device), x, self.labels[rows].to(device)
-        except ValueError as error:  # a worker sends its whole traceback as the message; its last line says it
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+        except ItoError as error:  # a worker sends its whole traceback as the message; its last line says it
+            raise ItoError(str(error).strip().splitlines()[-1].partition("Error: ")[2]) from None
 
 
 class _Files(torch.utils.data.Dataset):
@@ -241,7 +241,7 @@ def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
     """One image file.
 
     Raises:
-        ValueError: the file is missing or cannot be read; its path is named.
+        ItoError: the file is missing or cannot be read; its path is named.
     """
     try:
         with Image.open(path) as opened:
@@ -250,10 +250,10 @@ def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             return image.convert(mode)
     except FileNotFoundError:
-        raise ValueError(f"There is no image file {str(path)!r}.") from None
+        raise ItoError(f"There is no image file {str(path)!r}.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "its content is no image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(f"The image file {str(path)!r} cannot be read: {reason}.") from error
+        raise ItoError(f"The image file {str(path)!r} cannot be read: {reason}.") from error
 
 
 def load_image(path: str | Path, image_shape: tuple[int, int, int]) -> Tensor:
@@ -299,12 +299,12 @@ def load_data(
         train_limit, test_limit: use so many images, a fixed choice.
 
     Raises:
-        ValueError: unknown names, a folder that is missing or empty, a corrupt image, or no network.
+        ItoError: unknown names, a folder that is missing or empty, a corrupt image, or no network.
     """
     if name not in DATASETS:
-        raise ValueError(nearest("data set", name, DATASETS))
+        raise ItoError(nearest("data set", name, DATASETS))
     if augment is not None and augment not in AUGMENTATIONS:
-        raise ValueError(nearest("augmentation", augment, AUGMENTATIONS))
+        raise ItoError(nearest("augmentation", augment, AUGMENTATIONS))
     for limit in (train_limit, test_limit):
         _spread(1, limit)  # refuse limits below 1 before anything is read
     if name == "imagefolder":
@@ -312,7 +312,7 @@ def load_data(
     data = _digits() if name == "digits" else _cifar(name, path)
     style = augment or ("shift" if name == "digits" else "flip-crop")
     if style == "imagenet":
-        raise ValueError(f"The augmentation 'imagenet' is for image folders larger than {_IN_MEMORY} pixels.")
+        raise ItoError(f"The augmentation 'imagenet' is for image folders larger than {_IN_MEMORY} pixels.")
     assert isinstance(data.train, InMemory)
     train = replace(data.train, augment=style).first(train_limit)
     return replace(data, train=train, test=data.test.first(test_limit))
@@ -335,7 +335,7 @@ def _cifar(name: str, path: str | Path | None) -> Dataset:
     try:
         splits = [kind(str(root), train=train, download=True) for train in (True, False)]
     except (URLError, OSError, RuntimeError) as error:
-        raise ValueError(
+        raise ItoError(
             f"{name} is not in {str(root)!r} and could not be downloaded ({error}); unpack {kind.url} there, "
             "or name another folder as data.path."
         ) from error
@@ -353,22 +353,22 @@ def _folder(
     test_limit: int | None,
 ) -> Dataset:
     if path is None:
-        raise ValueError("The data set 'imagefolder' needs data.path: a folder with train/CLASS/* and test/CLASS/*.")
+        raise ItoError("The data set 'imagefolder' needs data.path: a folder with train/CLASS/* and test/CLASS/*.")
     root = Path(path)
     if not root.is_dir():
-        raise ValueError(f"There is no folder {str(root)!r}.")
+        raise ItoError(f"There is no folder {str(root)!r}.")
     held_out = next((root / part for part in ("test", "val") if (root / part).is_dir()), root / "test")
     found = [_listing(root / "train"), _listing(held_out)]
     if found[0][0] != found[1][0]:
         odd = sorted(set(found[0][0]) ^ set(found[1][0]))
-        raise ValueError(f"{str(root)!r} has other classes in train than in {held_out.name}: {', '.join(odd[:5])}.")
+        raise ItoError(f"{str(root)!r} has other classes in train than in {held_out.name}: {', '.join(odd[:5])}.")
     if size is None:
         wide, high = open_image(found[1][1][0]).size
         size = wide if wide == high and wide <= _IN_MEMORY else 224
     small = size <= _IN_MEMORY
     style = augment or ("flip-crop" if small else "imagenet")
     if (style == "imagenet") == small and style != "none":
-        raise ValueError(f"The augmentation {style!r} does not fit images of {size} pixels.")
+        raise ItoError(f"The augmentation {style!r} does not fit images of {size} pixels.")
     splits: list[Split] = []
     for (_, files, labels), limit, way in zip(found, (train_limit, test_limit), (style, "none"), strict=True):
         split = Streamed(tuple(files), torch.tensor(labels), size, way).first(limit)
@@ -386,7 +386,7 @@ def _in_memory(split: Streamed) -> InMemory:
 def _listing(folder: Path) -> tuple[list[str], list[Path], list[int]]:
     """Classes (alphabetical), image files, labels."""
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {str(folder)!r}; it should hold one folder of images a class.")
+        raise ItoError(f"There is no folder {str(folder)!r}; it should hold one folder of images a class.")
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     files, labels = [], []
     for label, name in enumerate(classes):
@@ -395,7 +395,7 @@ def _listing(folder: Path) -> tuple[list[str], list[Path], list[int]]:
                 files.append(file)
                 labels.append(label)
     if not files:
-        raise ValueError(
+        raise ItoError(
             f"The folder {str(folder)!r} holds no images in class folders ({', '.join(_SUFFIXES[:4])}, ...)."
         )
     return classes, files, labels

@@ -15,6 +15,7 @@ from .data import check_images
 from .engine import infer, piece_of, quicken
 from .noise import fresh_keys, make_keys
 from .recast import ItoResNet
+from .validation import ItoError
 from .votes import Poll, check_rule, decide
 
 
@@ -55,7 +56,7 @@ class ItoEnsemble(nn.Module):
         paths_per_call: inferences a member that one call ``ensemble(x)`` averages.
 
     Raises:
-        ValueError: no members, or no inferences.
+        ItoError: no members, or no inferences.
     """
 
     chunk: int | None = None  # states that run through a member at once; None: what suits the device
@@ -70,10 +71,10 @@ class ItoEnsemble(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
         if not len(self.members):
-            raise ValueError("An ensemble needs at least one member, got 0.")
+            raise ItoError("An ensemble needs at least one member, got 0.")
         for name, count in (("inferences", inferences), ("paths_per_call", paths_per_call)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
+                raise ItoError(f"{name} must be a whole number of at least 1, got {count!r}.")
         self.inferences, self.rule, self.paths_per_call = inferences, check_rule(rule), paths_per_call
 
     @property
@@ -163,12 +164,12 @@ class ItoEnsemble(nn.Module):
                 under which assumption).
 
         Raises:
-            ValueError: images that are not finite, not in [0, 1] or of the wrong shape; a confidence out of range.
+            ItoError: images that are not finite, not in [0, 1] or of the wrong shape; a confidence out of range.
         """
         check_images(x, self.channels)
         index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
         if index.shape != (len(x),):
-            raise ValueError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
+            raise ItoError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
         quick = self.quick()
         first = quick.members[0](x[:1].repeat(2, 1, 1, 1), make_keys(seed, purpose, index=index[:1].repeat(2)))
         poll = Poll(len(self.members), len(x), first.shape[1], self.inferences, self.rule, confidence, x.device)

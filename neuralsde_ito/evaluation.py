@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .attacks import PGD
 from .data import Split
 from .ensemble import ItoEnsemble, evaluating
-from .names import nearest
 from .outcomes import ABSTAIN, Outcomes, Paired
+from .validation import ItoError, nearest
 
 SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 Tick = Callable[[int], object]
@@ -113,7 +113,7 @@ def surrogate_models(ensemble: ItoEnsemble, resnet: nn.Module, names: Sequence[s
     models: dict[str, nn.Module] = {}
     for name in names:
         if name not in SURROGATES:
-            raise ValueError(nearest("surrogate", name, SURROGATES))
+            raise ItoError(nearest("surrogate", name, SURROGATES))
         if name == "ensemble":
             models[name] = ensemble
         elif name == "member":

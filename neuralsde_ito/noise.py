@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import fused
 from .threads import spread
+from .validation import ItoError
 
 # The multipliers of SplitMix64's finaliser and its increment, as signed 64-bit integers.
 _M1, _M2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
@@ -86,7 +87,7 @@ def make_keys(
         int64 keys of the broadcast shape (at least one dimension is the caller's to give).
     """
     if purpose not in PURPOSES:
-        raise ValueError(f"Unknown purpose {purpose!r}. Known: {', '.join(PURPOSES)}.")
+        raise ItoError(f"Unknown purpose {purpose!r}. Known: {', '.join(PURPOSES)}.")
     device = next((f.device for f in (index, inference, member, seed) if isinstance(f, Tensor)), None)
     state = torch.full((), PURPOSES.index(purpose) + 1, dtype=torch.int64, device=device)
     for field in (seed, member, inference, index):
@@ -145,7 +146,7 @@ def add_normals(x: Tensor, keys: Tensor, scale: float, *address: int, in_place: 
 
 def _check(keys: Tensor) -> None:
     if keys.dtype != torch.int64 or keys.dim() != 1:
-        raise ValueError(f"keys must be int64 of shape (N,), got {keys.dtype} of shape {tuple(keys.shape)}.")
+        raise ItoError(f"keys must be int64 of shape (N,), got {keys.dtype} of shape {tuple(keys.shape)}.")
 
 
 class _Shift(torch.autograd.Function):
@@ -163,7 +164,7 @@ class _Shift(torch.autograd.Function):
 def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: Tensor) -> Tensor:
     _check(keys)
     if len(keys) != len(x) or keys.device != x.device:
-        raise ValueError(
+        raise ItoError(
             f"Every state needs a key beside it: {len(x)} states on {x.device}, {len(keys)} keys on {keys.device}."
         )
     base = _absorb(keys, _fold(address))
@@ -325,14 +326,14 @@ class BrownianPath(torchsde.BaseBrownian):
         """``W`` (or ``(W, U)``) over ``[ta, tb]``, whose ends must lie on the dyadic grid of the block.
 
         Raises:
-            ValueError: an end that is not on the grid, or ``return_A`` (a diagonal SDE needs no Lévy area).
+            ItoError: an end that is not on the grid, or ``return_A`` (a diagonal SDE needs no Lévy area).
         """
         if return_A:
-            raise ValueError("BrownianPath has no space-space Lévy area; diagonal noise does not need it.")
+            raise ItoError("BrownianPath has no space-space Lévy area; diagonal noise does not need it.")
         ta, tb = (self.t0, float(ta)) if tb is None else (float(ta), float(tb))
         first, last = self._grid(ta), self._grid(tb)
         if first > last:
-            raise ValueError(f"An interval must not end before it begins, got [{ta}, {tb}].")
+            raise ItoError(f"An interval must not end before it begins, got [{ta}, {tb}].")
         if first == last:  # rounding: torchsde's last step may be one of no length
             nothing = torch.zeros(self._shape, dtype=self._dtype, device=self.device)
             return (nothing, nothing.clone()) if return_U else nothing
@@ -355,7 +356,7 @@ class BrownianPath(torchsde.BaseBrownian):
     def _grid(self, t: float) -> int:
         place = (t - self.t0) / (self.t1 - self.t0) * (1 << _LEVELS)
         if abs(place - round(place)) > 1e-3 or not 0 <= round(place) <= 1 << _LEVELS:
-            raise ValueError(
+            raise ItoError(
                 f"Time {t} is not on the dyadic grid of the block [{self.t0}, {self.t1}]: "
                 "use a step that is the block's length divided by a power of two."
             )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from scipy.stats import binomtest
 from torch import Tensor
 
+from .validation import ItoError
+
 ABSTAIN = -1  # the label of an image on which the vote finds no majority (locuslab/smoothing's convention)
 
 
@@ -24,7 +26,7 @@ class Rate:
     def of(cls, count: int, n: int) -> Rate:
         """``count`` of ``n`` images (Wilson 1927, https://doi.org/10.2307/2276774)."""
         if n < 1:
-            raise ValueError("A rate needs at least one image.")
+            raise ItoError("A rate needs at least one image.")
         low, high = binomtest(count, n).proportion_ci(0.95, method="wilson")
         return cls(count, n, count / n, float(low), float(high))
 
@@ -42,7 +44,7 @@ class Outcomes:
     def of(cls, labels: Tensor, truth: Tensor) -> Outcomes:
         """From decided labels ``(N,)``, `ABSTAIN` among them, and true ones ``(N,)``."""
         if labels.shape != truth.shape:
-            raise ValueError(f"One decided label an image: {tuple(labels.shape)} for {tuple(truth.shape)} true ones.")
+            raise ItoError(f"One decided label an image: {tuple(labels.shape)} for {tuple(truth.shape)} true ones.")
         correct = int((labels == truth).sum())
         abstained = int((labels == ABSTAIN).sum())
         return cls(len(truth), correct, len(truth) - correct - abstained, abstained)
@@ -85,6 +87,6 @@ class Paired:
         difference, the images on which the models differ fall to either side like a fair coin.
         """
         if first.shape != second.shape:
-            raise ValueError(f"A paired test needs the same images: {tuple(first.shape)}, {tuple(second.shape)}.")
+            raise ItoError(f"A paired test needs the same images: {tuple(first.shape)}, {tuple(second.shape)}.")
         one, two = int((first & ~second).sum()), int((second & ~first).sum())
         return cls(one, two, float(binomtest(one, one + two).pvalue) if one + two else 1.0)  # scipy: a numpy scalar

@@ -15,6 +15,7 @@ from .noise import fresh_keys
 from .schedules import Schedule
 from .sde import BlockSDE
 from .solvers import check_solver, diffuse, integrate
+from .validation import ItoError
 
 _BLOCKS = (BasicBlock, Bottleneck)
 
@@ -47,7 +48,7 @@ def as_chain(net: nn.Module) -> Chain:
     modules in the order of their registration, with torchvision's ``BasicBlock`` or ``Bottleneck`` as blocks.
 
     Raises:
-        ValueError: no such blocks, or they do not follow one another.
+        ItoError: no such blocks, or they do not follow one another.
     """
     if isinstance(net, Chain):
         return net
@@ -56,7 +57,7 @@ def as_chain(net: nn.Module) -> Chain:
     parts = _unfold(net)
     places = [i for i, part in enumerate(parts) if isinstance(part, _BLOCKS)]
     if not places or places != list(range(places[0], places[-1] + 1)):
-        raise ValueError(
+        raise ItoError(
             f"{type(net).__name__} is not an unbroken run of torchvision's BasicBlock or Bottleneck; "
             "spell it out: ito.recast(ito.Chain(stem, blocks, head))."
         )
@@ -137,7 +138,7 @@ class ItoResNet(nn.Module):
     def propagate(self, state: Tensor, keys: Tensor) -> Tensor:
         """From what `start` has made, ``(N, ...)``, to logits along paths ``(N,)``, or ``(P, N)``: P of each."""
         if keys.dim() not in (1, 2) or keys.shape[-1:] != state.shape[:1]:
-            raise ValueError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
+            raise ItoError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
         check_solver(self.solver, self.schedule.omega, self.steps)  # they may have been set since
         copies = len(keys) if keys.dim() == 2 else 1
         return self.head(self.solve(state, keys.flatten().to(state.device), copies)).unflatten(0, keys.shape)
@@ -183,7 +184,7 @@ def recast(
         An `ItoResNet` in the mode (train or eval), on the device and in the dtype of ``net``.
 
     Raises:
-        ValueError: values out of range, an unknown name, or a network that is not a chain of blocks.
+        ItoError: values out of range, an unknown name, or a network that is not a chain of blocks.
     """
     diffusion = Schedule(omega, schedule)
     check_solver(solver, omega, steps)
@@ -191,16 +192,16 @@ def recast(
     chain = as_chain(source)
     n = len(chain.blocks)
     if n == 0:
-        raise ValueError("A chain needs at least one block.")
+        raise ItoError("A chain needs at least one block.")
     if horizon is None:
         horizon = float(n)
     if not (math.isfinite(horizon) and horizon > 0):
-        raise ValueError(f"horizon must be a positive number, got {horizon}.")
+        raise ItoError(f"horizon must be a positive number, got {horizon}.")
     shapes = _probe(source, chain, image_shape)
     # Boundaries on multiples of 2**-20, so that steps add up to them exactly in float64.
     times = [round(horizon * i / n * 2**20) / 2**20 for i in range(n + 1)]
     if any(b <= a for a, b in itertools.pairwise(times)):
-        raise ValueError(f"horizon {horizon} leaves no time for {n} blocks: at least {n * 2.0**-20:.2g} is needed.")
+        raise ItoError(f"horizon {horizon} leaves no time for {n} blocks: at least {n * 2.0**-20:.2g} is needed.")
     sdes = [
         BlockSDE(block, diffusion, i, times[i], times[i + 1], shapes[i + 1], jump=shapes[i + 1] != shapes[i])
         for i, block in enumerate(chain.blocks)
@@ -230,19 +231,19 @@ def _probe(net: nn.Module, chain: Chain, image_shape: tuple[int, int, int] | Non
             version = state._version
             after = block(state)
             if state._version != version:
-                raise ValueError(f"Block {i} changes its input in place; set its first activation to inplace=False.")
+                raise ItoError(f"Block {i} changes its input in place; set its first activation to inplace=False.")
             state = after
             shapes.append(tuple(state.shape[1:]))
         same = torch.equal(chain.head(state), net(x))
     except RuntimeError as error:
-        raise ValueError(
+        raise ItoError(
             f"The network does not run on a test image of shape {image_shape}; give image_shape. ({error})"
         ) from error
     finally:
         for module, training in modes.items():
             module.training = training
     if not same:
-        raise ValueError(
+        raise ItoError(
             f"{type(net).__name__}.forward does more than call its modules in order; "
             "spell it out: ito.recast(ito.Chain(stem, blocks, head))."
         )

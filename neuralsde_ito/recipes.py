@@ -25,27 +25,27 @@ from .checkpoints import (
 from .config import Config, differing_keys
 from .data import Dataset, load_data
 from .fused import kernel
-from .names import nearest
 from .resnets import load_resnet
 from .training import Trainer
+from .validation import ItoError, nearest
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """``auto`` (CUDA, then MPS, then CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
     Raises:
-        ValueError: no such device here.
+        ItoError: no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"Unknown device {name!r}. Known: auto, cpu, cuda, cuda:N, mps.") from None
+        raise ItoError(f"Unknown device {name!r}. Known: auto, cpu, cuda, cuda:N, mps.") from None
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= count.get(device.type, 0):
         here = [kind if n == 1 else f"{kind}:0..{n - 1}" for kind, n in count.items() if n]
-        raise ValueError(f"There is no device {name!r} here. There is: {', '.join(here)}.")
+        raise ItoError(f"There is no device {name!r} here. There is: {', '.join(here)}.")
     return device
 
 
@@ -76,18 +76,18 @@ def prepare_run(folder: Path, config: Config, resume: bool, overwrite: bool) -> 
     """Make a run's folder, or check that an existing one is to be gone on with.
 
     Raises:
-        ValueError: the folder holds something, or another configuration than the one to resume.
+        ItoError: the folder holds something, or another configuration than the one to resume.
     """
     if resume:
         if differing := differing_keys(read_config(folder), config):
-            raise ValueError(
+            raise ItoError(
                 f"The run {str(folder)!r} has another configuration; it differs in: {', '.join(differing)}. "
                 "Resume it without these options, or train under another name."
             )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
-            raise ValueError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
+            raise ItoError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
         for name in ("state.pt", "metrics.jsonl", "resnet.safetensors"):
             (folder / name).unlink(missing_ok=True)
         for member in (folder / "members").glob("*.safetensors"):
@@ -124,7 +124,7 @@ def train_run(
 
     Raises:
         Interrupted: `should_stop` said so; the state is saved.
-        ValueError: weights that do not fit.
+        ItoError: weights that do not fit.
     """
     metrics = folder / "metrics.jsonl"
 
@@ -167,19 +167,19 @@ def find_run(root: Path, name: str | None, complete: bool = True) -> Path:
     """A run by name or path, or the newest one under ``root``.
 
     Raises:
-        ValueError: there is none.
+        ItoError: there is none.
     """
     if name is not None:
         for folder in (root / name, Path(name)):
             if (folder / "config.yaml").is_file():
                 return folder
         runs = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
-        raise ValueError(nearest("run", name, runs) if runs else f"There is no run {name!r}; make one: ito-sde train.")
+        raise ItoError(nearest("run", name, runs) if runs else f"There is no run {name!r}; make one: ito-sde train.")
     runs_here = [entry for entry in root.iterdir() if (entry / "config.yaml").is_file()] if root.is_dir() else []
     fitting = [entry for entry in runs_here if is_complete(entry) == complete]
     if not fitting:
         kind = "finished" if complete else "unfinished"
-        raise ValueError(f"There is no {kind} run in {str(root)!r}; make one: ito-sde train.")
+        raise ItoError(f"There is no {kind} run in {str(root)!r}; make one: ito-sde train.")
     return max(fitting, key=lambda entry: (entry / "config.yaml").stat().st_mtime)
 
 

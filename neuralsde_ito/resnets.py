@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from .names import nearest
+from .validation import ItoError, nearest
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, also of the published CIFAR ResNets
 
@@ -33,7 +33,7 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != len(std) or any(s <= 0 for s in std):
-            raise ValueError(f"mean and std need one number a channel, std positive; got {mean}, {std}.")
+            raise ItoError(f"mean and std need one number a channel, std positive; got {mean}, {std}.")
         # Settings, not weights: published files do not hold them.
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -146,13 +146,13 @@ def load_resnet(
         ``nn.Sequential(normalize, resnet)`` in eval mode, ``(N, C, H, W) -> (N, num_classes)``.
 
     Raises:
-        ValueError: unknown architecture, or weights that cannot be read or do not fit: the first keys
+        ItoError: unknown architecture, or weights that cannot be read or do not fit: the first keys
             and shapes are named.
     """
     if arch not in ARCHITECTURES:
-        raise ValueError(nearest("architecture", arch, ARCHITECTURES))
+        raise ItoError(nearest("architecture", arch, ARCHITECTURES))
     if num_classes < 2 or in_channels < 1:
-        raise ValueError(f"A network needs 2 classes and 1 channel at least, got {num_classes} and {in_channels}.")
+        raise ItoError(f"A network needs 2 classes and 1 channel at least, got {num_classes} and {in_channels}.")
     resnet: nn.Module
     if arch in _TORCHVISION:
         resnet = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
@@ -171,7 +171,7 @@ def load_resnet(
         mean or ((0.5,) * in_channels if plain else MEAN), std or ((0.5,) * in_channels if plain else STD)
     )
     if len(normalize.mean) != in_channels:
-        raise ValueError(f"mean and std need one number a channel ({in_channels}), got {len(normalize.mean)}.")
+        raise ItoError(f"mean and std need one number a channel ({in_channels}), got {len(normalize.mean)}.")
     return nn.Sequential(OrderedDict(normalize=normalize, resnet=resnet)).eval()
 
 
@@ -179,7 +179,7 @@ def load_weights(resnet: nn.Module, weights: str | Path, arch: str) -> None:
     """Load published weights into a network with torchvision's parameter names; see `load_resnet`.
 
     Raises:
-        ValueError: with the first keys and shapes that do not fit.
+        ItoError: with the first keys and shapes that do not fit.
     """
     state = canonical_keys(read_weights(weights, arch))
     own = resnet.state_dict()
@@ -193,7 +193,7 @@ def load_weights(resnet: nn.Module, weights: str | Path, arch: str) -> None:
     wrong += [f"{key}: not in the network" for key in state if key not in own]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"The weights {str(weights)!r} do not fit {arch!r}: {'; '.join(wrong[:3])}{more}.")
+        raise ItoError(f"The weights {str(weights)!r} do not fit {arch!r}: {'; '.join(wrong[:3])}{more}.")
     resnet.load_state_dict(state, strict=False)
 
 
@@ -203,39 +203,39 @@ def read_weights(weights: str | Path, arch: str) -> dict[str, Tensor]:
     if not path.exists() and path.suffix not in (".pth", ".th", ".pt", ".safetensors", ".tar"):
         return _torchvision_weights(str(weights), arch)
     if not path.is_file():
-        raise ValueError(f"There is no weights file {str(path)!r}.")
+        raise ItoError(f"There is no weights file {str(path)!r}.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "truncated" in str(error):
-            raise ValueError(f"The weights file {str(path)!r} is truncated.") from error
-        raise ValueError(
+            raise ItoError(f"The weights file {str(path)!r} is truncated.") from error
+        raise ItoError(
             f"The weights file {str(path)!r} holds more than tensors; code in it is not run. "
             "Save it again as torch.save(net.state_dict(), path)."
         ) from error
     except Exception as error:  # a damaged pickle can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"The weights file {str(path)!r} is truncated or no weights file ({reason}).") from error
+        raise ItoError(f"The weights file {str(path)!r} is truncated or no weights file ({reason}).") from error
     for name in ("state_dict", "model", "net", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"The weights file {str(path)!r} holds no tensors by name.")
+        raise ItoError(f"The weights file {str(path)!r} holds no tensors by name.")
     return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
 
 
 def _torchvision_weights(name: str, arch: str) -> dict[str, Tensor]:
     if arch not in _TORCHVISION:
-        raise ValueError(f"There is no weights file {name!r}, and torchvision has no weights for {arch!r}.")
+        raise ItoError(f"There is no weights file {name!r}, and torchvision has no weights for {arch!r}.")
     known = torchvision.models.get_model_weights(arch)
     if name not in known.__members__:
-        raise ValueError(nearest("weights", name, known.__members__))
+        raise ItoError(nearest("weights", name, known.__members__))
     try:
         return dict(known[name].get_state_dict(progress=True, check_hash=True))
     except (URLError, OSError) as error:
-        raise ValueError(
+        raise ItoError(
             f"The weights {name} could not be downloaded ({error}); fetch {known[name].url} elsewhere "
             "and give the file's path."
         ) from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .names import nearest
+from .validation import ItoError, nearest
 
 # name -> (is the noise a function of time?, is it multiplied by the state?)
 SCHEDULES: dict[str, tuple[bool, bool]] = {
@@ -35,7 +35,7 @@ class Schedule:
     for multiplicative noise, of the state itself.
 
     Raises:
-        ValueError: the name is not known, or omega is negative or not a finite number.
+        ItoError: the name is not known, or omega is negative or not a finite number.
     """
 
     omega: float
@@ -43,11 +43,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:
-            raise ValueError(nearest("schedule", self.name, SCHEDULES))
+            raise ItoError(nearest("schedule", self.name, SCHEDULES))
         if isinstance(self.omega, bool) or not isinstance(self.omega, (int, float)):
-            raise ValueError(f"omega must be a number, got {self.omega!r}.")
+            raise ItoError(f"omega must be a number, got {self.omega!r}.")
         if not math.isfinite(self.omega) or self.omega < 0:
-            raise ValueError(f"omega must be finite and at least 0, got {self.omega}.")
+            raise ItoError(f"omega must be finite and at least 0, got {self.omega}.")
 
     @property
     def multiplicative(self) -> bool:

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .schedules import Schedule
+from .validation import ItoError
 
 
 class BlockSDE(nn.Module):
@@ -74,15 +75,15 @@ class BlockSDE(nn.Module):
                 or ``"stratonovich"`` (drift minus ``sigma(t)^2 x / 2`` where the noise is multiplicative).
 
         Raises:
-            ValueError: unknown form, or ``"additive"`` for multiplicative noise.
+            ItoError: unknown form, or ``"additive"`` for multiplicative noise.
         """
         if form == "additive":
             if self.schedule.multiplicative:
-                raise ValueError(f"Schedule {self.schedule.name!r} is multiplicative: it has no additive view.")
+                raise ItoError(f"Schedule {self.schedule.name!r} is multiplicative: it has no additive view.")
             return AdditiveView(self)
         if form == "stratonovich":
             return StratonovichView(self)
-        raise ValueError(f"Unknown view {form!r}. Known: additive, stratonovich.")
+        raise ItoError(f"Unknown view {form!r}. Known: additive, stratonovich.")
 
 
 class AdditiveView(nn.Module):

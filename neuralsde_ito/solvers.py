@@ -16,9 +16,9 @@ import torchsde
 from einops import rearrange
 from torch import Tensor, nn
 
-from .names import nearest
 from .noise import BrownianPath
 from .sde import BlockSDE
+from .validation import ItoError, nearest
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def find_solver(name: str) -> Solver:
     """The solver of that name.
 
     Raises:
-        ValueError: there is none; the nearest name is offered.
+        ItoError: there is none; the nearest name is offered.
     """
     if name not in SOLVERS:
-        raise ValueError(nearest("solver", name, SOLVERS))
+        raise ItoError(nearest("solver", name, SOLVERS))
     return SOLVERS[name]
 
 
@@ -104,13 +104,13 @@ def check_solver(name: str, omega: float, steps: int) -> None:
     """Refuse what cannot be solved: an unknown solver, an ODE method under noise, steps that are no power of two.
 
     Raises:
-        ValueError: with the value it saw and the mend.
+        ItoError: with the value it saw and the mend.
     """
     solver = find_solver(name)
     if solver.library == "torchdiffeq" and omega != 0:
-        raise ValueError(f"{name!r} solves the ODE, without noise: it needs omega = 0, got {omega}.")
+        raise ItoError(f"{name!r} solves the ODE, without noise: it needs omega = 0, got {omega}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or steps & (steps - 1) or steps > 1 << 20:
-        raise ValueError(f"steps a block must be a power of two from 1 to {1 << 20}, got {steps!r}.")
+        raise ItoError(f"steps a block must be a power of two from 1 to {1 << 20}, got {steps!r}.")
 
 
 def integrate(
@@ -136,7 +136,7 @@ def integrate(
     if not (checkpoint and torch.is_grad_enabled()):
         return _Block(sde, keys, method, steps)(x, 0, steps)
     if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training for m in sde.block.modules()):
-        raise ValueError(
+        raise ItoError(
             f"Block {sde.index} drops out at random, which checkpointing cannot repeat; use checkpoint=False."
         )
     parameters = [p for p in sde.block.parameters() if p.requires_grad]

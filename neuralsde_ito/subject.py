@@ -23,6 +23,7 @@ from .noise import make_keys
 from .outcomes import Outcomes, Rate
 from .recast import ItoResNet
 from .solvers import find_solver
+from .validation import ItoError
 from .votes import decide
 
 _VOTES = 20  # forwards that decide for a randomised module that is not an ensemble of ours
@@ -144,7 +145,7 @@ class Subject:
         draws: random points an image; for a randomised model, points in all.
 
     Raises:
-        ValueError: images, labels, names or a radius that cannot be.
+        ItoError: images, labels, names or a radius that cannot be.
     """
 
     def __init__(
@@ -162,16 +163,16 @@ class Subject:
         self.model = ItoEnsemble([model]) if isinstance(model, ItoResNet) else model
         check_images(x, self.model.channels if isinstance(self.model, ItoEnsemble) else None)
         if y.shape != (len(x),) or y.dtype.is_floating_point:
-            raise ValueError(f"Labels must be whole numbers of shape ({len(x)},), got {y.dtype}, {tuple(y.shape)}.")
+            raise ItoError(f"Labels must be whole numbers of shape ({len(x)},), got {y.dtype}, {tuple(y.shape)}.")
         self.x, self.y, self.attack, self.seed = x.detach(), y.long(), attack or PGD(), seed
         self.index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
         if self.index.shape != (len(x),) or len(self.index.unique()) < len(x):
-            raise ValueError(f"index names the images: one whole number for each of {len(x)}, no two alike.")
+            raise ItoError(f"index names the images: one whole number for each of {len(x)}, no two alike.")
         if self.attack.eps == 0:
-            raise ValueError("An audit needs a ball to attack in: eps must be above 0.")
+            raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
         for name, count in (("queries", queries), ("draws", draws)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
+                raise ItoError(f"{name} must be a whole number of at least 1, got {count!r}.")
         self.queries, self.draws = queries, draws
         own = {"noise-free": NoiseFree(self.model)} if isinstance(self.model, ItoEnsemble) else {}
         self.surrogates: dict[str, nn.Module] = {**own, **(surrogates or {})}
@@ -196,19 +197,19 @@ class Subject:
         """How many the model tells apart.
 
         Raises:
-            ValueError: the output is not ``(N, classes)``, no gradient comes back from it, or a label has no class.
+            ItoError: the output is not ``(N, classes)``, no gradient comes back from it, or a label has no class.
         """
         with torch.enable_grad():
             out = self.model(self.x[:2].clone().requires_grad_())
         if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(self.x[:2]):
-            raise ValueError("The model must answer images (N, C, H, W) with logits (N, classes).")
+            raise ItoError("The model must answer images (N, C, H, W) with logits (N, classes).")
         if not out.requires_grad:
-            raise ValueError(
+            raise ItoError(
                 "No gradient comes back from the model's output (no_grad or detach inside it), so that a white-box "
                 "attack measures nothing; audit the model without that, or attack it with Square."
             )
         if len(odd := self.y[(self.y < 0) | (self.y >= out.shape[1])]):
-            raise ValueError(f"Labels must be from 0 to {out.shape[1] - 1}, got {int(odd[0])}.")
+            raise ItoError(f"Labels must be from 0 to {out.shape[1] - 1}, got {int(odd[0])}.")
         return out.shape[1]
 
     @torch.no_grad()

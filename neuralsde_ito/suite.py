@@ -22,8 +22,8 @@ from .attacks import APGD, PGD, Attack, Square
 from .attacks.objective import Ascent, EnsembleTarget, Objective, Target
 from .checkpoints import write_atomically
 from .ensemble import ItoEnsemble
-from .names import nearest
 from .outcomes import ABSTAIN
+from .validation import ItoError, nearest
 
 NOISES = ("fresh", "fixed", "known")
 _STATE = ("labels", "winner", "images", "share", "maker")
@@ -158,9 +158,9 @@ class Suite:
 
     def __post_init__(self) -> None:
         if self.noise not in NOISES:
-            raise ValueError(nearest("noise model", self.noise, NOISES))
+            raise ItoError(nearest("noise model", self.noise, NOISES))
         if isinstance(self.repeat, bool) or not isinstance(self.repeat, int) or self.repeat < 1:
-            raise ValueError(f"repeat must be a whole number of at least 1, got {self.repeat!r}.")
+            raise ItoError(f"repeat must be a whole number of at least 1, got {self.repeat!r}.")
 
     def decide(self, ensemble: ItoEnsemble, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         """The report's decisions ``(N,)``: the worst of ``repeat`` votes, wrong before abstained before right."""

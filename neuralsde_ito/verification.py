@@ -14,6 +14,7 @@ from torch import Tensor
 from .bundle import ROUNDING, Evidence, check_evidence, norms_of
 from .ensemble import ItoEnsemble
 from .outcomes import Paired, Rate
+from .validation import ItoError
 
 _LEVEL = 0.01  # of the paired test
 
@@ -73,17 +74,17 @@ def verify_bundle(
         tick: called with the number of images done, ``(1 + repeats) N`` in all.
 
     Raises:
-        ValueError: the bundle's own seed, an ensemble of other size, data of other shape, noise that is not fresh.
+        ItoError: the bundle's own seed, an ensemble of other size, data of other shape, noise that is not fresh.
     """
     check_evidence(evidence)
     if evidence.noise != "fresh":
-        raise ValueError(f"Only claims on fresh noise can be verified on other paths; these are on {evidence.noise!r}.")
+        raise ItoError(f"Only claims on fresh noise can be verified on other paths; these are on {evidence.noise!r}.")
     if seed == evidence.seed:
-        raise ValueError(f"The seed {seed} is the bundle's own: it would repeat the claims instead of checking them.")
+        raise ItoError(f"The seed {seed} is the bundle's own: it would repeat the claims instead of checking them.")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats must be a whole number of at least 1, got {repeats!r}.")
+        raise ItoError(f"repeats must be a whole number of at least 1, got {repeats!r}.")
     if len(ensemble.members) != len(evidence.votes):
-        raise ValueError(f"The claims are of {len(evidence.votes)} members; this ensemble has {len(ensemble.members)}.")
+        raise ItoError(f"The claims are of {len(evidence.votes)} members; this ensemble has {len(ensemble.members)}.")
     seed = secrets.randbits(63) if seed is None else seed
     seeds = tuple(s for s in range(seed, seed + repeats + 1) if s != evidence.seed)[:repeats]
     truth, index = evidence.truth.cpu(), evidence.index
@@ -167,4 +168,4 @@ def _text(rate: Rate) -> str:
 
 def _same_shape(name: str, given: Tensor, own: Tensor) -> None:
     if given.shape != own.shape:
-        raise ValueError(f"{name} must be {tuple(own.shape)}, in the bundle's order, got {tuple(given.shape)}.")
+        raise ItoError(f"{name} must be {tuple(own.shape)}, in the bundle's order, got {tuple(given.shape)}.")

@@ -9,8 +9,8 @@ import torch
 from scipy.stats import betabinom
 from torch import Tensor
 
-from .names import nearest
 from .outcomes import ABSTAIN
+from .validation import ItoError, nearest
 
 RULES = ("hierarchical", "flat")
 
@@ -19,11 +19,16 @@ def check_rule(rule: str) -> str:
     """The rule, if there is one of that name.
 
     Raises:
-        ValueError: there is none; the nearest name is offered.
+        ItoError: there is none; the nearest name is offered.
     """
     if rule not in RULES:
-        raise ValueError(nearest("rule", rule, RULES))
+        raise ItoError(nearest("rule", rule, RULES))
     return rule
+
+
+def winners(logits: Tensor) -> Tensor:
+    """The class that each inference votes for, ``(..., classes) -> (...)``; `ABSTAIN` where a logit is not finite."""
+    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), ABSTAIN)
 
 
 def decide(votes: Tensor, rule: str = "hierarchical") -> Tensor:
@@ -70,7 +75,7 @@ class Poll:
         device: torch.device | str | None = None,
     ) -> None:
         if confidence is not None and not 0.5 < confidence < 1:
-            raise ValueError(f"confidence must be above 0.5 and below 1, got {confidence}.")
+            raise ItoError(f"confidence must be above 0.5 and below 1, got {confidence}.")
         self.flat, self.inferences = check_rule(rule) == "flat", inferences
         self.votes = torch.zeros(members, n, classes, dtype=torch.int64, device=device)
         self.voters, self.each = (1, members * inferences) if self.flat else (members, inferences)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..data import check_images
 from ..ensemble import ItoEnsemble, evaluating
-from ..names import nearest
 from ..recast import ItoResNet
+from ..validation import ItoError, nearest
 from .ball import BALLS, check_eps
 from .objective import AIMED, OBJECTIVES, Objective, Target, as_target
 from .panels import Panels, right_share
@@ -63,14 +63,14 @@ class Attack:
 
     def __post_init__(self) -> None:
         if self.norm not in BALLS:
-            raise ValueError(nearest("norm", self.norm, BALLS))
+            raise ItoError(nearest("norm", self.norm, BALLS))
         if self.objective not in OBJECTIVES:
-            raise ValueError(nearest("objective", self.objective, OBJECTIVES))
+            raise ItoError(nearest("objective", self.objective, OBJECTIVES))
         object.__setattr__(self, "eps", check_eps(self.norm, self.eps))
         for name in ("steps", "restarts", "eot", "selection", "targets"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+                raise ItoError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
     def run(
         self,
@@ -92,17 +92,17 @@ class Attack:
             start: where the first attempt begins, ``(N, C, H, W)`` inside the ball: what another attack found.
 
         Raises:
-            ValueError: images or labels that cannot be, or a gradient that is not finite.
+            ItoError: images or labels that cannot be, or a gradient that is not finite.
         """
         if isinstance(model, ItoResNet):
             model = ItoEnsemble([model])
         check_images(x, model.channels if isinstance(model, ItoEnsemble) else None)
         if y.shape != (len(x),) or y.dtype.is_floating_point:
-            raise ValueError(f"Labels must be whole numbers of shape ({len(x)},), got {y.dtype}, {tuple(y.shape)}.")
+            raise ItoError(f"Labels must be whole numbers of shape ({len(x)},), got {y.dtype}, {tuple(y.shape)}.")
         x, y = x.detach(), y.long()
         index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
         if index.shape != (len(x),):
-            raise ValueError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
+            raise ItoError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
         if isinstance(model, nn.Module):
             with evaluating(model):
                 return self._attempts(as_target(model, x), x, y, seed, index, start)

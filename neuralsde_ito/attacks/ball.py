@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..noise import normals
+from ..validation import ItoError
 
 
 class Linf:
@@ -72,18 +73,18 @@ def parse_eps(text: str | float) -> float:
     """A radius as a number or a fraction, ``"8/255"``.
 
     Raises:
-        ValueError: not a number, a division by zero, negative or not finite.
+        ItoError: not a number, a division by zero, negative or not finite.
     """
     try:
         if isinstance(text, bool):
             raise TypeError
         value = float(Fraction(text)) if isinstance(text, str) and "/" in text else float(text)
     except ZeroDivisionError:
-        raise ValueError(f"eps {text!r} divides by zero.") from None
+        raise ItoError(f"eps {text!r} divides by zero.") from None
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"eps must be a number or a fraction such as 8/255, got {text!r}.") from None
+        raise ItoError(f"eps must be a number or a fraction such as 8/255, got {text!r}.") from None
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f"eps must be finite and at least 0, got {text!r}.")
+        raise ItoError(f"eps must be finite and at least 0, got {text!r}.")
     return value
 
 
@@ -91,11 +92,11 @@ def check_eps(norm: str, eps: float) -> float:
     """The radius as a number, refused where it makes no sense under the norm.
 
     Raises:
-        ValueError: see `parse_eps`; or above 1 under L-inf, where 1 is the whole range of a pixel.
+        ItoError: see `parse_eps`; or above 1 under L-inf, where 1 is the whole range of a pixel.
     """
     value = parse_eps(eps)
     if norm == "linf" and value > 1:
-        raise ValueError(
+        raise ItoError(
             f"eps is in pixel units and at most 1 under linf, got {value:g}; 8 grey levels of 255 are written 8/255."
         )
     return value

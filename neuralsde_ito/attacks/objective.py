@@ -14,6 +14,7 @@ from ..engine import in_pieces, piece_of
 from ..ensemble import ItoEnsemble
 from ..recast import ItoResNet
 from ..solvers import find_solver
+from ..validation import ItoError
 
 
 def mean_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def _ascend(objective: Objective, x: Tensor, y: Tensor, paths: Callable[[Tensor]
         x = x.detach().requires_grad_()
         logits = paths(x)
         if len(odd := y[(y < 0) | (y >= logits.shape[-1])]):
-            raise ValueError(f"Labels must be from 0 to {logits.shape[-1] - 1}, got {int(odd[0])}.")
+            raise ItoError(f"Labels must be from 0 to {logits.shape[-1] - 1}, got {int(odd[0])}.")
         loss = objective(logits, y)
         (gradient,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
     return Ascent(loss.detach(), logits.detach(), gradient)
@@ -151,7 +152,7 @@ class EnsembleTarget:
     def __init__(self, ensemble: ItoEnsemble, device: torch.device) -> None:
         for member in ensemble.members:
             if find_solver(str(member.solver)).adaptive:
-                raise ValueError(
+                raise ItoError(
                     f"Solver {member.solver!r} chooses its steps for the whole batch, so that one image's gradient "
                     "depends on the others; attack with a solver of fixed steps."
                 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..validation import ItoError
 from .objective import Ascent, Objective, Target
 
 # Of 20 paths at most 3: were the right class still ahead of one other, at a half, that would happen once in 780 times.
@@ -41,13 +42,13 @@ class Panels:
         """An objective and its gradient at images ``x`` of numbers ``rows``, on the ``draw``-th set of gradient paths.
 
         Raises:
-            ValueError: the gradient is not finite.
+            ItoError: the gradient is not finite.
         """
         self.backwards += self.eot * len(rows)
         y, index = self.labels[rows], self.index[rows]
         found = self.target.ascend(objective, x, y, draw * self.eot, self.eot, self.seed, index)
         if not bool(found.gradient.isfinite().all()):
-            raise ValueError(
+            raise ItoError(
                 "The gradient is not finite: the model overflows or divides by zero at some images, and an attack "
                 "through it would measure nothing."
             )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble import ItoEnsemble
-from ..names import nearest
 from ..noise import fresh_keys
+from ..validation import ItoError, nearest
 from .attempts import Attacked
 from .panels import right_share
 
@@ -51,12 +51,12 @@ def check_peer(name: str) -> None:
     """Refuse a library that is unknown or not installed.
 
     Raises:
-        ValueError: with the mend.
+        ItoError: with the mend.
     """
     if name not in PEERS:
-        raise ValueError(nearest("peer", name, PEERS))
+        raise ItoError(nearest("peer", name, PEERS))
     if importlib.util.find_spec(PEERS[name]) is None:
-        raise ValueError(f"{PEERS[name]} is not installed: pip install 'ito-sde[peers]'.")
+        raise ItoError(f"{PEERS[name]} is not installed: pip install 'ito-sde[peers]'.")
 
 
 def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: str, eps: float) -> Attacked:
@@ -66,7 +66,7 @@ def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: st
     PGDL2. ``autoattack``: pyautoattack's ``rand`` for a randomised ensemble, else ``standard``. One fresh path a call.
 
     Raises:
-        ValueError: the library is unknown or not installed.
+        ItoError: the library is unknown or not installed.
     """
     check_peer(name)
     model = OnePath(ensemble).eval()

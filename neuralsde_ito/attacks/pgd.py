@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..names import nearest
 from ..noise import make_keys
+from ..validation import ItoError, nearest
 from .attempts import Attack
 from .ball import BALLS
 from .objective import Objective
@@ -39,11 +39,11 @@ class PGD(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep not in ("best", "last"):
-            raise ValueError(nearest("iterate to keep", self.keep, ("best", "last")))
+            raise ItoError(nearest("iterate to keep", self.keep, ("best", "last")))
         if self.step_size is not None and not 0 < self.step_size < float("inf"):
-            raise ValueError(f"step_size must be a positive number in pixel units, got {self.step_size}.")
+            raise ItoError(f"step_size must be a positive number in pixel units, got {self.step_size}.")
         if not 0 <= self.momentum < float("inf"):
-            raise ValueError(f"momentum must be at least 0, got {self.momentum}.")
+            raise ItoError(f"momentum must be at least 0, got {self.momentum}.")
 
     @property
     def step(self) -> float:
@@ -119,6 +119,6 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0, index: Tensor 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0, index: Tensor | None = None, **settings) -> Tensor:
     """Adversarial images by the fast gradient (sign) method: one step of length eps (Goodfellow et al. 2015)."""
     if extra := settings.keys() & {"steps", "step_size", "restarts", "random_start"}:
-        raise ValueError(f"FGSM is one step of length eps: it takes no {', '.join(sorted(extra))}.")
+        raise ItoError(f"FGSM is one step of length eps: it takes no {', '.join(sorted(extra))}.")
     one = replace(PRESETS["fgsm"], **settings)
     return replace(one, step_size=one.eps or None).run(model, x, y, seed, index).images

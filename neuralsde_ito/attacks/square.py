@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..noise import make_keys, normals
+from ..validation import ItoError
 from .attempts import Attack
 from .ball import BALLS
 from .objective import Objective, margin
@@ -33,7 +34,7 @@ class Square(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share}.")
+            raise ItoError(f"share must be above 0 and at most 1, got {self.share}.")
 
     def side(self, step: int, height: int, width: int) -> int:
         """The side of a square at a query: the share of pixels is halved on the published schedule of 10,000."""
