@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .depth import Reading, read_depths
     from .ensemble import ItoEnsemble, Prediction
     from .noise import BrownianPath, make_keys, normals
-    from .outcomes import ABSTAIN, Outcomes, Paired, Rate
+    from .outcomes import ABSTAIN, Outcomes, Paired, Rate, WorstCase
     from .recast import Chain, ItoResNet, recast
     from .resnets import ARCHITECTURES, Normalize, load_resnet
     from .schedules import SCHEDULES, Schedule
@@ -44,7 +44,7 @@ _HOMES = {
     "depth": ("Reading", "read_depths"),
     "ensemble": ("ItoEnsemble", "Prediction"),
     "noise": ("BrownianPath", "make_keys", "normals"),
-    "outcomes": ("ABSTAIN", "Outcomes", "Paired", "Rate"),
+    "outcomes": ("ABSTAIN", "Outcomes", "Paired", "Rate", "WorstCase"),
     "recast": ("Chain", "ItoResNet", "recast"),
     "resnets": ("ARCHITECTURES", "Normalize", "load_resnet"),
     "schedules": ("SCHEDULES", "Schedule"),
@@ -60,7 +60,7 @@ _PLACE = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [  # noqa: RUF022  (in the order of reading)
     "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule", "SCHEDULES",
     "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "ItoEnsemble", "Prediction", "decide",
-    "ABSTAIN", "Outcomes", "Rate", "Paired", "attacks", "Suite", "standard", "least_norm", "audit", "Audit", "Check",
+    "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks", "Suite", "standard", "least_norm", "audit", "Audit", "Check",
     "Evidence", "save_bundle", "load_bundle", "verify_bundle", "Verification", "load_data", "Config", "load_config",
     "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison", "read_depths", "Reading", "ItoError",
 ]  # fmt: skip

@@ -27,11 +27,13 @@ class Prediction:
         labels: int64 ``(N,)``, `ABSTAIN` where there is no majority.
         votes: int64 ``(members, N, classes)``, inferences for each class, as far as they were made.
         drawn: int64 ``(N,)``, inferences made for each image.
+        invalid: int64 ``(N,)``, those among them whose logits were not finite: they voted for nobody.
     """
 
     labels: Tensor
     votes: Tensor
     drawn: Tensor
+    invalid: Tensor
 
 
 @contextmanager
@@ -186,4 +188,6 @@ class ItoEnsemble(nn.Module):
                 place = torch.zeros_like(counts).index_put_((images,), torch.arange(len(images), device=x.device))
                 logits = infer(quick.members[m], x[images], place[rows], keys, self.chunk)  # type: ignore[arg-type]
                 poll.count(m, rows, logits.argmax(-1))
-        return Prediction(decide(poll.votes, self.rule) if full else poll.labels()[0], poll.votes, poll.drawn.sum(0))
+        drawn = poll.drawn.sum(0)
+        labels = decide(poll.votes, self.rule, self.inferences) if full else poll.labels()[0]
+        return Prediction(labels, poll.votes, drawn, drawn - poll.votes.sum((0, 2)))

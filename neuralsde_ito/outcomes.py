@@ -90,3 +90,24 @@ class Paired:
             raise ItoError(f"A paired test needs the same images: {tuple(first.shape)}, {tuple(second.shape)}.")
         one, two = int((first & ~second).sum()), int((second & ~first).sum())
         return cls(one, two, float(binomtest(one, one + two).pvalue) if one + two else 1.0)  # scipy: a numpy scalar
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """The worst that attacks found for ``N`` images, and what the report decided on it.
+
+    There are two worst cases. *Denial*: the image that is least often right; ``labels == truth`` is the accuracy
+    under attack. *Evasion*: the image that is most often answered wrongly; what is not answered wrongly is right or
+    abstained on, the paper's column.
+
+    Attributes:
+        images: ``(N, C, H, W)``, chosen by votes on the selection's paths, never by the report's.
+        source: int64 ``(N,)``, the number of the attack that made the image; -1: the clean image.
+        labels: int64 ``(N,)``, the report's decisions.
+        votes: int64 ``(repeats, members, N, classes)``, all votes of the report, from which ``labels`` follow.
+    """
+
+    images: Tensor
+    source: Tensor
+    labels: Tensor
+    votes: Tensor

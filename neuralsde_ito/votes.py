@@ -31,17 +31,24 @@ def winners(logits: Tensor) -> Tensor:
     return torch.where(logits.isfinite().all(-1), logits.argmax(-1), ABSTAIN)
 
 
-def decide(votes: Tensor, rule: str = "hierarchical") -> Tensor:
+def decide(votes: Tensor, rule: str = "hierarchical", inferences: int | None = None) -> Tensor:
     """Labels ``(N,)`` from votes ``(members, N, classes)``; `ABSTAIN` without a strict majority.
 
     - ``hierarchical``: a member's label is that of more than half of its inferences, else it has none; the
       label of more than half of all members wins.
     - ``flat``: the label of more than half of all inferences wins. The paper leaves open which it means.
+
+    Args:
+        votes: how many inferences of each member chose each class.
+        rule: a name in `RULES`.
+        inferences: how many each member made. Default: as many as voted; give it where some may have voted for
+            nobody (see `winners`), as they count towards the half.
     """
+    made = votes.sum(-1) if inferences is None else votes.new_full(votes.shape[:-1], inferences)
     if check_rule(rule) == "flat":
-        votes = votes.sum(0, keepdim=True)
+        votes, made = votes.sum(0, keepdim=True), made.sum(0, keepdim=True)
     most, labels = votes.max(-1)  # both (members, N)
-    labels = torch.where(2 * most > votes.sum(-1), labels, ABSTAIN)
+    labels = torch.where(2 * most > made, labels, ABSTAIN)
     ballots = torch.stack([(labels == c).sum(0) for c in range(votes.shape[-1])], -1)  # (N, classes)
     most, winner = ballots.max(-1)
     return torch.where(2 * most > len(votes), winner, ABSTAIN)
