@@ -174,12 +174,20 @@ def copied(module: Module) -> Module:
     Tensors that the last forward pass has left in a module (the old ``spectral_norm`` does so) are copied detached.
     """
     memo: dict[int, object] = {}
+
+    def detach(value: object) -> None:
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+        elif isinstance(value, (tuple, list, dict)):
+            for part in value.values() if isinstance(value, dict) else value:
+                detach(part)
+
     for part in module.modules():
         for name, value in vars(part).items():
             if name.endswith("_hooks"):
                 memo.update((id(hook), hook) for hook in value.values())
-            elif isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+            elif name != "_modules":
+                detach(value)
     with torch.inference_mode(False):
         return copy.deepcopy(module, memo)
 

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from . import fused
 from .noise import BrownianPath
 from .sde import BlockSDE, mixes_images, well_known
 from .validation import ItoError, nearest
@@ -142,6 +143,11 @@ def integrate(
     method = find_solver(solver)
     if not (checkpoint and torch.is_grad_enabled()):
         return _Block(sde, keys, method, steps)(x, 0, steps)
+    if not fused.ordinary(x):
+        raise ItoError(
+            "Checkpointing does not go with forward-mode derivatives and the transforms of torch.func; "
+            "use checkpoint=False."
+        )
     if any(_draws(module) for module in sde.block.modules()):
         raise ItoError(
             f"Block {sde.index} drops out at random, which checkpointing cannot repeat; use checkpoint=False."
