@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from urllib.error import URLError
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
@@ -223,8 +224,12 @@ class Streamed:
             num_workers=min(8, os.cpu_count() or 1),
             pin_memory=torch.device(device).type == "cuda",
         )
+        said = False
         try:
-            for rows, pixels in loader:
+            for rows, pixels, transparent in loader:
+                if bool(transparent.any()) and not said:
+                    said = True
+                    _say_white(f"Pictures of {str(self.files[0].parents[1])!r} are")
                 x = pixels.to(device, non_blocking=True).float() / 255
                 yield names[rows].to(device), x, self.labels[rows].to(device)
         except ItoError as error:  # a worker sends its whole traceback as the message; its last line says it
@@ -232,16 +237,16 @@ class Streamed:
 
 
 class _Files(torch.utils.data.Dataset):
-    """Row -> (row, uint8 pixels); a module-level class because workers must be able to receive it."""
+    """Row -> (row, uint8 pixels, was it transparent?); a module-level class because workers must be able to receive it."""
 
     def __init__(self, split: Streamed, epoch: tuple[int, int] | None) -> None:
         self.split, self.epoch = split, epoch
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor]:
-        image = open_image(self.split.files[row])
+    def __getitem__(self, row: int) -> tuple[int, Tensor, bool]:
+        image, transparent = _open(self.split.files[row], "RGB")
         size = self.split.size
         if self.epoch is None or self.split.augment != "imagenet":
-            return row, _pixels(_centred(image, size))
+            return row, _pixels(_centred(image, size)), transparent
         # The crop belongs to (seed, epoch, image), whichever worker makes it.
         seed = np.random.SeedSequence([abs(int(self.epoch[0])), self.epoch[1], row]).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):
@@ -249,32 +254,80 @@ class _Files(torch.utils.data.Dataset):
             top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
             flip = bool(torch.rand(()) < 0.5)
         image = TF.resized_crop(image, top, left, height, width, [size, size])
-        return row, _pixels(TF.hflip(image) if flip else image)
+        return row, _pixels(TF.hflip(image) if flip else image), transparent
 
 
 def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """One image file.
+    """One image file with 8 bits a channel, as it stands: turned as its EXIF data say, and on a white ground.
+
+    Sixteen bits of grey and floats in [0, 1] are scaled; other colours are converted as Pillow does; of a file with
+    several pictures it is the first.
 
     Raises:
-        ItoError: the file is missing or cannot be read; its path is named.
+        ItoError: the file is missing or cannot be read, or its values do not say what is white; its path is named.
     """
+    return _open(path, mode)[0]
+
+
+def _open(path: str | Path, mode: str) -> tuple[Image.Image, bool]:
+    """`open_image`, and whether the picture was transparent anywhere."""
     try:
         with Image.open(path) as opened:
-            image: Image.Image = opened
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8, not scale
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            return image.convert(mode)
+            image = _eight_bits(ImageOps.exif_transpose(opened), opened.format, path)
+            if not (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
+                return image.convert(mode), False
+            layer = image.convert("RGBA")
+            if layer.getextrema()[3][0] == 255:  # the alpha channel's lowest value
+                return image.convert(mode), False
+            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(mode), True
+    except ItoError:
+        raise
     except FileNotFoundError:
         raise ItoError(f"There is no image file {str(path)!r}.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "its content is no image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ItoError(f"The image file {str(path)!r} cannot be read: {reason}.") from error
+    except Exception as error:  # a damaged file can fail in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "its content is no image" if isinstance(error, UnidentifiedImageError) else reason
+        raise ItoError(f"The image file {str(path)!r} cannot be read: {reason.rstrip('.')}.") from error
+
+
+def _eight_bits(image: Image.Image, kind: str | None, path: str | Path) -> Image.Image:
+    """Scale what Pillow would clip to 8 bits; ``kind`` is the file's format, ``path`` its place for messages."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())  # NaN if any pixel is
+        if not (low >= 0 and high <= 1):
+            raise ItoError(
+                f"The image file {str(path)!r} holds floats from {low:g} to {high:g}, and only in [0, 1] is it known "
+                "what is white; save it with 8 or 16 bits."
+            )
+        return Image.fromarray((values * 255).round().astype(np.uint8))
+    if not image.mode.startswith("I"):
+        return image
+    if image.mode == "I" and kind not in ("PNG", "PPM"):  # which hold 16 bits at most
+        raise ItoError(
+            f"The image file {str(path)!r} holds whole numbers of 32 bits, of which it is not known what is white; "
+            "save it with 8 or 16 bits."
+        )
+    values = np.asarray(image)
+    grey = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+    if (clear := image.info.get("transparency")) is not None:  # one grey, which stands for the ground
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _say_white(what: str) -> None:
+    warnings.warn(f"{what} transparent in places: read on a white ground.", UserWarning, stacklevel=3)
 
 
 def load_image(path: str | Path, image_shape: tuple[int, int, int]) -> Tensor:
-    """A picture as a network of ``image_shape`` wants it: ``(C, H, W)`` in [0, 1], resized and cropped if need be."""
+    """A picture as a network of ``image_shape`` wants it: ``(C, H, W)`` in [0, 1], resized and cropped if need be.
+
+    `open_image` says how files are read; it warns where a picture is transparent.
+    """
     channels, height, width = image_shape
-    image = open_image(path, "L" if channels == 1 else "RGB")
+    image, transparent = _open(path, "L" if channels == 1 else "RGB")
+    if transparent:
+        _say_white(f"The picture {str(path)!r} is")
     if image.size != (width, height):
         image = _centred(image, height)
     return _pixels(image).float() / 255
@@ -307,7 +360,8 @@ def load_data(
         name: ``digits`` (scikit-learn's 1,797 real 8x8 scans, no download), ``cifar10``, ``cifar100``
             (downloaded by torchvision on first use) or ``imagefolder``.
         path: for ``imagefolder`` the folder that holds ``train/CLASS/*`` and ``test/CLASS/*`` (or ``val``); for
-            CIFAR where the download is kept, default ``~/.cache/ito-sde``.
+            CIFAR where the download is kept, default ``~/.cache/ito-sde``. Pictures are read as `open_image` says;
+            where some are transparent, one warning says that they stand on white.
         size: image size for ``imagefolder``; default: that of the first image if it is square and at most
             64 pixels wide, else 224.
         augment: a name in `AUGMENTATIONS`; the default suits the data.
@@ -324,6 +378,8 @@ def load_data(
         _spread(1, limit)  # refuse limits below 1 before anything is read
     if name == "imagefolder":
         return _folder(path, size, augment, train_limit, test_limit)
+    if size not in (None, IMAGE_SIZES[name]):
+        raise ItoError(f"data.size is for image folders: {name} has {IMAGE_SIZES[name]} pixels, got {size}.")
     data = _digits() if name == "digits" else _cifar(name, path)
     style = augment or ("shift" if name == "digits" else "flip-crop")
     if style == "imagenet":
@@ -393,8 +449,13 @@ def _folder(
 
 def _in_memory(split: Streamed) -> InMemory:
     pixels = torch.empty(len(split), 3, split.size, split.size, dtype=torch.uint8)
+    count = 0
     for row, file in enumerate(split.files):
-        pixels[row] = _pixels(_centred(open_image(file), split.size))
+        image, transparent = _open(file, "RGB")
+        pixels[row] = _pixels(_centred(image, split.size))
+        count += transparent
+    if count:
+        _say_white(f"{count} of {len(split)} pictures of {str(split.files[0].parents[1])!r} are")
     return InMemory(pixels, split.labels, split.augment, split.names)
 
 

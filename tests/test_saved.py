@@ -117,6 +117,15 @@ def test_inferences_that_voted_for_nobody_are_told(user: ItoEnsemble, monkeypatc
     assert record["top"]["7"] == 0.3  # a share of all inferences, not of those that voted
 
 
+def test_predict_says_that_a_picture_is_read_on_white(user: ItoEnsemble) -> None:
+    Image.new("LA", (8, 8), (0, 0)).save("ink.png")
+    Image.new("L", (8, 8), 255).save("white.png")
+    with pytest.warns(UserWarning, match=r"'ink\.png' is transparent in places: read on a white ground") as caught:
+        votes = votes_of("ink.png", "white.png")
+    assert len(caught) == 1
+    assert votes["ink.png"] == votes["white.png"]
+
+
 # --- systems that open no folders -----------------------------------------------------------------------
 
 
