@@ -68,6 +68,6 @@ def command(
     for record in records:
         if record["invalid"]:
             output.sentence(
-                f"{record['image']}: {record['invalid']} of {total} inferences were invalid (logits that are not finite) "
-                "and voted for nobody."
+                f"{record['image']}: {record['invalid']} of {total} inferences were invalid and voted for nobody, "
+                "as their logits are not finite."
             )

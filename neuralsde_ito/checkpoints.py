@@ -86,9 +86,7 @@ def member_path(folder: Path, member: int) -> Path:
     return folder / "members" / f"{member:02d}.safetensors"
 
 
-def save_ensemble(
-    path: str | Path, ensemble: ItoEnsemble, config: Config, resnet: nn.Module | None = None
-) -> None:
+def save_ensemble(path: str | Path, ensemble: ItoEnsemble, config: Config, resnet: nn.Module | None = None) -> None:
     """Write an ensemble as a finished run: ``config.yaml``, ``resnet.safetensors`` and ``members/NN.safetensors``.
 
     `load_ensemble` reads it back: in eval mode and on the same device, its logits for the same keys are equal bit for
@@ -200,7 +198,9 @@ def _horizon(model: ItoResNet, typed: float | None) -> float | None:
 def _check_storable(name: str, model: ItoResNet, config: Config, template: nn.Sequential) -> None:
     """Refuse a network that would come back as another one; ``template`` gets its weights."""
     if odd := sorted({str(v.dtype) for v in model.state_dict().values() if v.is_floating_point()} - {"torch.float32"}):
-        raise ItoError(f"{name} has weights in {odd[0].removeprefix('torch.')}; a run holds float32: call .float() first.")
+        raise ItoError(
+            f"{name} has weights in {odd[0].removeprefix('torch.')}; a run holds float32: call .float() first."
+        )
     device = next(model.parameters()).device
     again = recast_as(config, template).to(device)
     found, wanted = _described(model), _described(again)

@@ -7,6 +7,7 @@ Images are floats in [0, 1], ``(N, C, H, W)``. Order and augmentation are pure f
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ class Split(Protocol):
         epoch: tuple[int, int] | None = None,
         skip: int = 0,
     ) -> Iterator[Batch]:
-        """Batches in order; with ``epoch = (seed, number)`` shuffled and augmented for training.
+        """Batches in order; with ``epoch = (seed, number)`` shuffled, augmented and cut (`batch_bounds`) for training.
 
         ``skip`` leaves out the first batches, without making them.
         """
@@ -110,6 +111,18 @@ def _order(n: int, epoch: tuple[int, int] | None) -> tuple[Tensor, torch.Generat
     state = np.random.SeedSequence([abs(int(epoch[0])), epoch[1]]).generate_state(1, np.uint64)[0]
     generator.manual_seed(int(state >> np.uint64(1)))
     return torch.randperm(n, generator=generator), generator
+
+
+def batch_bounds(n: int, size: int, training: bool = False) -> list[tuple[int, int]]:
+    """Where batches of ``n`` images begin and end.
+
+    In training a last batch of one image joins the one before it: BatchNorm has no variance of a single value, and a
+    step on one image would weigh as much as one on a whole batch.
+    """
+    starts = list(range(0, n, size))
+    if training and size > 1 and n % size == 1:
+        starts = starts[:-1] or starts
+    return list(itertools.pairwise([*starts, n]))
 
 
 def _spread(n: int, count: int | None) -> Tensor:
@@ -158,8 +171,8 @@ class InMemory:
         # Offsets for the whole epoch at once, so that skipping batches does not change the others.
         draws = torch.rand(len(self), 3, generator=generator)
         names = torch.arange(len(self)) if self.names is None else self.names
-        for start in range(skip * size, len(self), size):
-            rows = order[start : start + size]
+        for start, stop in batch_bounds(len(self), size, epoch is not None)[skip:]:
+            rows = order[start:stop]
             x = self.pixels[rows].to(device, non_blocking=True).float() / 255
             if epoch is not None and self.augment != "none":
                 pad = 1 if self.augment == "shift" else 4
@@ -219,8 +232,7 @@ class Streamed:
         names = torch.arange(len(self)) if self.names is None else self.names
         loader = torch.utils.data.DataLoader(
             _Files(self, epoch),
-            sampler=order[skip * size :].tolist(),
-            batch_size=size,
+            batch_sampler=[order[a:b].tolist() for a, b in batch_bounds(len(self), size, epoch is not None)[skip:]],
             num_workers=min(8, os.cpu_count() or 1),
             pin_memory=torch.device(device).type == "cuda",
         )

@@ -137,7 +137,7 @@ def train_run(
         write_metrics()
         on_epoch(row)
 
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    rows = _read_metrics(metrics) if metrics.is_file() else []
     trainer = Trainer(folder / "state.pt", on_step, log, should_stop, rows=rows)
     base_file = folder / RESNET
     if not base_file.is_file():
@@ -160,6 +160,16 @@ def train_run(
         save_weights(member_path(folder, m), to_resnet(model, load_base(folder, config, device))[-1])
     write_metrics()
     (folder / "state.pt").unlink(missing_ok=True)
+
+
+def _read_metrics(file: Path) -> list[dict[str, object]]:
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    except ValueError:  # not JSON, or not text
+        rows = [None]
+    if not all(isinstance(row, dict) and "phase" in row for row in rows):
+        raise ItoError(f"{str(file)!r} is damaged: its lines are not rows of metrics; delete it, and resume.")
+    return rows
 
 
 def is_complete(folder: Path) -> bool:

@@ -156,6 +156,25 @@ def test_a_shift_moves_in_zeros(digits):
     assert set(x.sum((1, 2, 3)).tolist()) == {25.0, 20.0, 16.0}  # none, one side, a corner
 
 
+@pytest.mark.parametrize("kind", ["in memory", "streamed"])
+@pytest.mark.parametrize("n", [1, 4, 5, 6, 9])
+def test_in_training_a_last_batch_of_one_image_joins_the_one_before_it(digits, tmp_path, kind, n):
+    if kind == "streamed":
+        make_folder(tmp_path, size=(80, 70), per_class=3)
+        split = load_data("imagefolder", tmp_path, size=72, train_limit=n).train
+    else:
+        split = digits.train.first(n)
+    sizes = {1: [1], 4: [4], 5: [5], 6: [4, 2], 9: [4, 5]}[n]
+    assert [len(y) for _, _, y in split.batches(4, epoch=(0, 0))] == sizes
+    whole = everything(split, 4, epoch=(0, 0))
+    assert all(torch.equal(a, b) for a, b in zip(whole, everything(split, 100, epoch=(0, 0)), strict=True))
+    for skip in range(1, len(sizes)):
+        assert [len(y) for _, _, y in split.batches(4, epoch=(0, 0), skip=skip)] == sizes[skip:]
+    # Elsewhere nothing joins: batches of one image are whole batches there, and no figure depends on them.
+    assert [len(y) for _, _, y in split.batches(4)] == {5: [4, 1], 9: [4, 4, 1]}.get(n, sizes)
+    assert [len(y) for _, _, y in split.batches(1, epoch=(0, 0))] == [1] * n
+
+
 # --- limits ---------------------------------------------------------------------------------------------
 
 

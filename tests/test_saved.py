@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from neuralsde_ito.cli import cli
 from PIL import Image
 
 import neuralsde_ito as ito
 from neuralsde_ito import ItoEnsemble, bundle, checkpoints
 from neuralsde_ito.checkpoints import write_atomically
-from neuralsde_ito.cli import cli
 from neuralsde_ito.ensemble import Prediction
 
 
