@@ -159,7 +159,7 @@ def _as_it_is(ensemble: ItoEnsemble, members: list[ItoResNet], config: Config) -
 def _settings(model: ItoResNet, config: Config) -> dict[str, Any]:
     """A member's settings under the names of ``config.sde`` and ``config.network``.
 
-    Where the configuration's own ``horizon``, ``mean`` and ``std`` are to the same effect, they stay as they were typed.
+    ``horizon``, ``mean`` and ``std`` stay as they were typed in the configuration, where that comes to the same.
     """
     settings: dict[str, Any] = {"omega": model.schedule.omega, "schedule": model.schedule.name}
     settings |= {name: getattr(model, name) for name in ("solver", "steps", "checkpoint")}
@@ -216,7 +216,8 @@ def _check_storable(name: str, model: ItoResNet, config: Config, template: nn.Se
     to_resnet(model, template)
     again.load_state_dict(model.state_dict())
     # What no description shows, as a function that was replaced, shows in the logits.
-    x = torch.rand(2, len(template[0].mean), 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    channels = next(template.parameters()).shape[1]  # of the first convolution
+    x = torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
     keys = make_keys(0, "report", index=torch.arange(2, device=device))
     with torch.no_grad(), evaluating(model):
         if not torch.allclose(model(x, keys), again.eval()(x, keys), 1e-4, 1e-4, equal_nan=True):

@@ -249,7 +249,7 @@ class Streamed:
 
 
 class _Files(torch.utils.data.Dataset):
-    """Row -> (row, uint8 pixels, was it transparent?); a module-level class because workers must be able to receive it."""
+    """Row -> (row, uint8 pixels, was it transparent?); a module-level class, as workers must be able to receive it."""
 
     def __init__(self, split: Streamed, epoch: tuple[int, int] | None) -> None:
         self.split, self.epoch = split, epoch
@@ -289,7 +289,7 @@ def _open(path: str | Path, mode: str) -> tuple[Image.Image, bool]:
             if not (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
                 return image.convert(mode), False
             layer = image.convert("RGBA")
-            if layer.getextrema()[3][0] == 255:  # the alpha channel's lowest value
+            if layer.getchannel("A").getextrema()[0] == 255:  # opaque everywhere
                 return image.convert(mode), False
             return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(mode), True
     except ItoError:
