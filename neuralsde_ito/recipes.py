@@ -63,6 +63,14 @@ def load_dataset(config: Config, train_limit: int | None = None, test_limit: int
     )
 
 
+def with_image_size(config: Config, data: Dataset) -> Config:
+    """The configuration with the size that a folder's first image gave; a run keeps it, whatever the folder becomes."""
+    if config.data.name != "imagefolder":
+        return config
+    size = config.data.model_copy(update={"size": data.image_shape[1]})
+    return config.model_copy(update={"data": size})
+
+
 def build_resnet(config: Config, data: Dataset) -> nn.Sequential:
     """The ResNet that a run starts from: from ``network.weights``, or at random from the seed."""
     network = config.network

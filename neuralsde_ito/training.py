@@ -93,7 +93,7 @@ class Trainer:
                         if len(y) > 1 or isinstance(error, ItoError):
                             raise
                         raise ItoError(
-                            f"A batch of one image cannot be trained on: {error}; give more images or another batch_size."
+                            f"A batch of one image is too small ({error}); use more images or a larger batch_size."
                         ) from error
                     loss = F.cross_entropy(logits.float(), y)
                 optimizer.zero_grad(set_to_none=True)

@@ -19,6 +19,7 @@ from neuralsde_ito.ensemble import Prediction
 @pytest.fixture
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ItoEnsemble:
     """A folder with the run `runs/mine`, whose noise is too strong for clear votes, and six pictures."""
+    torch.manual_seed(0)
     nets = [ito.load_resnet("resnet8", None, 10, 1) for _ in range(2)]
     ensemble = ItoEnsemble([ito.recast(net, omega=3.0) for net in nets], 5, "flat").eval()
     monkeypatch.chdir(tmp_path)
@@ -71,6 +72,25 @@ def test_members_are_loaded_with_the_shape_of_their_images(user: ItoEnsemble, tm
     assert [sde.shape for sde in members[0].sdes] == [(16, 24, 24), (32, 12, 12), (64, 6, 6)]
 
 
+def test_a_run_on_a_folder_keeps_the_size_of_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("train", "test"):
+        for name, grey in (("dark", 40), ("müde", 200)):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (12, 12), (grey, grey, 10 * i)).save(tmp_path / "images" / part / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    untrained = ["--set", "resnet.epochs=0", "--epochs", "0", "--members", "1", "--inferences", "1"]
+    ito_sde("train", "--data", "images/", *untrained, "--run", "folder")
+    ensemble, config = ito.load_ensemble("runs/folder")
+    assert config.data.size == 12
+    assert [sde.shape for sde in ensemble.members[0].sdes] == [(16, 12, 12), (32, 6, 6), (64, 3, 3)]
+    first = min((tmp_path / "images" / "test").rglob("*.png"))
+    Image.new("RGB", (30, 30)).save(first)  # which would have decided the size
+    ito_sde("evaluate")
+    ito_sde("train", "--resume", "--run", "folder")
+    assert json.loads(Path("runs/folder/evaluation.json").read_text(encoding="utf-8"))["config"]["data"]["size"] == 12
+
+
 def votes_of(*words: str) -> dict[str, list[list[int]]]:
     images = json.loads(ito_sde("predict", *words, "--json").stdout)["images"]
     return {record["image"]: record["member_votes"] for record in images}
@@ -81,9 +101,9 @@ def test_a_pictures_votes_do_not_depend_on_what_is_beside_it(user: ItoEnsemble) 
     assert len({str(votes) for votes in together.values()}) > 1
     assert votes_of(*(f"{name}.png" for name in "fdbeca")) == together
     assert {name: votes for file in together for name, votes in votes_of(file).items()} == together
+    assert votes_of(*together, "--seed", "1") != together
     Path("c.png").rename("other.png")
     assert votes_of("a.png", "other.png", "a.png")["other.png"] == together["c.png"]
-    assert votes_of("a.png", "--seed", "1") != {"a.png": together["a.png"]}
 
 
 def test_pictures_that_differ_in_a_pixel_meet_other_noise() -> None:

@@ -138,6 +138,7 @@ def test_save_and_load_an_ensemble_without_a_run(tmp_path: Path) -> None:
 
 def small_ensemble(members: int = 2, norm: tuple[float, float] = (0.4, 0.3), inferences: int = 3, **sde) -> ItoEnsemble:
     """Members of digits' architecture with weights of their own, in a setting that is not the configuration's."""
+    torch.manual_seed(0)
     nets = [ito.load_resnet("resnet8", None, 10, 1, norm[:1], norm[1:]) for _ in range(members)]
     return ItoEnsemble([ito.recast(net, image_shape=(1, 8, 8), **sde) for net in nets], inferences, "flat", 2).eval()
 
