@@ -23,7 +23,7 @@ from .noise import make_keys
 from .recast import ItoResNet, as_chain, recast
 from .resnets import Normalize, default_normalization, load_resnet, load_weights, read_weights
 from .sde import BlockSDE
-from .validation import ItoError
+from .validation import ItoError, shown
 
 RESNET = "resnet.safetensors"  # of a run: the ResNet that its members began as
 
@@ -89,8 +89,8 @@ def member_path(folder: Path, member: int) -> Path:
 def save_ensemble(path: str | Path, ensemble: ItoEnsemble, config: Config, resnet: nn.Module | None = None) -> None:
     """Write an ensemble as a finished run: ``config.yaml``, ``resnet.safetensors`` and ``members/NN.safetensors``.
 
-    `load_ensemble` reads it back: in eval mode and on the same device, its logits for the same keys are equal bit for
-    bit. Every verb of the command line opens it.
+    `load_ensemble` reads it back in eval mode. Its logits for the same keys are then equal bit for bit (on the same
+    device, in the same memory format). Every verb of the command line opens it.
 
     Args:
         path: the folder. A run that is there is written over.
@@ -130,13 +130,16 @@ def save_ensemble(path: str | Path, ensemble: ItoEnsemble, config: Config, resne
 
 
 def _refuse_changed_calls(net: nn.Module) -> None:
-    """Refuse hooks, and a ``forward`` that was put on a module: no file of weights holds them."""
+    """Refuse hooks, and functions that were put over a module's own, as ``forward``: no file of weights holds them."""
     for name, module in net.named_modules():
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        found = "a hook" if any(getattr(module, kind) for kind in hooks) else "a forward of its own"
-        if found == "a hook" or "forward" in vars(module):
+        found = ["hook" for kind in hooks if getattr(module, kind)]
+        found += [key for key, own in vars(module).items() if callable(own) and hasattr(type(module), key)]
+        if found:
             where = f"{name}, a {type(module).__name__}," if name else f"The {type(module).__name__}"
-            raise ItoError(f"{where} has {found}, which cannot be stored; remove it, and add it again after loading.")
+            raise ItoError(
+                f"{where} has a {found[0]} of its own, which cannot be stored; remove it, and add it again after loading."
+            )
 
 
 def _as_it_is(ensemble: ItoEnsemble, members: list[ItoResNet], config: Config) -> Config:
@@ -213,6 +216,8 @@ def _check_storable(name: str, model: ItoResNet, config: Config, template: nn.Se
             )
     if _normalization(model, config) != {"mean": config.network.mean, "std": config.network.std}:
         raise ItoError(f"{name} normalises by another mean or std than the members; make it with theirs.")
+    if odd := sorted(model.state_dict().keys() ^ again.state_dict().keys()):
+        raise ItoError(f"{name} holds other tensors than a recast {config.network.arch!r}: {shown(', '.join(odd))}.")
     to_resnet(model, template)
     again.load_state_dict(model.state_dict())
     # What no description shows, as a function that was replaced, shows in the logits.

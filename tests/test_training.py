@@ -220,6 +220,14 @@ def spoil_forward(ensemble: ItoEnsemble) -> None:
     block.forward = lambda x: torch.relu(x)
 
 
+def spoil_diffusion(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].sdes[0].g = lambda t, y: 0 * y  # which Euler does not ask
+
+
+def spoil_tensors(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].sdes[0].extra = torch.nn.Parameter(torch.ones(3))
+
+
 def spoil_dtype(ensemble: ItoEnsemble) -> None:
     ensemble.double()
 
@@ -258,6 +266,8 @@ def spoil_statistics(ensemble: ItoEnsemble) -> None:
         (spoil_hook, "head.*hook"),
         (spoil_ensemble_hook, "hook"),
         (spoil_forward, "sdes.0.block.*forward"),
+        (spoil_diffusion, "sdes.0.* a g of its own"),
+        (spoil_tensors, "sdes.0.extra"),
         (spoil_dtype, "float64.*float32"),
         (spoil_class, "Mine"),
         (spoil_ensemble_class, "Mine"),
