@@ -138,7 +138,7 @@ def _refuse_changed_calls(net: nn.Module) -> None:
         if found:
             where = f"{name}, a {type(module).__name__}," if name else f"The {type(module).__name__}"
             raise ItoError(
-                f"{where} has a {found[0]} of its own, which cannot be stored; remove it, and add it again after loading."
+                f"{where} has a {found[0]} of its own, which cannot be stored; remove it, and add it after loading."
             )
 
 
