@@ -241,7 +241,7 @@ class Streamed:
             for rows, pixels, transparent in loader:
                 if bool(transparent.any()) and not said:
                     said = True
-                    _say_white(f"Pictures of {str(self.files[0].parents[1])!r} are")
+                    _say_white(f"Pictures of {str(self.files[0].parent.parent)!r} are")
                 x = pixels.to(device, non_blocking=True).float() / 255
                 yield names[rows].to(device), x, self.labels[rows].to(device)
         except ItoError as error:  # a worker sends its whole traceback as the message; its last line says it
@@ -467,7 +467,7 @@ def _in_memory(split: Streamed) -> InMemory:
         pixels[row] = _pixels(_centred(image, split.size))
         count += transparent
     if count:
-        _say_white(f"{count} of {len(split)} pictures of {str(split.files[0].parents[1])!r} are")
+        _say_white(f"{count} of {len(split)} pictures of {str(split.files[0].parent.parent)!r} are")
     return InMemory(pixels, split.labels, split.augment, split.names)
 
 
