@@ -285,6 +285,7 @@ def _open(path: str | Path, mode: str) -> tuple[Image.Image, bool]:
     """`open_image`, and whether the picture was transparent anywhere."""
     try:
         with Image.open(path) as opened:
+            opened.load()  # before it is asked how it lies: Pillow turns a TIFF while it loads
             image = _eight_bits(ImageOps.exif_transpose(opened), opened.format, path)
             if not (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
                 return image.convert(mode), False
