@@ -7,6 +7,7 @@ Images are floats in [0, 1], ``(N, C, H, W)``. Order and augmentation are pure f
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 import warnings
@@ -284,9 +285,11 @@ def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
 def _open(path: str | Path, mode: str) -> tuple[Image.Image, bool]:
     """`open_image`, and whether the picture was transparent anywhere."""
     try:
-        with Image.open(path) as opened:
-            opened.load()  # before it is asked how it lies: Pillow turns a TIFF while it loads
-            image = _eight_bits(ImageOps.exif_transpose(opened), opened.format, path)
+        # From memory: on damaged TIFFs a file descriptor was closed that was already in use elsewhere.
+        with Image.open(io.BytesIO(Path(path).read_bytes())) as opened:
+            # Pillow turns a TIFF by itself, while it loads.
+            upright = opened if opened.format == "TIFF" else ImageOps.exif_transpose(opened)
+            image = _eight_bits(upright, opened.format, path)
             if not (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
                 return image.convert(mode), False
             layer = image.convert("RGBA")
