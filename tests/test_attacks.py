@@ -1075,11 +1075,11 @@ class Refuses(nn.Module):
         return 10 * F.one_hot(named, self.classes) + slope + 1e-3 * torch.rand(len(x), 1)
 
 
-@pytest.mark.parametrize("attack", [PGD, APGD, Square], ids=lambda a: a.__name__)
+@pytest.mark.parametrize("attack", [PGD, APGD], ids=lambda a: a.__name__)
 def test_denial_ends_at_an_abstention_and_evasion_goes_on(attack):
     torch.manual_seed(0)
     x, y = torch.full((6, 1, 4, 4), 0.35), torch.zeros(6, dtype=torch.int64)
-    settings: dict = {"eps": 0.5, "steps": 400 if attack is Square else 40, "eot": 10}
+    settings: dict = {"eps": 0.5, "steps": 40, "eot": 10}
     if attack is PGD:
         settings |= {"step_size": 0.02, "random_start": False}
     if attack is APGD:
@@ -1093,7 +1093,7 @@ def test_denial_ends_at_an_abstention_and_evasion_goes_on(attack):
 
     assert (share(refused.images, 0) < 0.5).all()
     assert (share(wrong.images, 2) > 0.5).all()
-    if attack is PGD:  # the steps of the others are so long that they may jump across
+    if attack is PGD:  # APGD's first step is so long that it jumps across
         assert (share(refused.images, 2) < 0.5).all()
 
 
