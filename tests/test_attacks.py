@@ -28,6 +28,7 @@ from neuralsde_ito.attacks.panels import right_share, wrong_share
 from neuralsde_ito.config import Fit
 from neuralsde_ito.data import InMemory
 from neuralsde_ito.evaluation import SURROGATES, NoiseFree, Sweep, attack_sweep, classify, evaluate, surrogate_models
+from neuralsde_ito.selection import Selection
 from neuralsde_ito.training import Trainer
 
 # `neuralsde_ito.attacks.pgd` is the function; the module of that name has to be asked for.
@@ -911,6 +912,79 @@ def test_a_sweep_from_end_to_end(exact, digits):
     right = [Outcomes.of(sweep.worst(level), y).correct for level in range(2)]
     assert right == sorted(right, reverse=True)
     assert right[-1] < Outcomes.of(sweep.clean["ito"], y).correct
+
+
+def test_what_the_report_says_chooses_nothing(exact, digits, monkeypatch):
+    split = Doubled(digits.first(12))
+    wanted, _ = sweep_of(exact, split, 0.05, 0.1)
+    predict = ItoEnsemble.predict
+
+    def contrary(self, x, seed=0, index=None, purpose="report", **settings):
+        found = predict(self, x, seed, index, purpose, **settings)
+        if purpose == "report":  # nobody may listen to it
+            return replace(found, labels=(found.labels + 1) % 10, votes=found.votes.roll(1, -1))
+        return found
+
+    monkeypatch.setattr(ItoEnsemble, "predict", contrary)
+    found, _ = sweep_of(exact, split, 0.05, 0.1)
+    for level in range(2):
+        for one, two in zip((wanted.denial, wanted.evasion), (found.denial, found.evasion), strict=True):
+            assert torch.equal(one[level].images, two[level].images)
+            assert torch.equal(one[level].source, two[level].source)
+            assert not torch.equal(one[level].labels, two[level].labels)
+    assert found.evasion_cost == wanted.evasion_cost
+
+
+def test_images_that_abstain_are_attacked_on_for_evasion(exact, digits, monkeypatch):
+    met, run = [], PGD.run
+
+    def record(self, model, x, y, seed, index, start=None):
+        met.append((self.goal, index.tolist()))
+        return run(self, model, x, y, seed, index, start)
+
+    monkeypatch.setattr(PGD, "run", record)
+    split, ensemble = Doubled(digits.first(20)), make_ensemble(exact, 2.0, 2.5, inferences=9)
+    attacks = [PGD(eps=eps, steps=3, eot=4, selection=8) for eps in (0.02, 0.1)]
+    sweep = attack_sweep(ensemble, exact, split, attacks, seed=1)
+    ((index, x, y),) = split.batches(20)
+    clean = Selection(ensemble, x, y, index, seed=1)
+    clean.begin()
+    refused = set(index[clean.standing("evasion")].tolist())
+    assert refused  # abstained on already without attack
+    evaded = [set(names) for goal, names in met if goal == "evasion"]
+    assert len(evaded) == 8  # through every source, at both radii
+    assert refused <= evaded[0]
+    assert evaded[0] & evaded[4]  # and again at the larger radius
+    assert all(first >= then for first, then in itertools.pairwise(evaded[:4]))  # whom it fooled is left alone
+    assert all(backwards > 0 for backwards, _ in sweep.evasion_cost)
+
+    def wrong(labels: Tensor) -> int:
+        return int(((labels != y) & (labels != ABSTAIN)).sum())
+
+    assert wrong(sweep.evasion[1].labels) > wrong(sweep.denial[1].labels)
+    assert wrong(sweep.evasion[1].labels) > wrong(sweep.evasion[0].labels)
+
+
+def test_the_resnet_meets_as_much_as_the_ensemble(exact, digits, monkeypatch):
+    own, run = [], PGD.run
+    split = Doubled(digits.first(6))
+    ((_, x, y),) = split.batches(6)
+    fooling = PGD(eps=0.3, steps=10).run(exact, x, y).images
+    assert (classify(exact, fooling) != y).all()
+
+    def weak(self, model, x, y, seed, index, start=None):
+        found = run(self, model, x, y, seed, index, start)
+        if model is exact and self.stop:  # the attack on itself finds nothing
+            own.append(self)
+            return replace(found, images=x)
+        return replace(found, images=fooling) if isinstance(model, NoiseFree) and self.goal == "denial" else found
+
+    monkeypatch.setattr(PGD, "run", weak)
+    ensemble = make_ensemble(exact, 0.5, 0.8, inferences=3)
+    sweep = attack_sweep(ensemble, exact, split, [PGD(eps=1e-6, steps=2, eot=2, restarts=2)])
+    assert [attack.restarts for attack in own] == [2 * len(SURROGATES)]
+    assert (sweep.worst_resnet(0) != y).all()  # what was made for the ensemble fools the ResNet
+    assert sweep.resnet_cost[0][1] >= len(SURROGATES) * 6
 
 
 def test_the_batch_size_changes_no_label(exact, digits):
