@@ -7,10 +7,12 @@ import copy
 import itertools
 import math
 import sys
+import traceback
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import foolbox
 import pytest
@@ -1298,25 +1300,34 @@ def test_a_gradient_that_is_not_finite_aborts_nothing_and_is_told(net, x, y, att
 @pytest.mark.parametrize("goal", ["denial", "evasion"])
 @pytest.mark.parametrize("name", sorted(STRONG))
 def test_no_two_uses_share_a_draw(net, x, y, monkeypatch, name, goal):
-    ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    paths = ItoEnsemble.paths
+    # A use: the attempt, and the functions of the attack from which paths are asked for.
+    uses: dict[tuple[str, int, int], list[tuple[object, ...]]] = defaultdict(list)
+    attempts = 0
+    attack = replace(STRONG[name]("linf", 0.15), restarts=3, goal=goal, steps=4)
+    paths, climb = ItoEnsemble.paths, type(attack)._climb
+
+    def count(self, *args):
+        nonlocal attempts
+        attempts += 1
+        return climb(self, *args)
 
     def record(self, x, first, count, seed, purpose, index):
-        ranges[purpose].append((first, count))
+        here = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).parent.name == "attacks"]
+        uses[purpose, first, count].append((attempts if "_climb" in here else None, *here))
         return paths(self, x, first, count, seed, purpose, index)
 
+    monkeypatch.setattr(type(attack), "_climb", count)
     monkeypatch.setattr(ItoEnsemble, "paths", record)
-    attack = replace(STRONG[name]("linf", 0.15), restarts=3, goal=goal, steps=4)
     attack.run(make_ensemble(net, 1.0, 1.0), x[:8], y[:8])
-    for purpose, asked in ranges.items():
-        uses = Counter(asked)
-        taken = sorted((first, first + count) for first, count in uses)
-        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
-        # Again and again: the candidates of all attempts; APGD's iterates and Square's queries, within an attempt.
-        often = [first for (first, count), n in uses.items() if n > 1]
-        attempts = 9 if "targets" in name else 3
-        several = {"apgd": attempts, "apgd-targets": attempts, "square": attempts if purpose == "gradient" else 0}
-        assert len(often) <= (purpose == "selection") + several.get(name, 0)
+    assert attempts == (9 if "targets" in name else 3)
+    taken = sorted(uses)
+    for (one, first, count), (two, start, _) in itertools.pairwise(taken):
+        assert one != two or first + count <= start
+    for draw, found in uses.items():
+        assert len(set(found)) == 1, draw
+        # Again and again: the candidates of all attempts; within one of them APGD's iterates and Square's queries.
+        compared, repeated = "_climb" not in found[0], not isinstance(attack, PGD) and "beaten" not in found[0]
+        assert len(found) == 1 or compared or (repeated and "ascend" not in found[0]), draw
 
 
 # --- Square climbs the margin ---------------------------------------------------------------------------
