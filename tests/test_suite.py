@@ -312,11 +312,14 @@ def test_fixed_noise_is_the_same_for_all_images(ensemble, x, y):
     assert (decided == decided[0]).all()
 
 
-def test_settings_that_cannot_be(ensemble):
+def test_settings_that_cannot_be(ensemble, x, y):
     with pytest.raises(ValueError, match="fresh"):
         suite(ensemble, noise="frsh")
     with pytest.raises(ValueError, match="repeat"):
         suite(ensemble, repeat=0)
+    for radii in ([0.1, 0.05], [0.1, 0.1]):
+        with pytest.raises(ito.ItoError, match="Radii must rise"):
+            next(suite(ensemble).run(ensemble, x, y, torch.arange(N), radii))
 
 
 def test_standard_spends_no_more_than_eotpgd_or_autoattack():
