@@ -52,8 +52,8 @@ class Step:
 def standard(norm: str, eps: float, noisy: bool, effort: float = 1.0) -> list[Step]:
     """The steps of the suite ``standard``.
 
-    For a randomised ensemble at most 1,415 gradients an image, and for a deterministic network what AutoAttack's
-    ``standard`` has in APGD and Square, in a cheaper order.
+    For a randomised ensemble at most 1,415 gradients an image, and as many again for evasion where the ensemble
+    abstains; for a deterministic network what AutoAttack's ``standard`` has in APGD and Square, in a cheaper order.
 
     Args:
         norm, eps: the ball.
