@@ -433,3 +433,10 @@ def test_checkpointed_steps_need_no_more_memory_than_one_plain_step(monkeypatch)
     assert plain.seconds > 32, "MiB: the measurement missed the activations"
     assert one.ratio < 0.75
     assert sixteen.ratio < 1
+
+
+def test_a_network_whose_logits_are_not_finite_is_cut_like_any_other():
+    net = load_resnet("resnet8")
+    with torch.no_grad():
+        net.resnet.conv1.weight[0, 0, 0, 0] = torch.nan
+    assert recast(net, omega=0.2)(torch.rand(2, 3, 32, 32)).isnan().any()
