@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -64,7 +63,7 @@ def command(
     ito-sde train --config cifar10-resnet20 --weights resnet20.th --data images/ --epochs 2
     ito-sde train --resume
     """
-    from neuralsde_ito.checkpoints import load_base, load_ensemble, read_config
+    from neuralsde_ito.checkpoints import load_base, load_ensemble, read_config, write_atomically
     from neuralsde_ito.config import load_config
     from neuralsde_ito.evaluation import evaluate
     from neuralsde_ito.recipes import (
@@ -80,6 +79,9 @@ def command(
 
     if resume and overwrite:
         raise click.UsageError("--resume goes on, --overwrite begins anew: give one of them.")
+    if print_config:
+        idle = {"overwrite", "device", "as_json"} | (set() if resume else {"name", "root"})
+        options.without_effect(idle, "With --print-config")
     folder = find_run(root, name, complete=False) if resume else None
     overrides = _overrides(data, flags)
     config = load_config(source, os.environ, assignments, overrides, base=read_config(folder) if folder else None)
@@ -120,7 +122,7 @@ def command(
         "config": config.model_dump(mode="json"),
         **output.evaluation_json(result),
     }
-    (folder / "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False))
+    write_atomically(folder / "evaluation.json", output.json_bytes(report))
     from .pictures import evaluation_picture
 
     picture = folder / "evaluation.png"

@@ -29,6 +29,7 @@ class Evaluation:
         index, truth, resnet_labels, labels: ``(N,)``.
         votes: ``(members, N, classes)``, as far as they were drawn.
         drawn: ``(N,)``, inferences made.
+        invalid: ``(N,)``, those whose logits were not finite: they voted for nobody.
     """
 
     resnet: Outcomes
@@ -40,6 +41,7 @@ class Evaluation:
     labels: Tensor
     votes: Tensor
     drawn: Tensor
+    invalid: Tensor
 
 
 def evaluate(
@@ -67,11 +69,11 @@ def evaluate(
     votes = []
     for index, x, y in data.batches(batch_size, device):
         prediction = ensemble.predict(x, seed, index, full=full, confidence=confidence)
-        found = (prediction.labels.cpu(), prediction.drawn.cpu())
+        found = (prediction.labels.cpu(), prediction.drawn.cpu(), prediction.invalid.cpu())
         parts.append((index.cpu(), y.cpu(), classify(resnet, x).cpu(), *found))
         votes.append(prediction.votes.cpu())
         tick(len(y))
-    index, truth, base, labels, drawn = (torch.cat(column) for column in zip(*parts, strict=True))
+    index, truth, base, labels, drawn, invalid = (torch.cat(column) for column in zip(*parts, strict=True))
     return Evaluation(
         Outcomes.of(base, truth),
         Outcomes.of(labels, truth),
@@ -82,6 +84,7 @@ def evaluate(
         labels,
         torch.cat(votes, 1),
         drawn,
+        invalid,
     )
 
 
