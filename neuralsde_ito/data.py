@@ -25,6 +25,7 @@ from torchvision.transforms import functional as TF
 from .validation import ItoError, nearest
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
+IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32}  # in pixels, square; a folder's is chosen
 AUGMENTATIONS = ("none", "shift", "flip-crop", "imagenet")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _IN_MEMORY = 64  # folders of images up to this size are held in memory

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .checkpoints import (
+    RESNET,
     load_base,
     member_path,
     read_config,
@@ -88,7 +89,7 @@ def prepare_run(folder: Path, config: Config, resume: bool, overwrite: bool) -> 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
             raise ItoError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
-        for name in ("state.pt", "metrics.jsonl", "resnet.safetensors"):
+        for name in ("state.pt", "metrics.jsonl", RESNET):
             (folder / name).unlink(missing_ok=True)
         for member in (folder / "members").glob("*.safetensors"):
             member.unlink()
@@ -138,8 +139,13 @@ def train_run(
 
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     trainer = Trainer(folder / "state.pt", on_step, log, should_stop, rows=rows)
-    base_file = folder / "resnet.safetensors"
+    base_file = folder / RESNET
     if not base_file.is_file():
+        if any(member_path(folder, m).is_file() for m in range(config.ensemble.members)):
+            raise ItoError(
+                f"The run {str(folder)!r} has members, but not the {RESNET} that they began as; put it back, or "
+                "train anew with --overwrite."
+            )
         net = build_resnet(config, data).to(device)
         if config.network.weights is None:
             on_phase("resnet", config.resnet.epochs)
@@ -157,10 +163,12 @@ def train_run(
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a run has all its members."""
-    if not (folder / "config.yaml").is_file():
+    """Whether a run has all that the verbs read: configuration, ResNet and members."""
+    try:
+        members = read_config(folder).ensemble.members
+    except ItoError:  # none, or a damaged one
         return False
-    return all(member_path(folder, m).is_file() for m in range(read_config(folder).ensemble.members))
+    return all(file.is_file() for file in (folder / RESNET, *(member_path(folder, m) for m in range(members))))
 
 
 def find_run(root: Path, name: str | None, complete: bool = True) -> Path:
