@@ -56,7 +56,7 @@ def cli(debug: bool) -> None:
 
 def _sentence(text: str, width: int = 390) -> str:
     """A message on one line; of one that is too long the beginning (what is wrong) and the end (the mend)."""
-    text = " ".join(text.split())
+    text = " ".join(text.split()).encode(errors="backslashreplace").decode()
     return text if len(text) <= width else f"{text[: width // 2 - 3]} ... {text[2 - width // 2 :]}"
 
 

@@ -75,7 +75,7 @@ def command(
         prepare_run,
         train_run,
     )
-    from neuralsde_ito.training import Interrupted
+    from neuralsde_ito.training import Diverged, Interrupted
 
     if resume and overwrite:
         raise click.UsageError("--resume goes on, --overwrite begins anew: give one of them.")
@@ -97,6 +97,7 @@ def command(
     images = load_dataset(config)
     if not resume:
         build_resnet(config, images)  # weights that do not fit should leave no folder behind
+    options.check_folder(folder)
     prepare_run(folder, config, resume, overwrite)
 
     show = _Progress()
@@ -107,6 +108,8 @@ def command(
         show.close()
         click.echo(f"Interrupted; everything is saved. To go on: ito-sde train --run {folder} --resume", err=True)
         raise click.exceptions.Exit(130) from None
+    except Diverged as error:
+        raise click.ClickException(str(error)) from None  # exit code 1: no usage mistake, yet foreseen
     finally:
         show.close()
 
@@ -154,7 +157,7 @@ def _overrides(data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     if data is not None:
         from neuralsde_ito.data import DATASETS
 
-        if data in DATASETS or not (Path(data).exists() or os.sep in data):
+        if data in DATASETS or not (os.path.exists(data) or os.sep in data):
             overrides["data.name"] = data
         else:
             overrides |= {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}

@@ -23,15 +23,26 @@ from .noise import make_keys
 from .recast import ItoResNet, as_chain, recast
 from .resnets import Normalize, default_normalization, load_resnet, load_weights, read_weights
 from .sde import BlockSDE
-from .validation import ItoError
+from .validation import ItoError, shown
 
 RESNET = "resnet.safetensors"  # of a run: the ResNet that its members began as
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old content or the new, never half of it."""
+    """Write a file so that a kill at any moment leaves the old content or the new, never half of it.
+
+    Raises:
+        ItoError: the system refuses it: no permission, no space, a folder of that name.
+    """
+    try:
+        _write_atomically(path, content)
+    except OSError as error:
+        raise ItoError(f"{shown(str(path))} cannot be written: {str(error.strerror).lower()}.") from error
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -86,9 +97,7 @@ def member_path(folder: Path, member: int) -> Path:
     return folder / "members" / f"{member:02d}.safetensors"
 
 
-def save_ensemble(
-    path: str | Path, ensemble: ItoEnsemble, config: Config, resnet: nn.Module | None = None
-) -> None:
+def save_ensemble(path: str | Path, ensemble: ItoEnsemble, config: Config, resnet: nn.Module | None = None) -> None:
     """Write an ensemble as a finished run: ``config.yaml``, ``resnet.safetensors`` and ``members/NN.safetensors``.
 
     `load_ensemble` reads it back: in eval mode and on the same device, its logits for the same keys are equal bit for
@@ -200,7 +209,9 @@ def _horizon(model: ItoResNet, typed: float | None) -> float | None:
 def _check_storable(name: str, model: ItoResNet, config: Config, template: nn.Sequential) -> None:
     """Refuse a network that would come back as another one; ``template`` gets its weights."""
     if odd := sorted({str(v.dtype) for v in model.state_dict().values() if v.is_floating_point()} - {"torch.float32"}):
-        raise ItoError(f"{name} has weights in {odd[0].removeprefix('torch.')}; a run holds float32: call .float() first.")
+        raise ItoError(
+            f"{name} has weights in {odd[0].removeprefix('torch.')}; a run holds float32: call .float() first."
+        )
     device = next(model.parameters()).device
     again = recast_as(config, template).to(device)
     found, wanted = _described(model), _described(again)
@@ -294,13 +305,15 @@ def read_config(folder: Path) -> Config:
     Raises:
         ItoError: no run is there, or its file is damaged.
     """
-    if not (folder / "config.yaml").is_file():
-        raise ItoError(f"There is no run in {str(folder)!r}: it has no config.yaml.")
+    if not os.path.isfile(folder / "config.yaml"):
+        raise ItoError(f"There is no run in {shown(str(folder))}: it has no config.yaml.")
     return load_config(folder / "config.yaml")
 
 
 def _network(path: Path, config: Config) -> nn.Sequential:
     state: dict[str, Tensor] = read_weights(path, config.network.arch)
+    if "fc.bias" not in state or "conv1.weight" not in state:
+        raise ItoError(f"The weights {shown(str(path))} are not those of a run: they lack fc.bias or conv1.weight.")
     net = _untrained(config, len(state["fc.bias"]), state["conv1.weight"].shape[1])
     load_weights(net[-1], path, config.network.arch)
     return net

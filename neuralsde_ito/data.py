@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from .validation import ItoError, nearest
+from .validation import ItoError, nearest, shown
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32}  # in pixels, square; a folder's is chosen
@@ -356,8 +356,8 @@ def _folder(
     if path is None:
         raise ItoError("The data set 'imagefolder' needs data.path: a folder with train/CLASS/* and test/CLASS/*.")
     root = Path(path)
-    if not root.is_dir():
-        raise ItoError(f"There is no folder {str(root)!r}.")
+    if not os.path.isdir(root):
+        raise ItoError(f"There is no folder {shown(str(root))}.")
     held_out = next((root / part for part in ("test", "val") if (root / part).is_dir()), root / "test")
     found = [_listing(root / "train"), _listing(held_out)]
     if found[0][0] != found[1][0]:

@@ -234,7 +234,7 @@ def _probe(net: nn.Module, chain: Chain, image_shape: tuple[int, int, int] | Non
                 raise ItoError(f"Block {i} changes its input in place; set its first activation to inplace=False.")
             state = after
             shapes.append(tuple(state.shape[1:]))
-        same = torch.equal(chain.head(state), net(x))
+        same = torch.allclose(chain.head(state), net(x), 0, 0, equal_nan=True)  # weights may be NaN
     except RuntimeError as error:
         raise ItoError(
             f"The network does not run on a test image of shape {image_shape}; give image_shape. ({error})"
