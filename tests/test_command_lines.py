@@ -1,8 +1,8 @@
 """Command lines that nobody would type: the program answers with a sentence, and a code that says whose fault it is.
 
-``ITO_SDE_LINES`` is the number of random lines (default 120, some 30 s), ``ITO_SDE_LINES_SEED`` their seed:
+``RANDOM_LINES`` is the number of random lines (default 120, some 30 s), ``RANDOM_LINES_SEED`` their seed:
 
-    ITO_SDE_LINES=400 ITO_SDE_LINES_SEED=3 pytest tests/test_command_lines.py -k random
+    RANDOM_LINES=400 RANDOM_LINES_SEED=3 pytest tests/test_command_lines.py -k random
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-LINES, SEED = int(os.environ.get("ITO_SDE_LINES", "120")), int(os.environ.get("ITO_SDE_LINES_SEED", "0"))
+LINES, SEED = int(os.environ.get("RANDOM_LINES", "120")), int(os.environ.get("RANDOM_LINES_SEED", "0"))
 LONG = "x" * 3000
 TINY = ["--limit", "60", "--set", "resnet.epochs=1", "--epochs", "1", "--members", "2", "--inferences", "3"]
 
@@ -557,14 +557,14 @@ def _odd(draw: random.Random) -> str:
 
 # fmt: off
 ODD = [
-    "", " ", ".", "..", "/", "-", "--", "-1", "0", "1", "2", "3", "0.5", "1e-3", "1e400", "-1e400", "nan", "inf", "-inf",
-    "1/0", "8/255", "0/1", "1/3/5", "0x10", "1_0", "٣", "½", "ß", "Itô", "日本語", "\u202e", "a\0b", "\udcff", "a b",
-    "a\nb", "*", "~", "$HOME", "%s", "{}", "{0}", "'", '"', "\\", "null", "true", "[]", "{a: 1}", "!!python/x", "&a [*a]",
-    "digits", "resnet8", "resnet20", "tiny", "single", "torn", "runs", "runs/tiny", "file", "file/x", "folder", "bundle",
-    "picture.png", "torn.png", "torn.pth", "torn.safetensors", "torn.yaml", "list.yaml", "binary.yaml", "good.yaml",
-    "/proc/x", "/dev/null", "new/x.png", "new/x.csv", "new.svg", "x.xyz", "euler", "srk", "ode:rk4", "linf", "l2", "flat",
-    "hierarchical", "cpu", "cuda:9", "auto", "all", "constant", "dlr", "fgsm", "-h", "--json", "--debug", "--run",
-    LONG, "é" * 3000, "9" * 3000, "9" * 30,
+    "", " ", ".", "..", "/", "-", "--", "-1", "0", "1", "2", "3", "0.5", "1e-3", "1e400", "-1e400", "nan", "inf",
+    "-inf", "1/0", "8/255", "0/1", "1/3/5", "0x10", "1_0", "٣", "½", "ß", "Itô", "日本語", "\u202e", "a\0b", "\udcff",
+    "a b", "a\nb", "*", "~", "$HOME", "%s", "{}", "{0}", "'", '"', "\\", "null", "true", "[]", "{a: 1}", "!!python/x",
+    "&a [*a]", "digits", "resnet8", "tiny", "single", "torn", "runs", "runs/tiny", "file", "file/x", "folder",
+    "bundle", "picture.png", "torn.png", "torn.pth", "torn.safetensors", "torn.yaml", "list.yaml", "good.yaml",
+    "binary.yaml", "/proc/x", "/dev/null", "new/x.png", "new/x.csv", "new.svg", "x.xyz", "euler", "srk", "ode:rk4",
+    "linf", "l2", "flat", "hierarchical", "cpu", "cuda:9", "auto", "all", "constant", "dlr", "fgsm", "-h", "--json",
+    "--debug", "--run", LONG, "é" * 3000, "9" * 3000, "9" * 30,
 ]
 # fmt: on
 
