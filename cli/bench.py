@@ -14,7 +14,7 @@ from . import options, output
 OF_A_RUN = ("vote", "attack", "suite")  # parts that random weights cannot have
 PARTS = ("inference", "vote", "path", "attack", "suite", "training", "memory")
 READ_BY = {  # the parts that an option has to do with
-    "batch": ("inference", "vote", "path"),
+    "batch": ("inference", "vote", "path", "training"),
     "repeats": ("inference", "vote", "path", "training"),
     "radii": ("attack", "suite"),
     "images": ("attack", "suite"),
@@ -127,7 +127,7 @@ def command(
             elif part == "suite" and ensemble is not None:
                 rows += benchmark.bench_suite(net, ensemble, x[:images], y[:images], eps)
             elif part == "training":
-                rows += benchmark.bench_training(net, model.schedule.omega, x[:128], y[:128], repeats)
+                rows += benchmark.bench_training(net, model.schedule.omega, x[:batch][:128], y[:batch][:128], repeats)
             elif part == "memory":
                 rows += benchmark.bench_memory(arch, 128, place)
             bar.update()
@@ -154,9 +154,9 @@ def command(
     click.echo()
     output.sentence(
         f"Ratio: to the first row of the part (attacks: of each radius; paths: of each number of steps), measured in "
-        f"turn, median of {repeats} repeats. Attacks run once, step by step in turn; suites and memory once. An "
-        f"inference, a vote and paths of 16,384 numbers are of {batch} images, a training step of {min(batch, 128)}, "
-        f"an attack of {images}, memory of 128."
+        f"turn, median of {output.count(repeats, 'repeat')}. Attacks run once, step by step in turn; suites and memory "
+        f"once. An inference, a vote and paths of 16,384 numbers are of {batch} images, a training step of "
+        f"{min(batch, 128)}, an attack of {images}, memory of 128."
     )
     for sentence in left_out:
         output.sentence(sentence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +83,7 @@ def command(
     if problems:
         _orders(problems, solvers, steps, peers, as_json)
         return
+    from neuralsde_ito.checkpoints import write_atomically
     from neuralsde_ito.comparison import SolverRow, compare_solvers
     from neuralsde_ito.recipes import load_dataset
     from neuralsde_ito.validation import ItoError, shown
@@ -109,11 +111,11 @@ def command(
 
         compare_picture(report, save)
     if table_file:
-        table_file.parent.mkdir(parents=True, exist_ok=True)
-        with table_file.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(SolverRow)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in report.rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [f.name for f in fields(SolverRow)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in report.rows)
+        write_atomically(table_file, text.getvalue().encode())
     if as_json:
         head = {"command": "compare", "run": str(opened.folder), "data": data.name, "images": len(y), "seed": seed}
         output.print_json({**head, **asdict(report), "remarks": report.remarks()})

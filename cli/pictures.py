@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
+from neuralsde_ito.checkpoints import write_atomically
 from neuralsde_ito.outcomes import ABSTAIN, Outcomes
 
 if TYPE_CHECKING:
@@ -99,9 +101,10 @@ def attack_picture(path: Path, sweep: Sweep, names: dict[float, str], norm: str,
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix(".").lower(), dpi=130)
     plt.close(figure)
+    write_atomically(path, content.getvalue())
 
 
 def _pairs(figure: Any, sweep: Sweep, names: dict[float, str], data: Dataset) -> None:

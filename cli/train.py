@@ -84,7 +84,10 @@ def command(
         options.without_effect(idle, "With --print-config")
     folder = find_run(root, name, complete=False) if resume else None
     overrides = _overrides(data, flags)
+    typed = [assignment.partition("=")[0].strip() for assignment in assignments]
     config = load_config(source, os.environ, assignments, overrides, base=read_config(folder) if folder else None)
+    if config.network.weights is not None and (idle_key := next((k for k in typed if k.startswith("resnet.")), None)):
+        raise click.UsageError(f"With weights no ResNet is trained, --set {idle_key} would do nothing: leave it out.")
     if print_config:
         click.echo(config.to_yaml(), nl=False)
         return

@@ -5,9 +5,11 @@
     RANDOM_LINES=400 RANDOM_LINES_SEED=3 pytest tests/test_command_lines.py -k random
 """
 
+import errno
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import sys
@@ -132,8 +134,9 @@ IDLE = {
     },
     **{
         f"bench {words}": (f"bench --part training {words}", words.split()[0])
-        for words in ("--batch 4", "--eps 0.1", "--images 4", "--steps 2", "--eot 2", "--compile")
+        for words in ("--eps 0.1", "--images 4", "--steps 2", "--eot 2", "--compile")
     },
+    "bench --part memory --batch": ("bench --arch resnet8 --part memory --batch 4", "--batch"),
     "bench --arch --run": ("bench --arch resnet8 --run tiny", "--run"),
     "bench --arch --eps": ("bench --arch resnet8 --eps 0.1", "--eps"),
     "evaluate --full": ("evaluate --limit 4 --full --confidence 0.9", "--confidence"),
@@ -164,6 +167,51 @@ def test_options_that_go_together_are_taken(here: Path, capfd: pytest.CaptureFix
     ):
         code, _, err = ito_sde(line, capfd)
         assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--weights runs/tiny/resnet.safetensors --set resnet.epochs=3", "resnet.epochs would do nothing"),
+        ("--set data.size=16", "data.size is for image folders"),
+        ("--set data.path=folder", "data.path is for CIFAR and image folders"),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused(words: str, said: str, here: Path, capfd) -> None:
+    code, out, err = ito_sde(f"train --limit 20 {words}", capfd)
+    assert code == 2
+    assert said in complaint(code, err)
+    assert out == ""
+    assert sorted(folder.name for folder in Path("runs").iterdir()) == ["single", "tiny"]
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\$ ito-sde (.+?)(?: +#.*)?$", README, re.MULTILINE))
+def test_the_command_lines_of_the_readme_are_taken(line: str, here: Path, capfd, monkeypatch) -> None:
+    from neuralsde_ito.cli import options
+
+    from neuralsde_ito import bundle, convergence
+    from neuralsde_ito.validation import ItoError
+
+    def reached(*_: object, **__: object) -> None:
+        raise ItoError("the work was reached.")
+
+    for module, name in ((options, "open_run"), (bundle, "load_bundle"), (convergence, "measure_order")):
+        monkeypatch.setattr(module, name, reached)
+    if line.startswith("train") and "print-config" not in line:
+        # The images, the weights and the run that it names are not here.
+        code, _, err = ito_sde(f"{line.replace('--resume', '')} --print-config", capfd)
+        assert code == 0, err
+        return
+    code, _, err = ito_sde(line, capfd)
+    assert code == 2
+    assert complaint(code, err) == "Error: the work was reached."
+
+
+def test_the_readme_has_command_lines() -> None:
+    assert README.count("\n$ ito-sde ") > 10
 
 
 # --- files that cannot be written -----------------------------------------------------------------------
@@ -265,6 +313,27 @@ def test_a_check_leaves_what_is_there_as_it_is(here: Path, capfd: pytest.Capture
     code, _, err = ito_sde("compare --limit 2 --steps 3 --csv c.csv", capfd)
     assert code == 2, err
     assert Path("c.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compare --limit 2 --steps 1 --solver euler --save c.png",
+        "compare --limit 2 --steps 1 --solver euler --csv c.csv",
+        "attack --limit 2 --steps 1 --eot 2 --eps 0.1 --surrogate resnet",
+        "train --limit 20 --run new",
+    ],
+)
+def test_a_disk_that_fills_up_meanwhile_is_told(line: str, here: Path, capfd, monkeypatch) -> None:
+    from neuralsde_ito import checkpoints
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints.tempfile, "mkstemp", full)
+    code, _, err = ito_sde(line, capfd)
+    assert code == 2, err
+    assert "no space left on device" in complaint(code, err)
 
 
 def test_a_bundle_of_before_is_noticed_before_the_work(here: Path, capfd, monkeypatch) -> None:
