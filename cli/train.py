@@ -100,8 +100,10 @@ def command(
     images = load_dataset(config)
     if not resume:
         build_resnet(config, images)  # weights that do not fit should leave no folder behind
-    options.check_folder(folder)
+    if not os.path.isdir(folder):
+        options.check_folder(folder)
     prepare_run(folder, config, resume, overwrite)
+    options.check_folder(folder)
 
     show = _Progress()
     begun = time.monotonic()

@@ -28,16 +28,20 @@ from .validation import ItoError, shown
 RESNET = "resnet.safetensors"  # of a run: the ResNet that its members began as
 
 
+class NotWritten(ItoError, OSError):
+    """The system refuses a file: no permission, no space, a folder of that name."""
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a kill at any moment leaves the old content or the new, never half of it.
 
     Raises:
-        ItoError: the system refuses it: no permission, no space, a folder of that name.
+        NotWritten: the system refuses it.
     """
     try:
         _write_atomically(path, content)
     except OSError as error:
-        raise ItoError(f"{shown(str(path))} cannot be written: {str(error.strerror).lower()}.") from error
+        raise NotWritten(f"{shown(str(path))} cannot be written: {str(error.strerror or error).lower()}.") from error
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
