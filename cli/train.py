@@ -74,6 +74,7 @@ def command(
         pick_device,
         prepare_run,
         train_run,
+        with_image_size,
     )
     from neuralsde_ito.training import Diverged, Interrupted
 
@@ -99,6 +100,7 @@ def command(
         click.echo(f"Run {folder} (the newest unfinished one; --run names another).", err=True)
     images = load_dataset(config)
     if not resume:
+        config = with_image_size(config, images)
         build_resnet(config, images)  # weights that do not fit should leave no folder behind
     if not os.path.isdir(folder):
         options.check_folder(folder)
@@ -162,7 +164,7 @@ def _overrides(data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     if data is not None:
         from neuralsde_ito.data import DATASETS
 
-        if data in DATASETS or not (os.path.exists(data) or os.sep in data):
+        if data in DATASETS or not (os.path.exists(data) or "/" in data or os.sep in data):
             overrides["data.name"] = data
         else:
             overrides |= {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}

@@ -104,8 +104,8 @@ def member_path(folder: Path, member: int) -> Path:
 def save_ensemble(path: str | Path, ensemble: ItoEnsemble, config: Config, resnet: nn.Module | None = None) -> None:
     """Write an ensemble as a finished run: ``config.yaml``, ``resnet.safetensors`` and ``members/NN.safetensors``.
 
-    `load_ensemble` reads it back: in eval mode and on the same device, its logits for the same keys are equal bit for
-    bit. Every verb of the command line opens it.
+    `load_ensemble` reads it back in eval mode. Its logits for the same keys are then equal bit for bit (on the same
+    device, in the same memory format). Every verb of the command line opens it.
 
     Args:
         path: the folder. A run that is there is written over.
@@ -145,13 +145,16 @@ def save_ensemble(path: str | Path, ensemble: ItoEnsemble, config: Config, resne
 
 
 def _refuse_changed_calls(net: nn.Module) -> None:
-    """Refuse hooks, and a ``forward`` that was put on a module: no file of weights holds them."""
+    """Refuse hooks, and functions that were put over a module's own, as ``forward``: no file of weights holds them."""
     for name, module in net.named_modules():
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        found = "a hook" if any(getattr(module, kind) for kind in hooks) else "a forward of its own"
-        if found == "a hook" or "forward" in vars(module):
+        found = ["hook" for kind in hooks if getattr(module, kind)]
+        found += [key for key, own in vars(module).items() if callable(own) and hasattr(type(module), key)]
+        if found:
             where = f"{name}, a {type(module).__name__}," if name else f"The {type(module).__name__}"
-            raise ItoError(f"{where} has {found}, which cannot be stored; remove it, and add it again after loading.")
+            raise ItoError(
+                f"{where} has a {found[0]} of its own, which cannot be stored; remove it, and add it after loading."
+            )
 
 
 def _as_it_is(ensemble: ItoEnsemble, members: list[ItoResNet], config: Config) -> Config:
@@ -174,7 +177,7 @@ def _as_it_is(ensemble: ItoEnsemble, members: list[ItoResNet], config: Config) -
 def _settings(model: ItoResNet, config: Config) -> dict[str, Any]:
     """A member's settings under the names of ``config.sde`` and ``config.network``.
 
-    Where the configuration's own ``horizon``, ``mean`` and ``std`` are to the same effect, they stay as they were typed.
+    ``horizon``, ``mean`` and ``std`` stay as they were typed in the configuration, where that comes to the same.
     """
     settings: dict[str, Any] = {"omega": model.schedule.omega, "schedule": model.schedule.name}
     settings |= {name: getattr(model, name) for name in ("solver", "steps", "checkpoint")}
@@ -228,10 +231,13 @@ def _check_storable(name: str, model: ItoResNet, config: Config, template: nn.Se
             )
     if _normalization(model, config) != {"mean": config.network.mean, "std": config.network.std}:
         raise ItoError(f"{name} normalises by another mean or std than the members; make it with theirs.")
+    if odd := sorted(model.state_dict().keys() ^ again.state_dict().keys()):
+        raise ItoError(f"{name} holds other tensors than a recast {config.network.arch!r}: {shown(', '.join(odd))}.")
     to_resnet(model, template)
     again.load_state_dict(model.state_dict())
     # What no description shows, as a function that was replaced, shows in the logits.
-    x = torch.rand(2, len(template[0].mean), 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    channels = next(template.parameters()).shape[1]  # of the first convolution
+    x = torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
     keys = make_keys(0, "report", index=torch.arange(2, device=device))
     with torch.no_grad(), evaluating(model):
         if not torch.allclose(model(x, keys), again.eval()(x, keys), 1e-4, 1e-4, equal_nan=True):

@@ -64,6 +64,14 @@ def load_dataset(config: Config, train_limit: int | None = None, test_limit: int
     )
 
 
+def with_image_size(config: Config, data: Dataset) -> Config:
+    """The configuration with the size that a folder's first image gave; a run keeps it, whatever the folder becomes."""
+    if config.data.name != "imagefolder":
+        return config
+    size = config.data.model_copy(update={"size": data.image_shape[1]})
+    return config.model_copy(update={"data": size})
+
+
 def build_resnet(config: Config, data: Dataset) -> nn.Sequential:
     """The ResNet that a run starts from: from ``network.weights``, or at random from the seed."""
     network = config.network
@@ -138,7 +146,7 @@ def train_run(
         write_metrics()
         on_epoch(row)
 
-    rows = _rows(metrics) if metrics.is_file() else []
+    rows = _read_metrics(metrics) if metrics.is_file() else []
     trainer = Trainer(folder / "state.pt", on_step, log, should_stop, rows=rows)
     base_file = folder / RESNET
     if not base_file.is_file():
@@ -163,14 +171,14 @@ def train_run(
     (folder / "state.pt").unlink(missing_ok=True)
 
 
-def _rows(metrics: Path) -> list[dict[str, object]]:
-    """The rows of a run that is gone on with."""
+def _read_metrics(file: Path) -> list[dict[str, object]]:
     try:
-        return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        raise ItoError(
-            f"The metrics {shown(str(metrics))} are damaged; remove the file to go on without its rows."
-        ) from None
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError:  # not JSON, or not text
+        rows = [None]
+    if not all(isinstance(row, dict) and "phase" in row for row in rows):
+        raise ItoError(f"{str(file)!r} is damaged: its lines are not rows of metrics; delete it, and resume.")
+    return rows
 
 
 def is_complete(folder: Path) -> bool:

@@ -1,6 +1,8 @@
 """Training, configuration and files of a run, in this process."""
 
+import io
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,7 @@ def test_save_and_load_an_ensemble_without_a_run(tmp_path: Path) -> None:
 
 def small_ensemble(members: int = 2, norm: tuple[float, float] = (0.4, 0.3), inferences: int = 3, **sde) -> ItoEnsemble:
     """Members of digits' architecture with weights of their own, in a setting that is not the configuration's."""
+    torch.manual_seed(0)
     nets = [ito.load_resnet("resnet8", None, 10, 1, norm[:1], norm[1:]) for _ in range(members)]
     return ItoEnsemble([ito.recast(net, image_shape=(1, 8, 8), **sde) for net in nets], inferences, "flat", 2).eval()
 
@@ -165,7 +168,12 @@ def test_what_is_saved_is_the_ensemble_not_the_configuration(case: str, tmp_path
         ]
         assert (one.solver, one.steps, one.checkpoint) == (two.solver, two.steps, two.checkpoint)
     assert (again.inferences, again.rule, again.paths_per_call) == (3, "flat", 2)
-    assert (read.name, read.data, read.network.arch, read.resnet) == (config.name, config.data, "resnet8", config.resnet)
+    assert (read.name, read.data, read.network.arch, read.resnet) == (
+        config.name,
+        config.data,
+        "resnet8",
+        config.resnet,
+    )
     typed = SETTINGS[case].get("horizon")
     assert read.sde.horizon == (typed if typed is None else pytest.approx(typed, abs=2**-20))
     assert typed != 5.3 or read.sde.horizon == 5.3  # as it was typed, not as times are rounded
@@ -212,6 +220,14 @@ def spoil_forward(ensemble: ItoEnsemble) -> None:
     block.forward = lambda x: torch.relu(x)
 
 
+def spoil_diffusion(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].sdes[0].g = lambda t, y: 0 * y  # which Euler does not ask
+
+
+def spoil_tensors(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].sdes[0].extra = torch.nn.Parameter(torch.ones(3))
+
+
 def spoil_dtype(ensemble: ItoEnsemble) -> None:
     ensemble.double()
 
@@ -250,6 +266,8 @@ def spoil_statistics(ensemble: ItoEnsemble) -> None:
         (spoil_hook, "head.*hook"),
         (spoil_ensemble_hook, "hook"),
         (spoil_forward, "sdes.0.block.*forward"),
+        (spoil_diffusion, "sdes.0.* a g of its own"),
+        (spoil_tensors, "sdes.0.extra"),
         (spoil_dtype, "float64.*float32"),
         (spoil_class, "Mine"),
         (spoil_ensemble_class, "Mine"),
@@ -425,6 +443,100 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
         net[-1].fc.weight.fill_(math.inf)
     with pytest.raises(RuntimeError, match="diverged in epoch 1"):
         Trainer(tmp_path / "state.pt").fit(net, data.train, config.resnet, 0, "resnet")
+
+
+def one_pixel_net() -> torch.nn.Sequential:
+    """A network whose BatchNorm meets one number an image and channel, as a deep ResNet's does on small images."""
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(1, 4, 8), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4, 10))
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("n", [33, 32, 34, 17, 2])
+def test_a_last_batch_of_one_image_joins_the_one_before_it(n: int, tmp_path: Path) -> None:
+    data = ito.load_data("digits", train_limit=n).train
+    settings = Fit(epochs=2, lr=0.1, optimizer="sgd", batch_size=16)
+    seen: list[tuple[int, int, int]] = []
+    net, left = one_pixel_net(), one_pixel_net()
+    alone = Trainer(tmp_path / "alone.pt", on_step=lambda *step: seen.append(step))
+    alone.fit(net, data, settings, 0, "resnet")
+    steps = {33: 2, 32: 2, 34: 3, 17: 1, 2: 1}[n]
+    assert seen == [(epoch, step, steps) for epoch in (0, 1) for step in range(1, steps + 1)]
+    for _ in range(2 * steps):  # left after every step
+        trainer = Trainer(tmp_path / "left.pt", should_stop=lambda: True)
+        with pytest.raises(Interrupted):
+            trainer.fit(left, data, settings, 0, "resnet")
+    assert trainer.rows == alone.rows
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), left.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 16), (3, 1)])
+def test_one_image_that_cannot_be_normalised_is_a_sentence(n: int, size: int, tmp_path: Path) -> None:
+    data = ito.load_data("digits", train_limit=n).train
+    with pytest.raises(ito.ItoError, match=r"batch of one image.*batch_size") as caught:
+        Trainer(tmp_path / "state.pt").fit(one_pixel_net(), data, Fit(epochs=1, lr=0.1, batch_size=size), 0, "resnet")
+    assert "\n" not in str(caught.value)
+
+
+TORN = {
+    "cut off": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "text": lambda content: b"no state",
+    "a byte": lambda content: content[:3000] + bytes([content[3000] ^ 255]) + content[3001:],
+    "something else": lambda content: _saved({"model": 1}),
+    "no mapping": lambda content: _saved([1, 2]),
+    "another network": lambda content: _saved({**_loaded(content), "model": one_pixel_net().state_dict()}),
+    "another optimiser": lambda content: _saved({**_loaded(content), "optimizer": {}}),
+}
+
+
+def _saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _loaded(content: bytes) -> dict:
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone_and_left(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was left alone, and the same one interrupted in its second member."""
+    folder, config = tmp_path_factory.mktemp("runs"), tiny(resnet__epochs=1)
+    run(folder / "alone", config)
+    metrics = folder / "left" / "metrics.jsonl"
+    with pytest.raises(Interrupted):
+        run(folder / "left", config, should_stop=lambda: metrics.is_file() and "member 1" in metrics.read_text())
+    return folder
+
+
+@pytest.mark.parametrize("how", TORN)
+def test_a_torn_training_state_is_one_sentence_and_its_mend_works(
+    how: str, alone_and_left: Path, tmp_path: Path
+) -> None:
+    config, alone, left = tiny(resnet__epochs=1), alone_and_left / "alone", tmp_path / "left"
+    shutil.copytree(alone_and_left / "left", left)
+    state = left / "state.pt"
+    state.write_bytes(TORN[how](state.read_bytes()))
+    with pytest.raises(ito.ItoError, match=r"state\.pt.*cannot be.*delete it") as caught:
+        run(left, config)
+    assert "\n" not in str(caught.value)
+    assert "miniz" not in str(caught.value)
+    assert len(str(caught.value)) <= 400
+    state.unlink()  # as it says
+    run(left, config)
+    for name in ("resnet.safetensors", "members/00.safetensors", "members/01.safetensors"):
+        one, two = load_file(alone / name), load_file(left / name)
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    assert (alone / "metrics.jsonl").read_text() == (left / "metrics.jsonl").read_text()
+
+
+def test_torn_metrics_are_one_sentence(tmp_path: Path) -> None:
+    prepare_run(tmp_path / "a", tiny(), resume=False, overwrite=False)
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"phase": "resnet", "ep')
+    with pytest.raises(ito.ItoError, match=r"metrics\.jsonl.*delete it"):
+        run(tmp_path / "a", tiny())
 
 
 def test_learning_rates() -> None:
