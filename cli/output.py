@@ -173,4 +173,4 @@ def json_bytes(content: dict[str, Any]) -> bytes:
 
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    click.echo(json_bytes(content).decode())
+    click.echo(json_bytes(content))  # in UTF-8, whatever the terminal's encoding is

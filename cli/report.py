@@ -92,7 +92,7 @@ def write_report(path: Path, audit: Audit, about: dict[str, Any], classes: Seque
 no proof of robustness.</p>
 {pictures}</body></html>
 """
-    write_atomically(path, page.encode())
+    write_atomically(path, page.encode(errors="backslashreplace"))
 
 
 def _figures(audit: Audit, classes: Sequence[str]) -> list[tuple[str, str, str]]:

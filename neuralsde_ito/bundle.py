@@ -108,7 +108,7 @@ def save_bundle(folder: str | Path, evidence: Evidence) -> None:
     content = safetensors_bytes(tensors)
     files = {
         IMAGES: content,
-        RECORDS: _records(evidence, norms, hashlib.sha256(content).hexdigest()).encode(),
+        RECORDS: _records(evidence, norms, hashlib.sha256(content).hexdigest()).encode(errors="backslashreplace"),
         SUMMARY: (json.dumps(_summary(evidence), indent=2, ensure_ascii=False) + "\n").encode(),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -441,7 +441,11 @@ def test_a_run_whose_name_is_not_utf_8_works(here: Path, capfd: pytest.CaptureFi
         shutil.copytree("runs/tiny", Path("runs") / name)
     except (OSError, UnicodeEncodeError):
         pytest.skip("this file system has no such names")
-    for line in ("evaluate --limit 2", "attack --eps 0.1 --limit 2 --steps 1 --save a", "audit --limit 2 --steps 1"):
+    for line in (
+        "evaluate --limit 2",
+        "attack --eps 0.1 --limit 2 --steps 1 --save a",
+        "audit --limit 2 --steps 1 --queries 2 --draws 4 --html a.html",
+    ):
         for form in ([], ["--json"]):
             code, out, err = ito_sde([*line.split(), "--run", name, *form], capfd)
             assert code == 0, err
@@ -552,8 +556,12 @@ def test_torn_metrics_do_not_stop_a_resume(how: str, here: Path, capfd: pytest.C
 def test_a_run_with_weights_that_are_not_finite_is_evaluated(here: Path, capfd: pytest.CaptureFixture) -> None:
     for member in Path("runs/tiny/members").iterdir():
         save_file({k: v * float("nan") if v.is_floating_point() else v for k, v in load_file(member).items()}, member)
-    code, _, err = ito_sde("evaluate --run tiny --limit 2 --full", capfd)
+    code, out, err = ito_sde("evaluate --run tiny --limit 2 --full", capfd)
     assert code == 0, err
+    assert "12 inferences had logits that are not finite and voted for nobody." in out
+    code, out, _ = ito_sde("evaluate --run tiny --limit 2 --full --json", capfd)
+    assert json.loads(out)["invalid_inferences"] == 12
+    assert json.loads(out)["ito"]["counts"]["abstained"] == 2
 
 
 def test_evaluate_says_how_many_inferences_voted_for_nobody(here: Path, capfd, monkeypatch) -> None:
@@ -575,6 +583,18 @@ def test_evaluate_says_how_many_inferences_voted_for_nobody(here: Path, capfd, m
     assert f"Before fine-tuning: 6 {said}" in out
     code, out, _ = ito_sde("evaluate --run tiny --limit 3 --json", capfd)
     assert json.loads(out)["invalid_inferences"] == 6
+
+
+def test_a_suite_of_a_run_whose_name_is_not_utf_8_leaves_its_evidence(here: Path, capfd) -> None:
+    name = "r\udcff"
+    try:
+        shutil.copytree("runs/tiny", Path("runs") / name)
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("this file system has no such names")
+    line = f"attack --suite standard --effort 0.02 --eps 0.1 --limit 2 --bundle evidence --run {name}"
+    code, _, err = ito_sde(line, capfd)
+    assert code == 0, err
+    assert json.loads(Path("evidence/linf-0.1/records.json").read_text())["config"]["run"] == f"runs/{name}"
 
 
 def test_json_holds_no_nan(here: Path, capfd: pytest.CaptureFixture) -> None:
