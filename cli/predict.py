@@ -28,7 +28,8 @@ def command(
 ) -> None:
     """Label pictures, or abstain. They are scaled and cropped to the size that the network was trained on.
 
-    The noise follows the pixels: a picture gets the same votes whatever its name is, and whatever is beside it.
+    Transparent pictures are read on a white ground. The noise follows the pixels: a picture gets the same votes
+    whatever its name is, and whatever is beside it.
     """
     from neuralsde_ito.data import content_index, load_image
     from neuralsde_ito.evaluation import classify
@@ -41,8 +42,9 @@ def command(
     names = images.classes
     total = len(opened.ensemble.members) * opened.ensemble.inferences
     records: list[dict[str, Any]] = []
-    for path in pictures:
-        x = load_image(path, images.image_shape)[None].to(opened.device)
+    loaded = [load_image(path, images.image_shape) for path in pictures]  # all of them, before any work is done
+    for path, picture in zip(pictures, loaded, strict=True):
+        x = picture[None].to(opened.device)
         # One by one: in batches of another size, convolutions differ in the last bit.
         prediction = opened.ensemble.predict(x, seed, content_index(x), full=True)  # the counts are shown
         share = prediction.votes[:, 0].sum(0) / total  # (classes,)

@@ -304,8 +304,8 @@ def load_member(path: Path, config: Config) -> ItoResNet:
 def recast_as(config: Config, net: nn.Module) -> ItoResNet:
     """`recast` with the settings of ``config.sde``, and the image shape of ``config.data`` where that is known."""
     size = config.data.size or IMAGE_SIZES.get(config.data.name)
-    convs = (m for m in net.modules() if isinstance(m, nn.Conv2d))
-    shape = (next(convs).in_channels, size, size) if size else None
+    conv = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
+    shape = (conv.in_channels, size, size) if size and conv else None
     return recast(net, **config.sde.model_dump(), image_shape=shape)
 
 

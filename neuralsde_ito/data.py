@@ -241,7 +241,7 @@ class Streamed:
             for rows, pixels, transparent in loader:
                 if bool(transparent.any()) and not said:
                     said = True
-                    _say_white(f"Pictures of {str(self.files[0].parents[1])!r} are")
+                    _say_white(f"Pictures of {str(self.files[0].parent.parent)!r} are")
                 x = pixels.to(device, non_blocking=True).float() / 255
                 yield names[rows].to(device), x, self.labels[rows].to(device)
         except ItoError as error:  # a worker sends its whole traceback as the message; its last line says it
@@ -285,6 +285,7 @@ def _open(path: str | Path, mode: str) -> tuple[Image.Image, bool]:
     """`open_image`, and whether the picture was transparent anywhere."""
     try:
         with Image.open(path) as opened:
+            opened.load()  # before it is asked how it lies: Pillow turns a TIFF while it loads
             image = _eight_bits(ImageOps.exif_transpose(opened), opened.format, path)
             if not (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
                 return image.convert(mode), False
@@ -471,7 +472,7 @@ def _in_memory(split: Streamed) -> InMemory:
         pixels[row] = _pixels(_centred(image, split.size))
         count += transparent
     if count:
-        _say_white(f"{count} of {len(split)} pictures of {str(split.files[0].parents[1])!r} are")
+        _say_white(f"{count} of {len(split)} pictures of {str(split.files[0].parent.parent)!r} are")
     return InMemory(pixels, split.labels, split.augment, split.names)
 
 

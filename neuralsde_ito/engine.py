@@ -79,7 +79,6 @@ def _folded(own: ItoResNet) -> FrozenResNet:
     """The quick form of a model that nobody else holds."""
     sdes: list[BlockSDE] = list(own.sdes)  # type: ignore[arg-type]
     quick = FrozenResNet(own.stem, sdes, own.head, own.solver, own.steps, own.checkpoint, own.image_shape)
-    quick.eval().requires_grad_(False)
     for sde in sdes:
         sde.in_place = well_known(sde.block)
     for module in list(quick.modules()):
@@ -103,6 +102,7 @@ def _folded(own: ItoResNet) -> FrozenResNet:
             ):
                 module._modules[conv_name] = fuse_conv_bn_eval(conv, norm)
                 module._modules[norm_name] = nn.Identity()
+    quick.eval().requires_grad_(False)  # what was put in, too
     device = next((p.device for p in quick.parameters()), torch.device("cpu"))
     convs = [m for m in quick.modules() if isinstance(m, nn.Conv2d)]
     if device.type == "cpu" and convs and max(conv.out_channels for conv in convs) <= _NARROW:

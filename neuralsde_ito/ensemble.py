@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from .data import check_images
@@ -96,7 +95,7 @@ class ItoEnsemble(nn.Module):
         every path is a forward pass of its own over the whole batch, as BatchNorm's statistics are the batch's.
         """
         keys = fresh_keys(len(self.members) * self.paths_per_call * len(x), x.device)
-        keys = rearrange(keys, "(m p n) -> m p n", m=len(self.members), n=len(x))
+        keys = keys.view(len(self.members), self.paths_per_call, len(x))
         logits = torch.cat([self._infer(m, x, keys[m]) for m in range(len(self.members))])
         return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
@@ -131,7 +130,7 @@ class ItoEnsemble(nn.Module):
             return torch.stack([model(x, path) for path in keys])
         if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in model.parameters()))):
             rows = torch.arange(len(x), device=x.device).repeat(len(keys))
-            return infer(model, x, rows, keys.flatten(), self.chunk).view(*keys.shape, -1)
+            return infer(model, x, rows, keys.flatten(), self.chunk).unflatten(0, keys.shape)
         size = self.chunk or piece_of(model, x)
         groups = keys.split(max(1, size // max(1, len(x))))
         if not model.plain:

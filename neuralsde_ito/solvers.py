@@ -204,8 +204,8 @@ def _euler(sde: BlockSDE, path: BrownianPath | None, _: Solver, steps: int, x: T
     for k in range(first, last):
         sigma = sde.schedule.sigma(sde.t0 + k * h)
         multiplicative = sde.schedule.multiplicative
-        fused = steps == 1 and not multiplicative  # the hot path
-        dw = path.increment(steps.bit_length() - 1, k).view(x.shape) if path and sigma and not fused else None
+        one = steps == 1 and not multiplicative  # the hot path
+        dw = path.increment(steps.bit_length() - 1, k).view(x.shape) if path and sigma and not one else None
         y = x if sde.jump else sde.block(x)
         if steps > 1 and not sde.jump:
             y = torch.lerp(x, y, 1 / steps)  # x + h f(x)
@@ -213,8 +213,8 @@ def _euler(sde: BlockSDE, path: BrownianPath | None, _: Solver, steps: int, x: T
             y = torch.add(y, x * dw if multiplicative else dw, alpha=sigma)
         elif path and sigma:
             # Even then not what is the caller's: a block may hand back its input.
-            own = sde.jump or y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-            y = path.add_to(y, sigma, in_place=sde.in_place and own)
+            own = sde.in_place and (sde.jump or y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr())
+            y = path.add_to(y, sigma, in_place=own)
         x = y
     return x
 
@@ -260,7 +260,12 @@ def solve_torchsde(
     # float64 times: in float32 their sum may miss the end, and torchsde then adds a step.
     ts = torch.tensor([sde.t0 + first * h, sde.t0 + last * h], dtype=torch.float64, device=x.device)
     y = rearrange(x, "n ... -> n (...)")
-    if torch.is_grad_enabled():
+    if solver.method == "milstein" and not fused.ordinary(y):
+        raise ItoError(
+            "Milstein's correction is computed by autograd, which does not go with forward-mode derivatives and the "
+            "transforms of torch.func; use another solver."
+        )
+    if torch.is_grad_enabled() or not fused.ordinary(y):
         y = torchsde.sdeint(_Unchecked(form), y, ts, bm=path, method=solver.method, dt=h)[-1]
     else:
         # Milstein's correction is autograd's, even where nobody wants a gradient: from a state that cannot begin

@@ -79,6 +79,11 @@ class Trainer:
         epoch, step = 0, 0
         if (state := self._restore(phase, model, optimizer)) is not None:
             epoch, step, totals = state["epoch"], state["step"], state["totals"].to(device)
+            if step >= steps:
+                raise ItoError(
+                    f"The training state {str(self.state_file)!r} is {step} batches into an epoch of {steps}: the data "
+                    "have changed since; delete it, and resume."
+                )
         else:  # an earlier attempt of which nothing is left may have written rows
             self.rows[:] = [row for row in self.rows if row["phase"] != phase]
         saved = time.monotonic()

@@ -532,6 +532,22 @@ def test_a_torn_training_state_is_one_sentence_and_its_mend_works(
     assert (alone / "metrics.jsonl").read_text() == (left / "metrics.jsonl").read_text()
 
 
+def test_a_training_state_of_more_images_is_refused(tmp_path: Path) -> None:
+    settings = Fit(epochs=1, lr=0.1, batch_size=8)
+    calls: list[int] = []
+
+    def stop_at_the_third() -> bool:
+        calls.append(1)
+        return len(calls) >= 3
+
+    many, fewer = (ito.load_data("digits", train_limit=n).train for n in (40, 16))
+    trainer = Trainer(tmp_path / "state.pt", should_stop=stop_at_the_third)
+    with pytest.raises(Interrupted):
+        trainer.fit(one_pixel_net(), many, settings, 0, "resnet")
+    with pytest.raises(ito.ItoError, match=r"3 batches into an epoch of 2.*delete it"):
+        Trainer(tmp_path / "state.pt").fit(one_pixel_net(), fewer, settings, 0, "resnet")
+
+
 def test_torn_metrics_are_one_sentence(tmp_path: Path) -> None:
     prepare_run(tmp_path / "a", tiny(), resume=False, overwrite=False)
     (tmp_path / "a" / "metrics.jsonl").write_text('{"phase": "resnet", "ep')
