@@ -366,12 +366,15 @@ def test_a_picture_of_an_attack_shows_however_many_fell(fallen: int, tmp_path: P
 
     import neuralsde_ito as ito
     from neuralsde_ito.evaluation import Sweep
+    from neuralsde_ito.outcomes import WorstCase
 
     data = ito.load_data("digits", test_limit=4)
     index, x, y = next(data.test.batches(4))
     found = y.clone()
     found[:fallen] = -1
-    sweep = Sweep([0.0], y, index, {"resnet": y, "ito": y}, [{"resnet": found}], [y], [{"resnet": x}])
+    case = WorstCase(x, torch.zeros_like(y), found, torch.zeros(1, 4, 10).long())
+    settings = {"denial": [case], "evasion": [case]}
+    sweep = Sweep([0.0], y, index, {"resnet": y, "ito": y}, [{"resnet": found}], [y], [{"resnet": x}], **settings)
     attack_picture(tmp_path / "a.png", sweep, {0.0: "0"}, "linf", data)
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
