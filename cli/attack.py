@@ -235,8 +235,8 @@ def _tables(sweep: Sweep, attacks: list[PGD], labels: dict[float, str], data: st
     output.sentence(
         f"Attack: {output.count(first.steps, 'step')} of {length} from {start}, "
         f"{output.count(first.restarts, 'restart')}, {output.count(first.eot, 'path')} a gradient, objective "
-        f"{first.objective}, {first.keep} iterate; {output.count(backwards, 'gradient')} for the ensemble and {spent:,} for "
-        f"the ResNet in {seconds:.0f} s. Votes are on paths that no attack saw."
+        f"{first.objective}, {first.keep} iterate; {output.count(backwards, 'gradient')} for the ensemble and "
+        f"{spent:,} for the ResNet in {seconds:.0f} s. Votes are on paths that no attack saw."
     )
     output.sentence(
         "Strongest: per image the worst case over all rows up to this eps, chosen by votes of their own, then voted on "

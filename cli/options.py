@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 
 # The names in `neuralsde_ito.attacks.objective.OBJECTIVES`, for help that does not wait for torch.
-OBJECTIVES = ("mean-loss", "loss-of-mean", "mean-logits", "dlr", "denial", "targeted-dlr", "targeted-vote")
+OBJECTIVES = ("mean-loss", "loss-of-mean", "mean-logits", "margin", "dlr", "denial", "targeted-dlr", "targeted-vote")
 
 
 def stacked(*options: Command) -> Command:
