@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -53,13 +54,22 @@ def cli(debug: bool) -> None:
     """
 
 
+def _sentence(text: str, width: int = 390) -> str:
+    """A message on one line; of one that is too long the beginning (what is wrong) and the end (the mend)."""
+    text = " ".join(text.split()).encode(errors="backslashreplace").decode()
+    return text if len(text) <= width else f"{text[: width // 2 - 3]} ... {text[2 - width // 2 :]}"
+
+
 def main() -> None:
     """Entry point. Exit codes: 0, 1 failure, 2 usage or configuration, 130 interrupted."""
     # Threads that wait by spinning take the core from those they wait for: on two cores with a third process,
     # a small network's step took 25 times as long. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv
-    warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+    warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {_sentence(str(message))}", err=True)
     if not debug:  # one may write it anywhere
         warnings.simplefilter("ignore", category=DeprecationWarning)
         warnings.simplefilter("ignore", category=FutureWarning)
@@ -67,7 +77,10 @@ def main() -> None:
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except click.ClickException as error:
-        error.show()
+        context = getattr(error, "ctx", None)
+        if context is not None:
+            click.echo(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n", err=True)
+        click.echo(f"Error: {_sentence(error.format_message())}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
@@ -78,7 +91,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"Error: {error or type(error).__name__}", err=True)
+        click.echo(f"Error: {_sentence(str(error)) or type(error).__name__}", err=True)
         if not isinstance(error, ItoError) and not debug:
             click.echo("This was not foreseen; --debug shows where it happened.", err=True)
         sys.exit(2 if isinstance(error, ItoError) else 1)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--step-size", help="Length of an iteration in pixel units.  [default: 2.5 eps / steps]")
 @click.option("--eot", type=int, help="Paths that a gradient averages.")
 @click.option("--restarts", type=int, help="Attempts, each from a random start.")
-@click.option("--objective", help="mean-loss, loss-of-mean or mean-logits.")
+@click.option("--objective", help=f"{', '.join(options.OBJECTIVES)}.  [default: mean-loss]")
 @click.option("--random-start/--no-random-start", default=None, help="Begin at a random point of the ball.")
 @click.option(
     "--surrogate",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="With --suite: go on where the same command was interrupted.")
 @click.option(
     "--bundle",
-    type=click.Path(path_type=Path, file_okay=False),
+    **options.out_folder,
     metavar="DIR",
     help="With --suite: keep evidence that 'ito-sde verify' checks.",
 )
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 @options.batch_size
 @click.option(
     "--save",
-    type=click.Path(path_type=Path, file_okay=False),
+    **options.out_folder,
     metavar="DIR",
     help="Keep the adversarial images.",
 )
@@ -110,8 +110,15 @@ def command(
     ito-sde attack --norm l2 --eps 0.25 --eps 0.5 --restarts 3
     ito-sde attack --suite standard --norm linf --eps 8/255 --bundle evidence
     """
+    if suite:
+        options.without_effect({*settings, "preset", "surrogates", "save"}, "With --suite")
+    else:
+        suites = ("noise", "repeat", "effort", "resume", "bundle", "peers")
+        options.without_effect(suites, "Without --suite", "add --suite standard, or leave it out")
+
     from neuralsde_ito.attacks import BALLS, PRESETS, parse_eps
     from neuralsde_ito.attacks.peers import check_peer
+    from neuralsde_ito.checkpoints import write_atomically
     from neuralsde_ito.evaluation import SURROGATES, attack_sweep, surrogate_models
     from neuralsde_ito.recipes import load_dataset
     from neuralsde_ito.validation import ItoError, nearest
@@ -137,6 +144,12 @@ def command(
     surrogate_models(opened.ensemble, opened.resnet, names)
     images = load_dataset(opened.config, train_limit=1, test_limit=limit or defaults.images)
     seed = opened.config.seed if seed is None else seed
+    options.check_folder(opened.folder)
+    for text in labels.values():
+        if bundle is not None:
+            options.check_folder(bundle / output.radius_name(norm, text), new=True)
+        if save is not None:
+            options.check_file(save / f"{output.radius_name(norm, text)}.safetensors")
     if suite:
         from .suite import run as run_suite
 
@@ -151,7 +164,7 @@ def command(
 
     report = _report(sweep, attacks, labels, opened, images.name, seed, seconds)
     stem = opened.folder / f"attack-{norm}-{datetime.now():%Y%m%d-%H%M%S}"
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=2, ensure_ascii=False))
+    write_atomically(stem.with_suffix(".json"), output.json_bytes(report))
     from .pictures import attack_picture
 
     attack_picture(stem.with_suffix(".png"), sweep, labels, norm, images)
@@ -182,9 +195,8 @@ def _tables(sweep: Sweep, attacks: list[PGD], labels: dict[float, str], data: st
     start = "a random start" if first.random_start else "the image itself"
     length = f"{first.step_size:g}" if first.step_size and len({a.step for a in attacks}) == 1 else "eps"
     length = f"2.5 eps / {first.steps}" if first.step_size is None else length
-    click.echo(
-        f"\n{len(sweep.truth)} test images of {data}, {first.norm}, eps in pixel units; % with 95 % Wilson intervals\n"
-    )
+    images_of = f"{output.count(len(sweep.truth), 'test image')} of {data}"
+    click.echo(f"\n{images_of}, {first.norm}, eps in pixel units; % with 95 % Wilson intervals\n")
     rows: list[list[str]] = []
     clean = [Outcomes.of(sweep.clean[name], sweep.truth) for name in ("resnet", "ito")]
     rows.append(["0", "(clean)", output.percent(clean[0].rate("correct")), *output.outcome_cells(clean[1]), ""])
@@ -221,10 +233,10 @@ def _tables(sweep: Sweep, attacks: list[PGD], labels: dict[float, str], data: st
     backwards, spent = sum(cost[0] for cost in costs), sum(cost[0] for cost in sweep.resnet_cost)
     click.echo()
     output.sentence(
-        f"Attack: {first.steps} step{'s' * (first.steps > 1)} of {length} from {start}, {first.restarts} "
-        f"restart{'s' * (first.restarts > 1)}, {first.eot} paths a gradient, objective {first.objective}, {first.keep} "
-        f"iterate; {backwards:,} gradients for the ensemble and {spent:,} for the ResNet in {seconds:.0f} s. Votes are "
-        "on paths that no attack saw."
+        f"Attack: {output.count(first.steps, 'step')} of {length} from {start}, "
+        f"{output.count(first.restarts, 'restart')}, {output.count(first.eot, 'path')} a gradient, objective "
+        f"{first.objective}, {first.keep} iterate; {output.count(backwards, 'gradient')} for the ensemble and "
+        f"{spent:,} for the ResNet in {seconds:.0f} s. Votes are on paths that no attack saw."
     )
     output.sentence(
         "Strongest: per image the worst case over all rows up to this eps, chosen by votes of their own, then voted on "
@@ -301,6 +313,6 @@ def _save(folder: Path, sweep: Sweep, report: dict[str, Any]) -> None:
         tensors = {name: images.contiguous() for name, images in sweep.images[level].items()}
         tensors |= {"denial": sweep.denial[level].images, "evasion": sweep.evasion[level].images}
         tensors |= {"index": sweep.index, "truth": sweep.truth}
-        name = f"{entry['attack']['norm']}-{entry['written'].replace('/', 'of')}.safetensors"
+        name = f"{output.radius_name(entry['attack']['norm'], entry['written'])}.safetensors"
         about = {"command": report["command"], "attack": json.dumps(entry["attack"]), "data": report["data"]}
         write_atomically(folder / name, safetensors_bytes(tensors, metadata=about))

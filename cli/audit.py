@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 @options.votes
 @click.option("--limit", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="Use N test images.")
 @options.seed
-@click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a report, one page."
-)
+@click.option("--html", **options.out_file, metavar="FILE", help="Write a report, one page.")
 @click.option("--strict", is_flag=True, help="Exit with 1 if a check fails.")
 @options.as_json
 @click.pass_context
@@ -128,8 +126,8 @@ def command(
 def _print(found: Audit, written: str, data: str, seconds: float, html: Path | None) -> None:
     attack = found.attack
     click.echo(
-        f"\n{found.clean.n} test images of {data}, {attack.norm}, eps {written}; PGD, {attack.steps} steps, "
-        f"{attack.eot} paths a gradient; {seconds:.0f} s\n"
+        f"\n{output.count(found.clean.n, 'test image')} of {data}, {attack.norm}, eps {written}; PGD, "
+        f"{output.count(attack.steps, 'step')}, {output.count(attack.eot, 'path')} a gradient; {seconds:.0f} s\n"
     )
     rows = [
         (c.number, textwrap.fill(c.name, 22), textwrap.fill(c.figure, 40), textwrap.fill(c.threshold, 30), c.verdict)

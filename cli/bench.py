@@ -13,6 +13,15 @@ from . import options, output
 
 OF_A_RUN = ("vote", "attack", "suite")  # parts that random weights cannot have
 PARTS = ("inference", "vote", "path", "attack", "suite", "training", "memory")
+READ_BY = {  # the parts that an option has to do with
+    "batch": ("inference", "vote", "path", "training"),
+    "repeats": ("inference", "vote", "path", "training"),
+    "radii": ("attack", "suite"),
+    "images": ("attack", "suite"),
+    "steps": ("attack",),
+    "eot": ("attack",),
+    "compiled": ("inference",),
+}
 
 
 @click.command("bench")
@@ -32,7 +41,7 @@ PARTS = ("inference", "vote", "path", "attack", "suite", "training", "memory")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps of attacks.")
 @click.option("--eot", type=click.IntRange(1), default=20, show_default=True, help="Paths a gradient of attacks.")
 @click.option("--compile", "compiled", is_flag=True, help="Also the plain network under torch.compile.")
-@click.option("--save", type=click.Path(path_type=Path), metavar="PNG", help="Draw the ratios into this file.")
+@click.option("--save", **options.out_picture, metavar="PNG", help="Draw the ratios into this file.")
 @options.as_json
 def command(
     parts: tuple[str, ...],
@@ -55,6 +64,15 @@ def command(
     Every figure is a ratio to the part's first row, measured in turn with it: machines are noisy, and bare seconds
     say little. A run gives the network, the members and the images; --arch needs none.
     """
+    asked = tuple(dict.fromkeys(parts)) or tuple(part for part in PARTS if part != "suite")
+    if arch is not None:
+        if wrong := [part for part in parts if part in OF_A_RUN]:
+            raise click.UsageError(f"--arch has random weights: --part {wrong[0]} needs a run.")
+        options.without_effect({"run", "root"}, "With --arch")
+        asked = tuple(part for part in asked if part not in OF_A_RUN)
+    idle = {name for name, readers in READ_BY.items() if not set(readers) & set(asked)}
+    options.without_effect(idle, f"With {'--part ' + ' and --part '.join(parts) if parts else '--arch'}")
+
     import torch
 
     from neuralsde_ito import benchmark
@@ -65,19 +83,17 @@ def command(
     from neuralsde_ito.resnets import load_resnet
     from neuralsde_ito.validation import ItoError
 
-    asked = parts or tuple(part for part in PARTS if part != "suite")
-    left_out: list[str] = []
     eps = [check_eps("linf", parse_eps(text)) for text in radii]
-    if arch:
+    for part, library in (("attack", "torchattacks"), ("suite", "autoattack")):
+        if part in parts:
+            check_peer(library)
+    if arch is not None:
         place = pick_device(device)
         net = load_resnet(arch).eval().to(place)
         model = recast(net)
-        if parts and (wrong := set(OF_A_RUN) & set(parts)):
-            raise ItoError(f"--arch has random weights: --part {min(wrong)} needs a run.")
         x = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(place)
         y = torch.arange(batch, device=place) % 10
         ensemble, what = None, f"{arch} with random weights, random images"
-        asked = tuple(part for part in asked if part not in OF_A_RUN)
     else:
         opened = options.open_run(root, run, device)
         net, ensemble, place = opened.resnet, opened.ensemble, opened.device
@@ -85,15 +101,17 @@ def command(
         arch = opened.config.network.arch
         data = load_dataset(opened.config, train_limit=1, test_limit=max(batch, images))
         _, x, y = next(iter(data.test.batches(max(batch, images), place)))
+        batch, images = min(batch, len(x)), min(images, len(x))
         what = f"{arch} of {opened.folder}, test images of {data.name}"
+    left_out: list[str] = []
     if "attack" in asked and importlib.util.find_spec("torchattacks") is None:
         asked = tuple(part for part in asked if part != "attack")
         left_out.append("Attacks are left out: pip install torchattacks, to measure against its EOTPGD.")
-    if "suite" in asked:
-        check_peer("autoattack")
     if "memory" in asked and (tuple(x.shape[1:]) != (3, 32, 32) or importlib.util.find_spec("resource") is None):
         asked = tuple(part for part in asked if part != "memory")
         left_out.append("Memory is left out: it is measured with images of 3x32x32, on Linux and macOS.")
+    if parts and left_out:
+        raise ItoError(left_out[0].replace("left out", "not measured", 1))
     rows: list[benchmark.Row] = []
     with output.progress(len(asked), "bench", "parts") as bar:
         for part in asked:
@@ -109,7 +127,7 @@ def command(
             elif part == "suite" and ensemble is not None:
                 rows += benchmark.bench_suite(net, ensemble, x[:images], y[:images], eps)
             elif part == "training":
-                rows += benchmark.bench_training(net, model.schedule.omega, x[:128], y[:128], repeats)
+                rows += benchmark.bench_training(net, model.schedule.omega, x[:batch][:128], y[:batch][:128], repeats)
             elif part == "memory":
                 rows += benchmark.bench_memory(arch, 128, place)
             bar.update()
@@ -121,7 +139,7 @@ def command(
         head = {"command": "bench", "network": what, "batch": batch, "repeats": repeats}
         date = datetime.now().isoformat(timespec="seconds")
         head |= {"machine": ", ".join(benchmark.machine(place)), "date": date}
-        output.print_json({**head, "rows": [asdict(row) for row in rows]})
+        output.print_json({**head, "rows": [asdict(row) for row in rows], "left_out": left_out})
         return
     click.echo(f"Network  {what}")
     click.echo(f"Machine  {', '.join(benchmark.machine(place))}")
@@ -136,9 +154,9 @@ def command(
     click.echo()
     output.sentence(
         f"Ratio: to the first row of the part (attacks: of each radius; paths: of each number of steps), measured in "
-        f"turn, median of {repeats} repeats. Attacks run once, step by step in turn; suites and memory once. An "
-        f"inference, a vote and paths of 16,384 numbers are of {batch} images, a training step of {min(batch, 128)}, "
-        f"an attack of {images}, memory of 128."
+        f"turn, median of {output.count(repeats, 'repeat')}. Attacks run once, step by step in turn; suites and memory "
+        f"once. An inference, a vote and paths of 16,384 numbers are of {batch} images, a training step of "
+        f"{min(batch, 128)}, an attack of {images}, memory of 128."
     )
     for sentence in left_out:
         output.sentence(sentence)

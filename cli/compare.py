@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,10 +45,8 @@ if TYPE_CHECKING:
 @click.option("--steps", "steps", multiple=True, type=int, help="Steps a block.  [repeatable; default: 1 2 4 8]")
 @click.option("--limit", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Test images.")
 @click.option("--gradients/--no-gradients", default=True, show_default=True, help="Compare input gradients, too.")
-@click.option("--save", type=click.Path(path_type=Path), metavar="PNG|SVG", help="Draw error against evaluations.")
-@click.option(
-    "--csv", "table_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the rows, too."
-)
+@click.option("--save", **options.out_picture, metavar="PNG|SVG", help="Draw error against evaluations.")
+@click.option("--csv", "table_file", **options.out_file, metavar="FILE", help="Write the rows, too.")
 @options.seed
 @options.as_json
 def command(
@@ -70,11 +69,24 @@ def command(
     as_json: bool,
 ) -> None:
     """Hold SDE solvers against a fine reference, all on the same Brownian paths."""
+    solvers, schedules, horizons = (tuple(dict.fromkeys(typed)) for typed in (solvers, schedules, horizons))  # type: ignore[assignment]
+    of_a_run = {"run", "root", "device", "limit", "save", "seed"}
+    of_a_table = {"gradients", "table_file"}
+    of_depth = {"versus", "schedules", "horizons"}
+    if problems:
+        options.without_effect({*of_a_run, *of_a_table, *of_depth, "depth"}, "With --problem")
+    elif depth:
+        options.without_effect({*of_a_table, "peers"}, "With --depth")
+    else:
+        options.without_effect(of_depth, "Without --depth", "add --depth, or leave it out")
+        options.without_effect({"peers"}, "Without --problem", "add --problem, or leave it out")
     if problems:
         _orders(problems, solvers, steps, peers, as_json)
         return
+    from neuralsde_ito.checkpoints import write_atomically
     from neuralsde_ito.comparison import SolverRow, compare_solvers
     from neuralsde_ito.recipes import load_dataset
+    from neuralsde_ito.validation import ItoError, shown
 
     opened = options.open_run(root, run, device)
     data = load_dataset(opened.config, train_limit=1, test_limit=limit)
@@ -82,10 +94,14 @@ def command(
     seed = opened.config.seed if seed is None else seed
     member: ItoResNet = opened.ensemble.members[0]  # type: ignore[assignment]
     if depth:
-        networks = {opened.folder.name: member}
+        networks, folders = {opened.folder.name: member}, [opened.folder.resolve()]
         for name in versus:
             other = options.open_run(root, name, device)
-            networks[other.folder.name] = other.ensemble.members[0]  # type: ignore[assignment]
+            if other.folder.resolve() in folders:
+                raise ItoError(f"--versus {shown(name)} would be read twice: name each run once.")
+            folders.append(other.folder.resolve())
+            unique = other.folder.name if other.folder.name not in networks else str(other.folder)
+            networks[unique] = other.ensemble.members[0]  # type: ignore[assignment]
         _depths(networks, (index, x, y), data.name, solvers, steps, schedules, horizons, seed, save, as_json)
         return
     chosen = tuple(sorted(set(steps))) or (1, 2, 4, 8)
@@ -95,17 +111,19 @@ def command(
 
         compare_picture(report, save)
     if table_file:
-        with table_file.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(SolverRow)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in report.rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [f.name for f in fields(SolverRow)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in report.rows)
+        write_atomically(table_file, text.getvalue().encode())
     if as_json:
         head = {"command": "compare", "run": str(opened.folder), "data": data.name, "images": len(y), "seed": seed}
         output.print_json({**head, **asdict(report), "remarks": report.remarks()})
         return
     output.describe(opened.config, opened.folder, 1, 1, opened.ensemble.rule)
     solver, fine = report.reference
-    click.echo(f"\n{len(y)} test images of {data.name}; against {solver} at {fine} steps a block, on the same paths\n")
+    images_of, grid = f"{output.count(len(y), 'test image')} of {data.name}", output.count(fine, "step")
+    click.echo(f"\n{images_of}; against {solver} at {grid} a block, on the same paths\n")
     rows = []
     last = None
     for row in report.rows:
@@ -175,9 +193,10 @@ def _depths(
         cell = f"{100 * r.correct.value:3.0f} [{100 * r.correct.low:2.0f}, {100 * r.correct.high:3.0f}]"
         place = (r.network, r.schedule, f"{r.horizon:g}", r.solver)
         lines.setdefault(place, []).append(cell + "*" * r.trained)
-    click.echo(f"\n{len(y)} test images of {data}, one inference each; correct in %, with 95 % Wilson intervals\n")
+    images_of = f"{output.count(len(y), 'test image')} of {data}"
+    click.echo(f"\n{images_of}, one inference each; correct in %, with 95 % Wilson intervals\n")
     table = [[*place, *cells] for place, cells in lines.items()]
-    heads = [f"{n} step{'s' * (n > 1)}" for n in grid]
+    heads = [output.count(n, "step") for n in grid]
     output.table(table, ["network", "noise", "horizon", "solver", *heads])
     click.echo("\n* as trained")
     for sentence in verdicts(readings):
@@ -195,7 +214,8 @@ def _orders(
     from neuralsde_ito.solvers import SOLVERS, find_solver
     from neuralsde_ito.validation import ItoError, nearest
 
-    asked = list(PROBLEMS) if "all" in problems else list(problems)
+    asked = list(dict.fromkeys(PROBLEMS if "all" in problems else problems))
+    peers = tuple(dict.fromkeys(peers))
     chosen = solvers or tuple(name for name, solver in SOLVERS.items() if solver.library != "torchdiffeq")
     grid = tuple(sorted(set(steps))) or (8, 16, 32, 64, 128, 256)
     for name in asked:

@@ -33,6 +33,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Let a run's ensemble vote on test images, beside the original ResNet."""
+    if full:
+        options.without_effect({"confidence"}, "With --full")
     from neuralsde_ito.checkpoints import recast_as
     from neuralsde_ito.ensemble import ItoEnsemble
     from neuralsde_ito.evaluation import evaluate

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ def progress(total: int, what: str, unit: str) -> tqdm:
     return tqdm(total=total, desc=what, unit=f" {unit}", leave=False, disable=None)
 
 
+def radius_name(norm: str, written: str) -> str:
+    """The name under which what belongs to one radius is kept: ``linf-8of255``."""
+    return f"{norm}-{written.strip().replace('/', 'of')}"
+
+
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
     """An aligned table on stdout."""
     click.echo(tabulate(rows, headers, tablefmt="simple", disable_numparse=True, stralign="left"))
@@ -33,6 +39,11 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
 def sentence(text: str) -> None:
     """A paragraph on stdout, at most 110 columns wide."""
     click.echo(textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False))
+
+
+def count(n: int, what: str) -> str:
+    """``1 member``, ``2 members``."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def percent(rate: Rate) -> str:
@@ -71,10 +82,10 @@ def worst_sentence() -> None:
     )
 
 
-def invalid_sentence(count: int) -> None:
+def invalid_sentence(invalid: int, before: str = "") -> None:
     """How many inferences voted for nobody; nothing where all are valid."""
-    if count:
-        sentence(f"The logits of {count:,} inference{'s' * (count > 1)} were not finite: they voted for nobody.")
+    if invalid:
+        sentence(f"{before}{count(invalid, 'inference')} had logits that are not finite and voted for nobody.")
 
 
 def seconds(value: float) -> str:
@@ -110,20 +121,25 @@ def describe(config: Config, folder: Path, members: int, inferences: int, rule: 
         "multiplicative": f"{sde.omega:g} / (1 + t) * x",
         "constant-multiplicative": f"{sde.omega:g} * x",
     }[sde.schedule]
-    source = f"weights {config.network.weights}" if config.network.weights else f"trained {config.resnet.epochs} epochs"
+    source = (
+        f"weights {config.network.weights}"
+        if config.network.weights
+        else f"trained {count(config.resnet.epochs, 'epoch')}"
+    )
     horizon = f"time 0..{sde.horizon:g}" if sde.horizon else "one unit of time a block"
-    steps = f"{sde.steps} step{'s' * (sde.steps > 1)} a block"
+    steps = f"{count(sde.steps, 'step')} a block"
     click.echo(f"Run       {folder}")
     click.echo(f"ResNet    {config.network.arch}, {source}")
     click.echo(f"SDE       dx = (B(x) - x) dt + {formula} dB, {horizon}; solver {sde.solver}, {steps}")
-    click.echo(f"Ensemble  {members} members x {inferences} inferences, {rule} majority, else it abstains")
+    vote = f"{count(members, 'member')} x {count(inferences, 'inference')}"
+    click.echo(f"Ensemble  {vote}, {rule} majority, else it abstains")
 
 
 def evaluation_table(
     result: Evaluation, data: str, untrained: Evaluation | None = None, paired: Paired | None = None
 ) -> None:
     """The table of `ito-sde train` and `ito-sde evaluate`; ``paired`` is the untrained recast against the ensemble."""
-    click.echo(f"\n{result.ito.n} test images of {data}, clean; % with 95 % Wilson intervals\n")
+    click.echo(f"\n{count(result.ito.n, 'test image')} of {data}, clean; % with 95 % Wilson intervals\n")
     rows = [["original ResNet", *outcome_cells(result.resnet, abstains=False)]]
     if untrained:
         rows.append(["recast, not fine-tuned", *outcome_cells(untrained.ito)])
@@ -133,6 +149,9 @@ def evaluation_table(
     paired_sentence(result.paired, "the ResNet")
     if paired:
         paired_sentence(paired, "the recast before fine-tuning")
+    invalid_sentence(int(result.invalid.sum()))
+    if untrained:
+        invalid_sentence(int(untrained.invalid.sum()), "Before fine-tuning: ")
 
 
 def drawn_sentence(drawn: Tensor, total: int, confidence: float | None) -> None:
@@ -145,7 +164,7 @@ def drawn_sentence(drawn: Tensor, total: int, confidence: float | None) -> None:
             f"Each vote ended when its label was that of the full vote with probability {confidence:g}, if inferences "
             "are exchangeable and, before the first, every share of the leading class equally likely."
         )
-    sentence(f"Inferences: {mean:.1f} an image on average, {total} in a full vote. {what}")
+    sentence(f"Inferences: {mean:.1f} an image on average, {total} in a full vote. {what}".strip())
 
 
 def evaluation_json(result: Evaluation) -> dict[str, Any]:
@@ -155,9 +174,24 @@ def evaluation_json(result: Evaluation) -> dict[str, Any]:
         "ito": result.ito.as_dict(),
         "paired": paired_json(result.paired, "resnet"),
         "inferences_per_image": float(result.drawn.double().mean()),
+        "invalid_inferences": int(result.invalid.sum()),
     }
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """One JSON object in UTF-8. JSON knows no NaN and no infinity: they become null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: known(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [known(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    text = json.dumps(known(content), indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace")  # a file name may hold bytes that are not UTF-8
 
 
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    click.echo(json_bytes(content))  # in UTF-8, whatever the terminal's encoding is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
+from neuralsde_ito.checkpoints import write_atomically
 from neuralsde_ito.outcomes import ABSTAIN, Outcomes
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def evaluation_picture(path: Path, result: Evaluation, data: Dataset) -> None:
         axis.set(title=f"{name} (% of {result.ito.n} test images, 95 % interval)", xlim=(0, 1.25 * high))
         axis.title.set_fontsize(9)
         axis.spines[["top", "right"]].set_visible(False)
-    share = result.votes.sum(0).float() / result.votes.sum((0, 2))[:, None]  # (N, classes)
+    # (N, classes); of an image whose logits are never finite nobody votes
+    share = result.votes.sum(0).float() / result.votes.sum((0, 2)).clamp(min=1)[:, None]
     lead = share.topk(2).values
     doubtful = (lead[:, 0] - lead[:, 1]).argsort()[:8].tolist()
     images = _images(data, [int(result.index[i]) for i in doubtful])
@@ -55,8 +58,7 @@ def evaluation_picture(path: Path, result: Evaluation, data: Dataset) -> None:
         axis.set_title(f"true: {data.classes[int(result.truth[i])]}\nsays: {answer}", fontsize=8)
         axis.set_xlabel(votes, fontsize=8)
     bottom.suptitle("Images on which the ensemble is least sure, with the shares of its inferences", fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def attack_picture(path: Path, sweep: Sweep, names: dict[float, str], norm: str, data: Dataset) -> None:
@@ -95,8 +97,14 @@ def attack_picture(path: Path, sweep: Sweep, names: dict[float, str], norm: str,
     axis.legend(fontsize=8, frameon=False, loc="best")
     axis.spines[["top", "right"]].set_visible(False)
     _pairs(right, sweep, names, data)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix(".").lower(), dpi=130)
     plt.close(figure)
+    write_atomically(path, content.getvalue())
 
 
 def _pairs(figure: Any, sweep: Sweep, names: dict[float, str], data: Dataset) -> None:
@@ -107,7 +115,7 @@ def _pairs(figure: Any, sweep: Sweep, names: dict[float, str], data: Dataset) ->
         figure.suptitle("no image fell", fontsize=9)
         return
     clean = _images(data, [int(sweep.index[row]) for row, _ in rows])
-    grid = np.atleast_2d(figure.subplots(2, len(rows)))
+    grid = figure.subplots(2, len(rows), squeeze=False)
     for column, (row, surrogate) in enumerate(rows):
         found = int(sweep.labels[level][surrogate][row])
         _show(grid[0][column], clean[column])
@@ -171,8 +179,7 @@ def bench_picture(rows: list[Any], path: Path) -> None:
         axis.set_xlim(0, 1.15 * max(row.ratio for row in mine))
         axis.set_title(f"{part}: {'memory' if part == 'memory' else 'time'} relative to the first bar", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def compare_picture(report: Any, path: Path) -> None:
@@ -212,8 +219,7 @@ def compare_picture(report: Any, path: Path) -> None:
     axis.legend(fontsize=8, frameon=False)
     axis.grid(True, which="both", lw=0.3, alpha=0.5)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def depth_picture(readings: list[Any], path: Path) -> None:
@@ -240,5 +246,4 @@ def depth_picture(readings: list[Any], path: Path) -> None:
     axis.set_title("One inference an image; bands: 95 % Wilson; filled: as trained", fontsize=9)
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)

@@ -20,6 +20,8 @@ from neuralsde_ito.checking import FAIL, PASS
 from neuralsde_ito.checkpoints import write_atomically
 from neuralsde_ito.outcomes import ABSTAIN
 
+from . import output
+
 _STYLE = """
 body { font: 15px/1.45 Georgia, serif; color: #000; background: #fff; margin: 2em auto; padding: 0 1em;
   max-width: 62em }
@@ -51,7 +53,10 @@ def write_report(path: Path, audit: Audit, about: dict[str, Any], classes: Seque
         "Command": f"<code>{escape(about['command'])}</code>",
         "Run": f"<code>{escape(about['run'])}</code>",
         "Images": escape(f"{audit.clean.n} of {about['data']}"),
-        "Vote": escape(f"{vote['members']} members, {vote['inferences']} inferences each, {vote['rule']} majority"),
+        "Vote": escape(
+            f"{output.count(vote['members'], 'member')}, {output.count(vote['inferences'], 'inference')} each, "
+            f"{vote['rule']} majority"
+        ),
         "Attack": escape(
             f"PGD, {attack.norm}, eps {attack.eps:.4g}, {attack.steps} steps of {attack.step:.3g}, {attack.restarts} "
             f"restart{'s' * (attack.restarts > 1)}, {attack.eot} paths a gradient, objective {attack.objective}"
@@ -87,7 +92,7 @@ def write_report(path: Path, audit: Audit, about: dict[str, Any], classes: Seque
 no proof of robustness.</p>
 {pictures}</body></html>
 """
-    write_atomically(path, page.encode())
+    write_atomically(path, page.encode(errors="backslashreplace"))
 
 
 def _figures(audit: Audit, classes: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -43,6 +43,7 @@ def run(
     """Attack the ensemble and the ResNet at every radius, and print what is left after each step."""
     import torch
 
+    from neuralsde_ito.checkpoints import write_atomically
     from neuralsde_ito.ensemble import ItoEnsemble
     from neuralsde_ito.evaluation import NoiseFree
     from neuralsde_ito.outcomes import Outcomes, Paired
@@ -148,7 +149,7 @@ def run(
         "peers": others,
     }
     record = opened.folder / f"suite-{norm}-{datetime.now():%Y%m%d-%H%M%S}.json"
-    record.write_text(json.dumps(report, indent=2, ensure_ascii=False))
+    write_atomically(record, output.json_bytes(report))
     shutil.rmtree(state, ignore_errors=True)
     bundles = []
     if bundle is not None:
@@ -271,7 +272,7 @@ def _bundle(
             "repeat": report["repeat"],
         },
     )
-    place = folder / f"{report['norm']}-{entry['written'].replace('/', 'of')}"
+    place = folder / output.radius_name(report["norm"], entry["written"])
     save_bundle(place, evidence)
     return place
 

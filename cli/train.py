@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -77,13 +76,19 @@ def command(
         train_run,
         with_image_size,
     )
-    from neuralsde_ito.training import Interrupted
+    from neuralsde_ito.training import Diverged, Interrupted
 
     if resume and overwrite:
         raise click.UsageError("--resume goes on, --overwrite begins anew: give one of them.")
+    if print_config:
+        idle = {"overwrite", "device", "as_json"} | (set() if resume else {"name", "root"})
+        options.without_effect(idle, "With --print-config")
     folder = find_run(root, name, complete=False) if resume else None
     overrides = _overrides(data, flags)
+    typed = [assignment.partition("=")[0].strip() for assignment in assignments]
     config = load_config(source, os.environ, assignments, overrides, base=read_config(folder) if folder else None)
+    if config.network.weights is not None and (idle_key := next((k for k in typed if k.startswith("resnet.")), None)):
+        raise click.UsageError(f"With weights no ResNet is trained, --set {idle_key} would do nothing: leave it out.")
     if print_config:
         click.echo(config.to_yaml(), nl=False)
         return
@@ -97,7 +102,10 @@ def command(
     if not resume:
         config = with_image_size(config, images)
         build_resnet(config, images)  # weights that do not fit should leave no folder behind
+    if not os.path.isdir(folder):
+        options.check_folder(folder)
     prepare_run(folder, config, resume, overwrite)
+    options.check_folder(folder)
 
     show = _Progress()
     begun = time.monotonic()
@@ -107,6 +115,8 @@ def command(
         show.close()
         click.echo(f"Interrupted; everything is saved. To go on: ito-sde train --run {folder} --resume", err=True)
         raise click.exceptions.Exit(130) from None
+    except Diverged as error:
+        raise click.ClickException(str(error)) from None  # exit code 1: no usage mistake, yet foreseen
     finally:
         show.close()
 
@@ -122,7 +132,7 @@ def command(
         "config": config.model_dump(mode="json"),
         **output.evaluation_json(result),
     }
-    write_atomically(folder / "evaluation.json", json.dumps(report, indent=2, ensure_ascii=False).encode())
+    write_atomically(folder / "evaluation.json", output.json_bytes(report))
     from .pictures import evaluation_picture
 
     picture = folder / "evaluation.png"
@@ -154,7 +164,7 @@ def _overrides(data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     if data is not None:
         from neuralsde_ito.data import DATASETS
 
-        if data in DATASETS or not (Path(data).exists() or "/" in data or os.sep in data):
+        if data in DATASETS or not (os.path.exists(data) or "/" in data or os.sep in data):
             overrides["data.name"] = data
         else:
             overrides |= {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}

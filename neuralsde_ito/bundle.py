@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from .attacks.ball import BALLS, check_eps
 from .checkpoints import sync_folder, write_atomically
 from .data import check_images
 from .outcomes import ABSTAIN, Outcomes
-from .validation import ItoError, nearest
+from .validation import ItoError, nearest, shown
 
 IMAGES, RECORDS, SUMMARY = "images.safetensors", "records.json", "summary.json"
 FORMAT = 1
@@ -107,7 +108,7 @@ def save_bundle(folder: str | Path, evidence: Evidence) -> None:
     content = safetensors_bytes(tensors)
     files = {
         IMAGES: content,
-        RECORDS: _records(evidence, norms, hashlib.sha256(content).hexdigest()).encode(),
+        RECORDS: _records(evidence, norms, hashlib.sha256(content).hexdigest()).encode(errors="backslashreplace"),
         SUMMARY: (json.dumps(_summary(evidence), indent=2, ensure_ascii=False) + "\n").encode(),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +135,8 @@ def load_bundle(folder: str | Path) -> Evidence:
     """
     folder = Path(folder)
     for name in (IMAGES, RECORDS, SUMMARY):
-        if not (folder / name).is_file():
-            raise ItoError(f"There is no evidence bundle in {str(folder)!r}: it has no {name}.")
+        if not os.path.isfile(folder / name):
+            raise ItoError(f"There is no evidence bundle in {shown(str(folder))}: it has no {name}.")
     head, summary = _json(folder / RECORDS), _json(folder / SUMMARY)
     if head.get("format") != FORMAT:
         raise ItoError(

@@ -28,10 +28,25 @@ from .validation import ItoError, shown
 RESNET = "resnet.safetensors"  # of a run: the ResNet that its members began as
 
 
+class NotWritten(ItoError, OSError):
+    """The system refuses a file: no permission, no space, a folder of that name."""
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old content or the new, never half of it."""
+    """Write a file so that a kill at any moment leaves the old content or the new, never half of it.
+
+    Raises:
+        NotWritten: the system refuses it.
+    """
+    try:
+        _write_atomically(path, content)
+    except OSError as error:
+        raise NotWritten(f"{shown(str(path))} cannot be written: {str(error.strerror or error).lower()}.") from error
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -300,13 +315,15 @@ def read_config(folder: Path) -> Config:
     Raises:
         ItoError: no run is there, or its file is damaged.
     """
-    if not (folder / "config.yaml").is_file():
-        raise ItoError(f"There is no run in {str(folder)!r}: it has no config.yaml.")
+    if not os.path.isfile(folder / "config.yaml"):
+        raise ItoError(f"There is no run in {shown(str(folder))}: it has no config.yaml.")
     return load_config(folder / "config.yaml")
 
 
 def _network(path: Path, config: Config) -> nn.Sequential:
     state: dict[str, Tensor] = read_weights(path, config.network.arch)
+    if "fc.bias" not in state or "conv1.weight" not in state:
+        raise ItoError(f"The weights {shown(str(path))} are not those of a run: they lack fc.bias or conv1.weight.")
     net = _untrained(config, len(state["fc.bias"]), state["conv1.weight"].shape[1])
     load_weights(net[-1], path, config.network.arch)
     return net

@@ -24,6 +24,7 @@ from .noise import BrownianPath, make_keys
 from .recast import ItoResNet
 from .solvers import SOLVERS, check_solver, find_solver, integrate, solvers_for
 from .validation import ItoError
+from .votes import winners
 
 
 @dataclass(frozen=True)
@@ -178,27 +179,38 @@ class _Network:
         return drifts * a_block + len(self.model.sdes) - drifts
 
     def errors(self, logits: Tensor, fine: Tensor) -> dict[str, Any]:
-        found = logits.argmax(1)
+        found = winners(logits)
         return {
             "mean_error": float((logits.softmax(1).mean(0) - fine.softmax(1).mean(0)).abs().max()),
             "logit_error": float((logits - fine).norm() / fine.norm()),
-            "agreement": float((found == fine.argmax(1)).double().mean()),
+            "agreement": float((found == winners(fine)).double().mean()),
             "accuracy": None if self.y is None else float((found == self.y).double().mean()),
         }
 
 
-class _Drift:
-    """A user's SDE as ``f`` and ``g`` alone, with the evaluations of ``f`` counted."""
+class _UnitTime:
+    """A user's SDE as ``f`` and ``g`` alone, on the clock ``s`` from 0 to 1, with the evaluations of ``f`` counted.
 
-    def __init__(self, sde: Any) -> None:
+    With ``t = t0 + (t1 - t0) s`` the same process is ``dy = (t1 - t0) f ds + sqrt(t1 - t0) g dB(s)``. On this clock a
+    power of two of steps adds up to 1 exactly; where rounding misses the end, torchsde adds a step.
+    """
+
+    def __init__(self, sde: Any, t0: float, t1: float) -> None:
         self.sde, self.noise_type, self.sde_type, self.count = sde, sde.noise_type, sde.sde_type, 0
+        self.t0, self.t1 = t0, t1
 
-    def f(self, t: Tensor, y: Tensor) -> Tensor:
+    def _time(self, s: Tensor) -> Tensor:
+        return torch.lerp(s.new_tensor(self.t0), s.new_tensor(self.t1), s)  # exact at both ends
+
+    def f(self, s: Tensor, y: Tensor) -> Tensor:
         self.count += 1
-        return self.sde.f(t, y) if hasattr(self.sde, "f") else self.sde.f_and_g(t, y)[0]
+        t = self._time(s)
+        return (self.t1 - self.t0) * (self.sde.f(t, y) if hasattr(self.sde, "f") else self.sde.f_and_g(t, y)[0])
 
-    def g(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.sde.g(t, y) if hasattr(self.sde, "g") else self.sde.f_and_g(t, y)[1]
+    def g(self, s: Tensor, y: Tensor) -> Tensor:
+        t = self._time(s)
+        scale = math.sqrt(self.t1 - self.t0)
+        return scale * (self.sde.g(t, y) if hasattr(self.sde, "g") else self.sde.f_and_g(t, y)[1])
 
 
 class _Equation:
@@ -206,17 +218,17 @@ class _Equation:
 
     def __init__(self, sde: Any, y0: Tensor, keys: Tensor, interval: tuple[float, float]) -> None:
         _check_sde(sde, y0, interval)
-        self.x, self.keys, (self.t0, self.t1) = y0, keys, interval
-        self.sde = _Drift(sde)
+        self.x, self.keys, (self.t0, self.t1) = y0, keys, (float(interval[0]), float(interval[1]))
+        self.sde = _UnitTime(sde, self.t0, self.t1)
         self.kind = (sde.noise_type, sde.sde_type)
         self.name = type(sde).__name__
         self.noise = f"{sde.noise_type} noise, {'Itô' if sde.sde_type == 'ito' else 'Stratonovich'}"
         self.additive = sde.noise_type == "additive"
-        t = torch.tensor(self.t0, dtype=torch.float64, device=y0.device)
+        begin = torch.zeros((), dtype=torch.float64, device=y0.device)
         with torch.no_grad():
-            self.channels = self.sde.g(t, y0).shape[-1]
+            self.channels = self.sde.g(begin, y0).shape[-1]
             start = time.perf_counter()
-            self.sde.f(t, y0), self.sde.g(t, y0)
+            self.sde.f(begin, y0), self.sde.g(begin, y0)
             _wait(y0)
             self.unit = time.perf_counter() - start
         self.counts: dict[tuple[str, int], int] = {}
@@ -254,10 +266,9 @@ class _Equation:
         return y, y
 
     def _states(self, y0: Tensor, solver: str, steps: int, parts: int) -> Tensor:
-        ts = torch.linspace(self.t0, self.t1, parts + 1, dtype=torch.float64, device=y0.device)
-        path = BrownianPath(self.keys, self.channels, 0, self.t0, self.t1, dtype=y0.dtype)
-        h = (self.t1 - self.t0) / steps
-        return torchsde.sdeint(self.sde, y0, ts, bm=path, method=find_solver(solver).method, dt=h).to(y0.dtype)
+        ts = torch.linspace(0, 1, parts + 1, dtype=torch.float64, device=y0.device)
+        path = BrownianPath(self.keys, self.channels, 0, 0.0, 1.0, dtype=y0.dtype)
+        return torchsde.sdeint(self.sde, y0, ts, bm=path, method=find_solver(solver).method, dt=1 / steps).to(y0.dtype)
 
     def loss(self, y: Tensor) -> Tensor:
         return y.sum()

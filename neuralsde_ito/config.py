@@ -15,7 +15,7 @@ from .data import AUGMENTATIONS, DATASETS
 from .resnets import ARCHITECTURES
 from .schedules import Schedule
 from .solvers import check_solver
-from .validation import ItoError, nearest
+from .validation import ItoError, nearest, shown
 from .votes import RULES
 
 ENVIRONMENT = "ITO_SDE_"  # ITO_SDE_SDE__OMEGA=0.4 sets sde.omega
@@ -176,7 +176,7 @@ def load_config(
     for assignment in assignments:
         key, mark, text = assignment.partition("=")
         if not mark or not key.strip():
-            raise ItoError(f"An assignment looks like sde.omega=0.4, got {assignment!r}.")
+            raise ItoError(f"An assignment looks like sde.omega=0.4, got {shown(assignment)}.")
         changes[key.strip()] = _value(key, text)
     changes.update({key: value for key, value in (overrides or {}).items() if value is not None})
     for key, value in changes.items():
@@ -185,7 +185,7 @@ def load_config(
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
-                raise ItoError(f"Unknown key {key!r}: {section!r} holds no keys.")
+                raise ItoError(f"Unknown key {shown(key)}: {shown(section)} holds no keys.")
         node[leaf] = value
     return parse_config(tree)
 
@@ -204,7 +204,7 @@ def parse_config(tree: object) -> Config:
         if first["type"] == "extra_forbidden":
             raise ItoError(nearest("configuration key", place, _keys(Config))) from None
         reason = first["msg"].removeprefix("Value error, ").rstrip(".")
-        saw = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+        saw = "" if first["type"] == "value_error" else f", got {shown(first['input'])}"
         raise ItoError(f"{place or 'The configuration'}: {reason}{saw}.") from None
 
 
@@ -223,7 +223,7 @@ def _read(source: str | Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ItoError(f"There is no configuration file {str(path)!r}.") from None
+        raise ItoError(f"There is no configuration file {shown(str(path))}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ItoError(f"The configuration file {str(path)!r} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
@@ -235,7 +235,7 @@ def _value(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ItoError(f"The value of {name} is not YAML: {text!r}.") from None
+        raise ItoError(f"The value of {shown(name)} is not YAML: {shown(text)}.") from None
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:

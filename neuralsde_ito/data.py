@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from .validation import ItoError, nearest
+from .validation import ItoError, nearest, shown
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32}  # in pixels, square; a folder's is chosen
@@ -392,6 +392,10 @@ def load_data(
         raise ItoError(nearest("augmentation", augment, AUGMENTATIONS))
     for limit in (train_limit, test_limit):
         _spread(1, limit)  # refuse limits below 1 before anything is read
+    if name != "imagefolder" and size is not None:
+        raise ItoError(f"data.size is for image folders, {name} has a size of its own; set data.size=null.")
+    if name == "digits" and path is not None:
+        raise ItoError("data.path is for CIFAR and image folders, digits come with scikit-learn; set data.path=null.")
     if name == "imagefolder":
         return _folder(path, size, augment, train_limit, test_limit)
     if size not in (None, IMAGE_SIZES[name]):
@@ -442,8 +446,8 @@ def _folder(
     if path is None:
         raise ItoError("The data set 'imagefolder' needs data.path: a folder with train/CLASS/* and test/CLASS/*.")
     root = Path(path)
-    if not root.is_dir():
-        raise ItoError(f"There is no folder {str(root)!r}.")
+    if not os.path.isdir(root):
+        raise ItoError(f"There is no folder {shown(str(root))}.")
     held_out = next((root / part for part in ("test", "val") if (root / part).is_dir()), root / "test")
     found = [_listing(root / "train"), _listing(held_out)]
     if found[0][0] != found[1][0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from .data import Dataset, load_data
 from .fused import kernel
 from .resnets import load_resnet
 from .training import Trainer
-from .validation import ItoError, nearest
+from .validation import ItoError, nearest, shown
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -42,11 +43,11 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ItoError(f"Unknown device {name!r}. Known: auto, cpu, cuda, cuda:N, mps.") from None
+        raise ItoError(f"Unknown device {shown(name)}. Known: auto, cpu, cuda, cuda:N, mps.") from None
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= count.get(device.type, 0):
         here = [kind if n == 1 else f"{kind}:0..{n - 1}" for kind, n in count.items() if n]
-        raise ItoError(f"There is no device {name!r} here. There is: {', '.join(here)}.")
+        raise ItoError(f"There is no device {shown(name)} here. There is: {', '.join(here)}.")
     return device
 
 
@@ -172,7 +173,7 @@ def train_run(
 
 def _read_metrics(file: Path) -> list[dict[str, object]]:
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except ValueError:  # not JSON, or not text
         rows = [None]
     if not all(isinstance(row, dict) and "phase" in row for row in rows):
@@ -197,27 +198,38 @@ def find_run(root: Path, name: str | None, complete: bool = True) -> Path:
     """
     if name is not None:
         for folder in (root / name, Path(name)):
-            if (folder / "config.yaml").is_file():
+            if os.path.isfile(folder / "config.yaml"):
                 return folder
-        runs = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
-        raise ItoError(nearest("run", name, runs) if runs else f"There is no run {name!r}; make one: ito-sde train.")
-    runs_here = [entry for entry in root.iterdir() if (entry / "config.yaml").is_file()] if root.is_dir() else []
+        runs = [entry.name for entry in _entries(root) if entry.is_dir()]
+        raise ItoError(
+            nearest("run", name, runs) if runs else f"There is no run {shown(name)}; make one: ito-sde train."
+        )
+    runs_here = [entry for entry in _entries(root) if os.path.isfile(entry / "config.yaml")]
     fitting = [entry for entry in runs_here if is_complete(entry) == complete]
     if not fitting:
         kind = "finished" if complete else "unfinished"
-        raise ItoError(f"There is no {kind} run in {str(root)!r}; make one: ito-sde train.")
+        raise ItoError(f"There is no {kind} run in {shown(str(root))}; make one: ito-sde train.")
     return max(fitting, key=lambda entry: (entry / "config.yaml").stat().st_mtime)
+
+
+def _entries(folder: Path) -> list[Path]:
+    if not os.path.isdir(folder):
+        return []
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise ItoError(f"The folder {shown(str(folder))} cannot be read: {str(error.strerror).lower()}.") from None
 
 
 def new_run_name(root: Path, config: Config) -> str:
     """A name that no run has yet: the configuration's, date and time."""
     stem = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
     name, k = stem, 2
-    while (root / name).exists():
+    while os.path.exists(root / name):
         name, k = f"{stem}-{k}", k + 1
     return name
 
 
 def command_line() -> str:
-    """The command as it was typed, for the record beside a result."""
-    return " ".join(["ito-sde", *sys.argv[1:]])
+    """The command as it was typed, for the record beside a result; bytes that are not UTF-8 are spelled out."""
+    return " ".join(["ito-sde", *sys.argv[1:]]).encode(errors="backslashreplace").decode()

@@ -6,6 +6,7 @@ with a CIFAR stem, and torchvision's, all built from torchvision's blocks under 
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,12 @@ from urllib.error import URLError
 
 import torch
 import torchvision
-from safetensors.torch import load_file
+from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from .validation import ItoError, nearest
+from .validation import ItoError, nearest, shown
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, also of the published CIFAR ResNets
 
@@ -203,13 +204,13 @@ def load_weights(resnet: nn.Module, weights: str | Path, arch: str) -> None:
 def read_weights(weights: str | Path, arch: str) -> dict[str, Tensor]:
     """The tensors of a file, or of torchvision weights by name, under their published keys."""
     path = Path(weights)
-    if not path.exists() and path.suffix not in (".pth", ".th", ".pt", ".safetensors", ".tar"):
+    if not os.path.exists(path) and path.suffix not in (".pth", ".th", ".pt", ".safetensors", ".tar"):
         return _torchvision_weights(str(weights), arch)
-    if not path.is_file():
-        raise ItoError(f"There is no weights file {str(path)!r}.")
+    if not os.path.isfile(path):
+        raise ItoError(f"There is no weights file {shown(str(path))}.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return tensors_from_bytes(path.read_bytes())  # its own reader wants names in UTF-8
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "truncated" in str(error):
@@ -231,7 +232,7 @@ def read_weights(weights: str | Path, arch: str) -> dict[str, Tensor]:
 
 def _torchvision_weights(name: str, arch: str) -> dict[str, Tensor]:
     if arch not in _TORCHVISION:
-        raise ItoError(f"There is no weights file {name!r}, and torchvision has no weights for {arch!r}.")
+        raise ItoError(f"There is no weights file {shown(name)}, and torchvision has no weights for {arch!r}.")
     known = torchvision.models.get_model_weights(arch)
     if name not in known.__members__:
         raise ItoError(nearest("weights", name, known.__members__))

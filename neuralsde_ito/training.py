@@ -30,6 +30,10 @@ class Interrupted(Exception):
     """Training was asked to stop; its state is saved."""
 
 
+class Diverged(RuntimeError):
+    """A loss or a weight is not finite: the settings do not train this network."""
+
+
 @dataclass
 class Trainer:
     """What surrounds the loop: where its state goes, and who is told.
@@ -65,7 +69,7 @@ class Trainer:
         Raises:
             Interrupted: `should_stop` said so.
             ItoError: ``state_file`` is damaged, or BatchNorm cannot normalise a batch of one image.
-            RuntimeError: the loss is not finite.
+            Diverged: the loss or a weight is not finite.
         """
         device = next(model.parameters()).device
         optimizer = _optimizer(model, settings)
@@ -115,8 +119,13 @@ class Trainer:
                         raise Interrupted
             mean_loss, accuracy = (totals / len(data)).tolist()
             if not math.isfinite(mean_loss):
-                raise RuntimeError(
+                raise Diverged(
                     f"Training {phase} diverged in epoch {epoch + 1}: the loss is {mean_loss}; "
+                    f"lower lr ({settings.lr}) or omega."
+                )
+            if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+                raise Diverged(
+                    f"Training {phase} diverged in epoch {epoch + 1}: a weight is not finite; "
                     f"lower lr ({settings.lr}) or omega."
                 )
             row: dict[str, object] = {

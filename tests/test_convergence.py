@@ -108,6 +108,20 @@ def test_the_reference_against_itself_has_no_error():
     assert row.accuracy is None
 
 
+class Overflow(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :3] * torch.tensor([1.0, float("nan"), 1.0])
+
+
+def test_logits_that_are_not_finite_are_no_right_answer():
+    chain = ito.Chain(nn.Conv2d(3, 4, 3, 4), [nn.Identity()], Overflow())
+    settings = {"solvers": ["euler"], "steps": [1], "gradients": False}
+    for label in range(3):  # an argmax would answer 1 every time
+        y = torch.full((4,), label)
+        (row,) = compare_solvers(ito.recast(chain, omega=0.1), random_images(4), y, **settings).rows
+        assert row.accuracy == 0
+
+
 class Explosion(nn.Module):
     def forward(self, x):
         return x + 1e30 * x**3
@@ -163,6 +177,39 @@ def test_its_last_state_is_the_closed_form_on_the_same_path():
     end = _Equation(Growth(), y0, keys, (0.0, 0.3)).solve(y0, "srk", 64, False)[0]
     w = ito.BrownianPath(keys, 4, 0, 0.0, 0.3, dtype=torch.float64).increment(0, 0)
     torch.testing.assert_close(end, torch.exp(0.125 * 0.3 + 0.5 * w), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.7), (0.1, 0.8), (-1.3, 2.9), (1e3, 1e3 + 0.3), (0, 1e-3), (0, 1e5 / 3)])
+def test_steps_are_as_many_as_were_asked_for_in_any_interval(interval):
+    # The sum of 32 steps of 0.7 / 32 misses 0.7 by rounding: one more step would follow.
+    class Still(Growth):
+        def f(self, t, y):
+            assert interval[0] <= float(t) <= interval[1]
+            times.append(float(t))
+            return 0.25 * y / (interval[1] - interval[0])
+
+        def g(self, t, y):
+            return 0.5 * y / math.sqrt(interval[1] - interval[0])
+
+    times = []
+    settings = {"steps": (4, 32), "gradients": False, "interval": interval}
+    found = compare_solvers(Still(), start(8), solvers=["euler", "milstein", "srk"], **settings)
+    evaluations = [(row.solver, row.evaluations) for row in found.rows]
+    assert evaluations == [
+        *(("euler", 4), ("euler", 32)),
+        *(("milstein", 4), ("milstein", 32)),
+        *(("srk", 40), ("srk", 320)),
+    ]
+    assert min(times) == interval[0]
+    unit = compare_solvers(Growth(), start(8), solvers=["euler", "milstein", "srk"], steps=(4, 32), gradients=False)
+    for row, other in zip(found.rows, unit.rows, strict=True):  # only the clock differs
+        assert row.state_error == pytest.approx(other.state_error, rel=1e-6)
+
+
+def test_a_stratonovich_sde_takes_as_many_steps_as_were_asked_for():
+    settings = {"steps": (4, 32), "gradients": False, "interval": (0.0, 0.7)}
+    found = compare_solvers(Pendulum(), start(8, 3), solvers=["heun", "midpoint", "euler_heun"], **settings)
+    assert [row.evaluations for row in found.rows] == [8, 64, 8, 64, 4, 32]
 
 
 class Pendulum:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..noise import normals
-from ..validation import ItoError
+from ..validation import ItoError, shown
 
 
 class Linf:
@@ -80,11 +80,11 @@ def parse_eps(text: str | float) -> float:
             raise TypeError
         value = float(Fraction(text)) if isinstance(text, str) and "/" in text else float(text)
     except ZeroDivisionError:
-        raise ItoError(f"eps {text!r} divides by zero.") from None
+        raise ItoError(f"eps {shown(text)} divides by zero.") from None
     except (ValueError, TypeError, OverflowError):
-        raise ItoError(f"eps must be a number or a fraction such as 8/255, got {text!r}.") from None
+        raise ItoError(f"eps must be a number or a fraction such as 8/255, got {shown(text)}.") from None
     if not math.isfinite(value) or value < 0:
-        raise ItoError(f"eps must be finite and at least 0, got {text!r}.")
+        raise ItoError(f"eps must be finite and at least 0, got {shown(text)}.")
     return value
 
 
