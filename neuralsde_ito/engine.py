@@ -67,17 +67,19 @@ def piece_of(model: ItoResNet, device: torch.device, gradient: bool = False) -> 
     return max(2, _PIECE.get(device.type, 1 << 27) // max(1, largest))
 
 
-def in_pieces(work: Callable[[slice], Result], total: int, size: int, device: torch.device) -> list[Result]:
+def in_pieces(
+    work: Callable[[slice], Result], total: int, size: int, device: torch.device, side_by_side: bool = True
+) -> list[Result]:
     """``work`` on slices of ``range(total)``, each at most ``size`` long and all about equally long.
 
-    On a CPU they run side by side, elsewhere one after another. Where memory runs out, all begins again with
+    On a CPU they run ``side_by_side``, elsewhere one after another. Where memory runs out, all begins again with
     pieces half as long.
 
     Raises:
         torch.OutOfMemoryError: a piece of one does not fit.
     """
     while True:
-        at_once = workers() if device.type == "cpu" else 1
+        at_once = workers() if side_by_side and device.type == "cpu" else 1
         least = math.ceil(total / size)
         even = math.ceil(least / at_once) * at_once  # so that nobody waits for another's last piece
         count = min(total, max(least, min(even, total // 2), 1))

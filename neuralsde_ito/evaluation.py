@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from .attacks import PGD
 from .data import Split
-from .ensemble import ItoEnsemble, evaluating
+from .attacks.objective import as_called
+from .ensemble import ItoEnsemble
 from .outcomes import ABSTAIN, Outcomes, Paired
 from .validation import ItoError, nearest
+from .votes import winners
 
 SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 Tick = Callable[[int], object]
@@ -87,9 +89,9 @@ def evaluate(
 
 @torch.no_grad()
 def classify(net: nn.Module, x: Tensor) -> Tensor:
-    """A plain network's labels ``(N,)``, in eval mode."""
-    with evaluating(net):
-        return net(x).argmax(1)
+    """A plain network's labels ``(N,)``, in the modes that it has (see `as_called`); `ABSTAIN` for logits not finite."""
+    with as_called(net):
+        return winners(net(x))
 
 
 class NoiseFree(nn.Module):
@@ -97,6 +99,7 @@ class NoiseFree(nn.Module):
 
     def __init__(self, ensemble: ItoEnsemble) -> None:
         super().__init__()
+        self.ensemble = ensemble  # by which `as_called` knows it as one of ours: in eval mode
         self.bases = nn.ModuleList([member.base for member in ensemble.members])  # type: ignore[union-attr, misc]
 
     def forward(self, x: Tensor) -> Tensor:
