@@ -139,11 +139,12 @@ def audit(
     attack = PGD(norm=norm, eps=eps, steps=steps, eot=eot, **settings)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        x, y = (tensor.clone() if tensor.is_inference() else tensor for tensor in (x, y))
+        x, y = _plain(x), _plain(y)
+        index = None if index is None else _plain(index)
         s = Subject(model, x, y, attack, seed, index, surrogates, queries, draws, batch_size)
         for net in (s.model, *s.surrogates.values()):
             stack.enter_context(frozen(net))
-        _ = s.classes  # refuse what cannot be audited before anything is run
+        _ = s.classes, None if s.adaptive else s.others  # refuse what cannot be audited before anything is run
         checks = []
         for check in CHECKS:
             checks.append(check(s))
@@ -159,6 +160,11 @@ def audit(
             None if s.adaptive else _landscape(s),
             *(part.cpu() for part in (s.x, s.x if attacked is None else attacked.images, s.y, s.clean, after)),
         )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one from inference mode, which could take part in no gradient."""
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
 
 
 def _landscape(s: Subject, size: int = 21) -> Landscape | None:

@@ -76,7 +76,8 @@ def binarisation(s: Subject) -> tuple[str, bool]:
     attack = replace(s.attack, stop=False, restarts=1, eot=1, objective=plain(s.attack))
     images = attack.run(readout, s.x[rows], torch.zeros_like(rows), s.seed, s.index[rows]).images
     with torch.no_grad():
-        found = float((readout.logits(images, s.index[rows])[:, 1] > 0).double().mean())
+        scores = readout.paths(images, 0, 1, s.seed, "report", s.index[rows])[0, :, 1]
+        found = float((scores > 0).double().mean())
     return f"{percent(found)} of {len(rows)} (random {percent(by_chance)})", found < 0.95
 
 

@@ -97,14 +97,13 @@ def randomness(s: Subject) -> tuple[str, bool]:
 def logits(s: Subject) -> tuple[str, bool]:
     """Whether the output is already probabilities, or votes; and whether it is finite."""
     with torch.no_grad():
-        out = s.answers(s.model, s.x).double()
-        given = s.model(s.x[:1]).dtype
-    finite = out.isfinite().all(1)
+        given = torch.cat([s.model(part) for part in s.x.split(s.batch_size or 256)])
+    finite, out = given.isfinite().all(1), given.double()
     if not bool(finite.all()):
         return f"not finite at {int((~finite).sum())} of {len(out)} images", True
     off = float((out.sum(1) - 1).abs().max())
     low, high = float(out.min()), float(out.max())
-    rounding = max(1e-5, torch.finfo(given).eps)  # half precision adds up to 1 less exactly
+    rounding = max(1e-5, torch.finfo(given.dtype).eps)  # half precision adds up to 1 less exactly
     return f"from {low:.3g} to {high:.3g}, sums off 1 by {off:.2g}", low >= 0 and high <= 1 and off <= rounding
 
 
@@ -353,7 +352,7 @@ def transfer(s: Subject) -> tuple[str, bool]:
     _known(s)
     # An image that fools the surrogate need not fool the model: go on to the end.
     whole = replace(s.attack, stop=False)
-    found = {name: s.attempt(whole, through=net).standing for name, net in s.surrogates.items()}
+    found = {name: s.attempt(whole, through=target).standing for name, target in s.others.items()}
     name, least = min(found.items(), key=lambda item: int(item[1].sum()))
     figure = f"{from_to(s.main.standing, least)} ({name})"
     return figure, any(beyond_chance(s.main.standing, standing) for standing in found.values())
@@ -373,8 +372,7 @@ def known_noise(s: Subject) -> tuple[str, bool]:
     fixed = s.fixed
     if fixed is None:
         raise Beside("The model's noise is not torch's: it cannot be fixed from outside.")
-    _known(s)
-    # A module draws by place in the batch: the same images together from beginning to end, so that all meet their paths.
+    # A module draws by place in the batch: the same images go together to the end, so that each keeps its path.
     whole, target = replace(s.attack, stop=False, restarts=1, eot=1), ModuleTarget(fixed, s.x, s.batch_size)
     target.batch_size = size = target.at_once(1)
     parts = torch.arange(len(s.x), device=s.x.device).split(size)
@@ -384,6 +382,8 @@ def known_noise(s: Subject) -> tuple[str, bool]:
             torch.cat([winners(fixed(part)) for part in images.split(size)]) == s.y
             for images in (s.x, s.main.images, known)
         )
+    if not bool(clean.any()):
+        raise Beside("With its noise fixed the model is right on no clean image.")
     fresh, knowing = fresh & clean, knowing & clean
     return f"{from_to(fresh, knowing)} once known", beyond_chance(knowing, fresh)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import PGD
-from .data import Split
 from .attacks.objective import as_called
+from .data import Split
 from .ensemble import ItoEnsemble
 from .outcomes import ABSTAIN, Outcomes, Paired
 from .validation import ItoError, nearest
@@ -89,7 +89,7 @@ def evaluate(
 
 @torch.no_grad()
 def classify(net: nn.Module, x: Tensor) -> Tensor:
-    """A plain network's labels ``(N,)``, in the modes that it has (see `as_called`); `ABSTAIN` for logits not finite."""
+    """A plain network's labels ``(N,)``, in its own modes, see `as_called`; `ABSTAIN` where logits are not finite."""
     with as_called(net):
         return winners(net(x))
 

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attacks import BALLS, PGD, Attack
-from .attacks.objective import NO_GRADIENT, Ascent, Objective, Target, alike, answers, as_called, as_target, replay
+from .attacks.objective import (
+    NO_GRADIENT,
+    Ascent,
+    Objective,
+    Target,
+    alike,
+    answers,
+    as_called,
+    as_target,
+    check_weights,
+    replay,
+)
 from .attacks.panels import right_share
 from .data import check_images
 from .ensemble import ItoEnsemble
@@ -117,7 +128,8 @@ class Reseeded(nn.Module):
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model as it is called (see `as_called`), and no gradient of parameters, inside; everything as it was after."""
+    """The model as it is called, see `as_called`, and no gradient of parameters; afterwards all is as it was."""
+    check_weights(model)
     wanted = [p for p in model.parameters() if p.requires_grad]
     with as_called(model):
         try:
@@ -130,7 +142,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 class Subject:
-    """A model, images, and the attack whose figure is in doubt. Use it inside `frozen`.
+    """A model, images, and the attack whose figure is in doubt. Use it with all networks `frozen`.
 
     Args:
         model: `ItoEnsemble`, `ItoResNet` (an ensemble of one), or any module from images in [0, 1] to logits.
@@ -178,6 +190,9 @@ class Subject:
         self.batch_size = None if batch_size is None else whole_number("batch_size", batch_size)
         own = {"noise-free": NoiseFree(self.model)} if isinstance(self.model, ItoEnsemble) else {}
         self.surrogates: dict[str, nn.Module] = {**own, **(surrogates or {})}
+        for net in self.surrogates.values():
+            network = ItoEnsemble([net]) if isinstance(net, ItoResNet) else net
+            check_images(x, network.channels if isinstance(network, ItoEnsemble) else None)
 
     @property
     def adaptive(self) -> bool:
@@ -188,6 +203,11 @@ class Subject:
     def target(self) -> Target:
         """The model as attacks see it."""
         return as_target(self.model, self.x, self.batch_size)
+
+    @cached_property
+    def others(self) -> dict[str, Target]:
+        """The surrogates as attacks see them."""
+        return {name: as_target(net, self.x, self.batch_size) for name, net in self.surrogates.items()}
 
     def answers(self, model: nn.Module, x: Tensor) -> Tensor:
         """Logits ``(K, classes)`` of the model or of another network, a batch at a time."""
@@ -206,7 +226,8 @@ class Subject:
             ItoError: the output is not ``(N, classes)``, no gradient comes back from it, or a label has no class.
         """
         with torch.enable_grad():
-            out = self.answers(self.model, self.x[:2].clone().requires_grad_())
+            for count in (1, 2):  # an attack comes down to a single image in the end
+                out = self.answers(self.model, self.x[:count].clone().requires_grad_())
         if not out.requires_grad:
             raise ItoError(NO_GRADIENT)
         if len(odd := self.y[(self.y < 0) | (self.y >= out.shape[1])]):
@@ -265,15 +286,16 @@ class Subject:
         length = self.attack.step_size
         return replace(self.attack, eps=eps, step_size=length and length * eps / self.attack.eps)
 
-    def attempt(self, attack: Attack, rows: Tensor | None = None, through: nn.Module | None = None) -> Attempt:
+    def attempt(self, attack: Attack, rows: Tensor | None = None, through: Target | None = None) -> Attempt:
         """Run an attack on the images at ``rows`` (default: `right`), with gradients of the model or ``through``."""
         rows = self.right if rows is None else rows
         images, labels, claimed = self.x.clone(), self.clean.clone(), self.clean != self.y
         trace = Traced(self.target, self.x, self.index) if through is None else None
+        target = trace or through or self.target
         if len(rows):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of one path a gradient: a check says it
-                found = attack.run(trace or through, self.x[rows], self.y[rows], self.seed, self.index[rows])  # type: ignore[arg-type]
+                found = attack.run(target, self.x[rows], self.y[rows], self.seed, self.index[rows])
             images[rows], claimed[rows] = found.images, found.fooled
             labels[rows] = self.decide(found.images, rows)
         return Attempt(images, labels, labels == self.y, claimed, trace)

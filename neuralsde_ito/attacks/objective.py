@@ -147,7 +147,7 @@ def as_called(model: nn.Module) -> Iterator[None]:
     has: a dropout that was left on belongs to the model. Buffers that calls change get their values back.
 
     Raises:
-        ItoError: a normalisation by the statistics of the batch, or weights that can give no gradient.
+        ItoError: a normalisation by the statistics of the batch.
     """
     with ExitStack() as stack:
         ours = [m for m in model.modules() if isinstance(m, (ItoEnsemble, ItoResNet))]
@@ -157,16 +157,13 @@ def as_called(model: nn.Module) -> Iterator[None]:
         others = [m for m in model.modules() if m not in of_ours]
         for module in others:
             _check_norm(module)
-        tensors = [t for m in others for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
-        if any(t.is_inference() for t in tensors):
-            raise ItoError("The model was built under torch.inference_mode() and gives no gradient: build it outside.")
-        held = [(m, name, b, b._version, b.clone()) for m in others for name, b in m._buffers.items() if b is not None]
+        held = [(m, name, b, b.clone()) for m in others for name, b in m._buffers.items() if b is not None]
         try:
             yield
         finally:
-            for module, name, buffer, version, value in held:
+            for module, name, buffer, value in held:
                 module._buffers[name] = buffer
-                if buffer._version != version:
+                if not alike(buffer, value):
                     with torch.no_grad():
                         buffer.copy_(value)
 
@@ -205,7 +202,7 @@ def answers(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None
     for part in x.split(batch_size or len(x)):
         logits = model(part)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(part):
-            raise ItoError("The model must answer images (N, C, H, W) with logits (N, classes).")
+            raise ItoError("The model must answer images (N, C, H, W), a single one too, with logits (N, classes).")
         out.append(logits)
     return torch.cat(out).to(x.dtype)
 
@@ -217,17 +214,30 @@ def replay(model: nn.Module, x: Tensor, seed: int) -> Tensor:
         return model(x)
 
 
-def check_module(model: nn.Module, x: Tensor) -> None:
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that can take part in no gradient.
+
+    Raises:
+        ItoError: they are from inference mode.
+    """
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ItoError("The model was built under torch.inference_mode() and gives no gradient: build it outside.")
+
+
+def check_module(model: nn.Module, x: Tensor, batch_size: int | None = None) -> None:
     """Refuse a module whose answer to an image depends on its batch, or that calls change; use it inside `as_called`.
 
     Eight images are shown twice, among others each time. The batches are of one size, and the draws from torch's
-    generators the same: nothing but the company differs. Where noise has other sources, nobody can tell.
+    generators the same: nothing but the company differs. Where noise has other sources, nobody can tell; where the
+    ``batch_size`` is 1, there is no company.
 
     Raises:
         ItoError: what was found.
     """
+    check_weights(model)
     few = x[:8]
-    company = torch.cat([few, (few < 0.5).to(few)]), torch.cat([few, few])  # no pixel of the first company is alike
+    # Two companies of eight, of which no pixel is alike.
+    company = [torch.cat([few, them.repeat(8, 1, 1, 1)[:8]]) for them in (few, (few < 0.5).to(few))]
     training = [(name, m) for name, m in model.named_modules() if m.training]
     held = [(f"{name}.{key}", b, b.clone()) for name, m in training for key, b in m._buffers.items() if b is not None]
     with torch.no_grad():
@@ -235,7 +245,7 @@ def check_module(model: nn.Module, x: Tensor) -> None:
         for name, buffer, value in held:
             if not alike(buffer, value):
                 raise ItoError(f"Calling the model in train mode changes its {name.strip('.')}: {_MEND}.")
-        if alike(first, again):
+        if batch_size != 1 and alike(first, again):
             first, other = (F.normalize(out[: len(few)].nan_to_num(0, 0, 0), dim=1) for out in (first, other))
             if float((first - other).norm(dim=1).max()) > 1e-4:
                 raise ItoError(
@@ -385,6 +395,5 @@ def as_target(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Tar
         model = ItoEnsemble([model])
     if isinstance(model, ItoEnsemble):
         return EnsembleTarget(model, x.device)
-    if batch_size != 1:
-        check_module(model, x)
+    check_module(model, x, batch_size)
     return ModuleTarget(model, x, batch_size)
