@@ -35,7 +35,8 @@ def solver_gradient(s: Subject) -> tuple[str, bool]:
         x = s.x[: s.batch_size or 8][:8].double()
         x = (x + 0.01 * draw(*x.shape)).clamp(0.01, 0.99).requires_grad_()
         model = copy.deepcopy(s.fixed).double()
-        out = model(x)
+        with torch.enable_grad():
+            out = model(x)
         exact = out.dtype == torch.float64
     except Exception:  # the module is not ours: whatever it raises, it does not compute in float64
         exact = False
@@ -45,7 +46,7 @@ def solver_gradient(s: Subject) -> tuple[str, bool]:
     if not out.requires_grad:
         gradient = torch.zeros_like(x)
     else:
-        gradient = torch.autograd.grad((out * mix).sum(), x, allow_unused=True, materialize_grads=True)[0]
+        gradient = torch.autograd.grad(out, x, mix, allow_unused=True, materialize_grads=True)[0]
     errors, h = [], 1e-5
     with torch.no_grad():
         for _ in range(16):

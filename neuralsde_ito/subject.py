@@ -34,7 +34,7 @@ from .noise import make_keys
 from .outcomes import ABSTAIN, Outcomes, Rate
 from .recast import ItoResNet
 from .solvers import find_solver
-from .validation import ItoError, whole_number
+from .validation import ItoError, shown, whole_number
 from .votes import decide, winners
 
 _VOTES = 20  # forwards that decide for a randomised module that is not an ensemble of ours
@@ -172,17 +172,22 @@ class Subject:
         draws: int = 10_000,
         batch_size: int | None = None,
     ) -> None:
+        for network in (model, *(surrogates or {}).values()):
+            if not isinstance(network, nn.Module):
+                raise ItoError(f"A model must be an nn.Module, got {shown(network)}; wrap a function in one.")
         self.model = ItoEnsemble([model]) if isinstance(model, ItoResNet) else model
         check_images(x, self.model.channels if isinstance(self.model, ItoEnsemble) else None)
         if x.dtype not in (torch.float32, torch.float64):
             raise ItoError(
                 f"An attack's steps are lost in {x.dtype}: give the images in float32, and let the model convert them."
             )
-        if y.shape != (len(x),) or y.is_floating_point() or y.is_complex():
-            raise ItoError(f"Labels must be whole numbers of shape ({len(x)},), got {y.dtype}, {tuple(y.shape)}.")
+        if not isinstance(y, Tensor) or y.shape != (len(x),) or y.is_floating_point() or y.is_complex():
+            kind = f"{y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ItoError(f"Labels must be a tensor of whole numbers of shape ({len(x)},), got {kind}.")
         self.x, self.y, self.attack, self.seed = x.detach().contiguous(), y.to(x.device).long(), attack or PGD(), seed
         self.index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-        if self.index.shape != (len(x),) or len(self.index.unique()) < len(x):
+        whole = not self.index.is_floating_point()
+        if not whole or self.index.shape != (len(x),) or len(self.index.unique()) < len(x):
             raise ItoError(f"index names the images: one whole number for each of {len(x)}, no two alike.")
         if self.attack.eps == 0:
             raise ItoError("An audit needs a ball to attack in: eps must be above 0.")

@@ -1,6 +1,5 @@
 """Somebody else's module under attack and audit: its modes, its noise, its batches, and what is not finite."""
 
-import copy
 import itertools
 import threading
 import warnings
@@ -9,7 +8,6 @@ import pytest
 import torch
 from problems import smooth_chain
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import neuralsde_ito as ito
 from neuralsde_ito import checks
@@ -17,7 +15,8 @@ from neuralsde_ito.attacks import PGD, Square, objective
 from neuralsde_ito.attacks.objective import ModuleTarget, as_called, as_target, mean_loss
 from neuralsde_ito.audit import audit
 from neuralsde_ito.evaluation import classify, surrogate_models
-from neuralsde_ito.subject import Subject, frozen
+from neuralsde_ito.gradcheck import solver_gradient
+from neuralsde_ito.subject import Attempt, Subject, frozen
 
 SHORT = {"eps": 0.1, "steps": 3, "eot": 3, "queries": 5, "draws": 50}
 
@@ -321,7 +320,7 @@ class Shuffled(nn.Module):
         return logits + logits[torch.randperm(len(x))]
 
 
-@pytest.mark.parametrize("model", [Odd(lambda logits, _: (logits - logits.mean(0)) / (logits.std(0) + 1)), Shuffled()])
+@pytest.mark.parametrize("model", [Odd(lambda logits, _: (logits - logits.mean(0)) / (logits.std(0, correction=0) + 1)), Shuffled()])
 def test_an_answer_that_depends_on_the_others_is_refused(x, model):
     y = torch.zeros(12, dtype=torch.int64)
     for attempt in (lambda: PGD(steps=1).run(model, x, y), lambda: audit(model, x[:1], y[:1], **SHORT)):
@@ -356,35 +355,41 @@ def test_the_landscape_of_a_randomised_module_is_on_one_path(x):
 # --- what is not finite ---------------------------------------------------------------------------------
 
 
+EPS = [0.1, 0.003]  # nothing stands, and nearly everything
+
+
+@pytest.mark.parametrize("eps", EPS)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_gradient_that_is_not_finite_is_a_finding(x, norm):
+def test_a_gradient_that_is_not_finite_is_a_finding(x, norm, eps):
     images, model = black(x, 2), Odd(nan_gradient)
     y = known(model, images)
-    found = {check.number: check for check in audit(model, images, y, norm, **SHORT).checks}
+    found = {check.number: check for check in audit(model, images, y, norm, **{**SHORT, "eps": eps}).checks}
     assert found[3].verdict == "fail"
     assert "not finite at 2 of 12" in found[3].figure
     assert not found[3].note.startswith("Every")
     assert found[5].verdict != "not applicable"
 
 
+@pytest.mark.parametrize("eps", EPS)
 @pytest.mark.parametrize("random", [False, True])
-def test_gradients_that_are_nowhere_finite_pass_no_check_of_gradients(x, random):
+def test_gradients_that_are_nowhere_finite_pass_no_check_of_gradients(x, random, eps):
     images = black(x, 12)
     model = Odd(nan_gradient, with_dropout() if random else network())
     y = known(model, images)
-    found = {check.number: check for check in audit(model, images, y, **SHORT).checks}
+    found = {check.number: check for check in audit(model, images, y, **{**SHORT, "eps": eps}).checks}
     assert found[3].verdict == "fail"
     assert found[4].verdict == ("fail" if random else "not applicable")
     assert all("nan" not in check.figure for check in found.values())
 
 
+@pytest.mark.parametrize("eps", EPS)
 @pytest.mark.parametrize("random", [False, True])
-def test_logits_that_are_not_finite_are_a_finding(x, random):
+def test_logits_that_are_not_finite_are_a_finding(x, random, eps):
     images = black(x, 2)
     net = with_dropout() if random else network()
     y = known(net, images)
     y[0] = 0  # argmax of NaN is 0: nobody may take that for an answer
-    found = audit(Odd(nan_logits, net), images, y, **SHORT)
+    found = audit(Odd(nan_logits, net), images, y, **{**SHORT, "eps": eps})
     verdicts = {check.number: check for check in found.checks}
     assert verdicts[2].verdict == verdicts[3].verdict == "fail"
     assert "not finite at 2 of 12" in verdicts[2].figure
@@ -560,7 +565,38 @@ class _Root(nn.Module):
         return logits + 0 * (0 * logits).sqrt()
 
 
-def test_copies_have_the_same_modes():
+@pytest.mark.parametrize("change", [{"model": torch.sin}, {"surrogates": {"sine": torch.sin}}, {"batch_size": 0}])
+def test_what_cannot_be_audited_is_refused_in_a_sentence(x, change):
+    model = network()
+    with pytest.raises(ito.ItoError, match="must be"):
+        audit(**{"model": model, "x": x, "y": known(model, x), **SHORT, **change})
+    with pytest.raises(ito.ItoError, match=r"Labels must be a tensor.*got list"):
+        audit(model, x, [0] * 12, **SHORT)
+    with pytest.raises(ito.ItoError, match="one whole number for each"):
+        audit(model, x, known(model, x), index=torch.arange(12) / 2, **SHORT)
+
+
+def test_replayed_draws_leave_other_generators_alone(x, monkeypatch):
+    # Those of GPUs, whoever uses them beside an audit on the CPU.
+    touched: list[int] = []
     model = with_dropout()
-    assert [m.training for m in copy.deepcopy(model).double().modules()] == [m.training for m in model.modules()]
-    assert F.cross_entropy(model(torch.rand(2, 64)), torch.tensor([0, 1])).isfinite()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", touched.append)
+    state = torch.get_rng_state()
+    assert torch.equal(objective.replay(model, x, 3), objective.replay(model, x, 3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not touched
+
+
+def test_the_gradient_is_checked_also_where_the_caller_wants_none(x):
+    model = network()
+    with frozen(model), torch.no_grad():
+        assert solver_gradient(Subject(model, x, known(model, x))).verdict == "pass"
+
+
+def test_a_ball_of_nan_is_no_ball(x):
+    model = network()
+    y = known(model, x)
+    subject = Subject(model, x, y, PGD(eps=0.1))
+    standing = torch.zeros(12, dtype=torch.bool)
+    subject.__dict__["main"] = Attempt(x * torch.nan, y, standing, ~standing, None)
+    assert checks.the_ball(subject).verdict == "fail"

@@ -209,8 +209,10 @@ def answers(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None
 
 def replay(model: nn.Module, x: Tensor, seed: int) -> Tensor:
     """``model(x)`` on the draws that a seed gives to torch's generators, which are left as they were."""
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    on_cpu = x.device.type == "cpu"
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if x.device.type == "cuda" else []):
+        # On a CPU its own generator alone: `torch.manual_seed` would reset those of GPUs as well.
+        (torch.default_generator if on_cpu else torch).manual_seed(seed)
         return model(x)
 
 
