@@ -51,8 +51,6 @@ def binarisation(s: Subject) -> tuple[str, bool]:
 
     with torch.no_grad():
         cloud, surface, tries = features(eps / 2, 0), features(eps, count, surface=True), features(eps, 2 * count)
-        finite = torch.cat([cloud, surface, tries]).isfinite().all(2).all(0)
-        rows, cloud, surface, tries = rows[finite], cloud[:, finite], surface[:, finite], tries[:, finite]
         centre = cloud.mean(0)
         cloud, surface, tries = cloud - centre, surface - centre, tries - centre
         scatter = torch.einsum("knc,knd->ncd", cloud, cloud) / count
@@ -74,7 +72,7 @@ def binarisation(s: Subject) -> tuple[str, bool]:
     readout = _Readout(model, s.x[rows], s.index[rows], weight[apart], centre[apart], level[apart], s.batch_size)
     # All rows to the end: the images are judged here, not by the attack.
     attack = replace(s.attack, stop=False, restarts=1, eot=1, objective=plain(s.attack))
-    images = attack.run(readout, s.x[rows], torch.zeros_like(rows), s.seed, s.index[rows]).images
+    images = s.run(attack, readout, rows, torch.zeros_like(rows)).images
     with torch.no_grad():
         scores = readout.paths(images, 0, 1, s.seed, "report", s.index[rows])[0, :, 1]
         found = float((scores > 0).double().mean())

@@ -376,7 +376,7 @@ def known_noise(s: Subject) -> tuple[str, bool]:
     whole, target = replace(s.attack, stop=False, restarts=1, eot=1), ModuleTarget(fixed, s.x, s.batch_size)
     target.batch_size = size = target.at_once(1)
     parts = torch.arange(len(s.x), device=s.x.device).split(size)
-    known = torch.cat([whole.run(target, s.x[part], s.y[part], s.seed, s.index[part]).images for part in parts])
+    known = torch.cat([s.run(whole, target, part).images for part in parts])
     with torch.no_grad():
         clean, fresh, knowing = (
             torch.cat([winners(fixed(part)) for part in images.split(size)]) == s.y

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attacks import BALLS, PGD, Attack
+from .attacks.attempts import Attacked
 from .attacks.objective import (
     NO_GRADIENT,
     Ascent,
@@ -291,6 +292,12 @@ class Subject:
         length = self.attack.step_size
         return replace(self.attack, eps=eps, step_size=length and length * eps / self.attack.eps)
 
+    def run(self, attack: Attack, target: Target, rows: Tensor, y: Tensor | None = None) -> Attacked:
+        """The attack itself, through any target, on the images at ``rows``; ``y``: labels if they are not the true."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one path a gradient, of gradients that are not finite: checks say it
+            return attack.run(target, self.x[rows], self.y[rows] if y is None else y, self.seed, self.index[rows])
+
     def attempt(self, attack: Attack, rows: Tensor | None = None, through: Target | None = None) -> Attempt:
         """Run an attack on the images at ``rows`` (default: `right`), with gradients of the model or ``through``."""
         rows = self.right if rows is None else rows
@@ -298,9 +305,7 @@ class Subject:
         trace = Traced(self.target, self.x, self.index) if through is None else None
         target = trace or through or self.target
         if len(rows):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of one path a gradient: a check says it
-                found = attack.run(target, self.x[rows], self.y[rows], self.seed, self.index[rows])
+            found = self.run(attack, target, rows)
             images[rows], claimed[rows] = found.images, found.fooled
             labels[rows] = self.decide(found.images, rows)
         return Attempt(images, labels, labels == self.y, claimed, trace)

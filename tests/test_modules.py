@@ -323,9 +323,12 @@ class Shuffled(nn.Module):
         return logits + logits[torch.randperm(len(x))]
 
 
-@pytest.mark.parametrize(
-    "model", [Odd(lambda logits, _: (logits - logits.mean(0)) / (logits.std(0, correction=0) + 1)), Shuffled()]
-)
+def standardised(logits: Tensor, x: Tensor) -> Tensor:
+    """By the statistics of the batch, computed by hand."""
+    return (logits - logits.mean(0)) / (logits.std(0, correction=0) + 1)
+
+
+@pytest.mark.parametrize("model", [Odd(standardised), Shuffled()])
 def test_an_answer_that_depends_on_the_others_is_refused(x, model):
     y = torch.zeros(12, dtype=torch.int64)
     for attempt in (lambda: PGD(steps=1).run(model, x, y), lambda: audit(model, x[:1], y[:1], **SHORT)):
@@ -384,7 +387,9 @@ def test_gradients_that_are_nowhere_finite_pass_no_check_of_gradients(x, random,
     images = black(x, 12)
     model = Odd(nan_gradient, with_dropout() if random else network())
     y = known(model, images)
-    found = {check.number: check for check in audit(model, images, y, **{**SHORT, "eps": eps}).checks}
+    whole = audit(model, images, y, **{**SHORT, "eps": eps})
+    assert whole.landscape.loss.isfinite().any()
+    found = {check.number: check for check in whole.checks}
     assert found[3].verdict == "fail"
     assert found[4].verdict == ("fail" if random else "not applicable")
     assert all("nan" not in check.figure for check in found.values())
@@ -463,6 +468,19 @@ def test_nan_is_no_answer_0(x):
         assert checks.known_noise(subject).figure.startswith("0 % to 0 %")
 
 
+def test_a_vote_of_few_finite_answers_is_none(x):
+    calls = itertools.count()
+    net = network()
+    model = Odd(lambda logits, _: logits * (1 if next(calls) % 4 == 0 else torch.nan), net)
+    subject = Subject(model, x, known(net, x))
+    subject.__dict__["target"] = as_target(with_dropout(), x)  # what makes it a randomised one
+    assert subject.clean.tolist() == [ito.ABSTAIN] * 12
+
+
+def test_the_noise_of_a_module_with_nan_can_be_fixed(x):
+    assert Subject(Odd(nan_logits, with_dropout()), black(x), torch.zeros(12, dtype=torch.int64)).fixed is not None
+
+
 def test_random_draws_find_logits_that_are_not_finite(x):
     net = network()
     # Everywhere but where no step was taken: one logit infinite, so that no margin shows it.
@@ -532,7 +550,10 @@ def test_strange_callers_get_the_same_audit(x, strange):
     model = network()
     x = x.repeat(1, 1, 1, 2)[..., :8] if strange == "strided" else x
     y = known(model, x)
-    plain = [check.figure for check in audit(model, x.contiguous(), y, **SHORT).checks]
+    settings = {**SHORT, "eps": 0.03}
+    before = audit(model, x.contiguous(), y, **settings)
+    plain = [check.figure for check in before.checks]
+    assert 0 < before.attacked.correct < 12  # some checks look at what stands
     images, labels = x, y
     if strange == "grad":
         images = x.clone().requires_grad_()
@@ -546,7 +567,7 @@ def test_strange_callers_get_the_same_audit(x, strange):
     with around():
         if strange == "inference":
             images, labels = images.clone(), labels.clone()
-        found = audit(model, images, labels, index=torch.arange(len(x)), **SHORT)
+        found = audit(model, images, labels, index=torch.arange(len(x)), **settings)
     assert [check.figure for check in found.checks] == plain
     assert images.grad is None
 
@@ -564,7 +585,7 @@ def test_one_image(x):
     found = audit(model, x[:1], known(model, x[:1]), **SHORT)
     assert found.clean.n == 1
     with pytest.raises(ito.ItoError, match="a single one too"):
-        audit(Odd(lambda logits, _: logits.squeeze()), x, known(model, x), **SHORT)
+        audit(Odd(lambda logits, _: logits.squeeze()), x, known(model, x), tick=pytest.fail, **SHORT)
 
 
 def test_what_is_wrong_from_the_start_passes_no_check_of_the_attack(x):

@@ -189,7 +189,7 @@ def _check_norm(module: nn.Module) -> None:
 
 def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two outputs are the same, NaN for NaN."""
-    return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def answers(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None = None) -> Tensor:
