@@ -185,7 +185,7 @@ class Subject:
         if not isinstance(y, Tensor) or y.shape != (len(x),) or y.is_floating_point() or y.is_complex():
             kind = f"{y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise ItoError(f"Labels must be a tensor of whole numbers of shape ({len(x)},), got {kind}.")
-        self.x, self.y, self.attack, self.seed = x.detach().contiguous(), y.to(x.device).long(), attack or PGD(), seed
+        self.x, self.y, self.attack, self.seed = x.detach(), y.to(x.device).long(), attack or PGD(), seed
         self.index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
         whole = not self.index.is_floating_point()
         if not whole or self.index.shape != (len(x),) or len(self.index.unique()) < len(x):
