@@ -150,14 +150,13 @@ def as_called(model: nn.Module) -> Iterator[None]:
         ItoError: a normalisation by the statistics of the batch.
     """
     with ExitStack() as stack:
-        ours = [m for m in model.modules() if isinstance(m, (ItoEnsemble, ItoResNet))]
-        for part in ours:
-            stack.enter_context(evaluating(part))
-        of_ours = {m for part in ours for m in part.modules()}
-        others = [m for m in model.modules() if m not in of_ours]
-        for module in others:
+        modules = list(model.modules())
+        for part in modules:
+            if isinstance(part, (ItoEnsemble, ItoResNet)):
+                stack.enter_context(evaluating(part))
+        for module in modules:
             _check_norm(module)
-        held = [(m, name, b, b.clone()) for m in others for name, b in m._buffers.items() if b is not None]
+        held = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
         try:
             yield
         finally:
