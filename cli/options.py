@@ -97,5 +97,6 @@ def open_run(
             ensemble.members,  # type: ignore[arg-type]
             inferences or ensemble.inferences,
             rule or ensemble.rule,
+            ensemble.paths_per_call,
         ).eval()
     return Opened(folder, config, ensemble, load_base(folder, config, place), place)

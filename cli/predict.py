@@ -26,10 +26,12 @@ def command(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Label pictures, or abstain. They are scaled and cropped to the size that the network was trained on."""
-    import torch
+    """Label pictures, or abstain. They are scaled and cropped to the size that the network was trained on.
 
-    from neuralsde_ito.data import load_image
+    Transparent pictures are read on a white ground. The noise follows the pixels: a picture gets the same votes
+    whatever its name is, and whatever is beside it.
+    """
+    from neuralsde_ito.data import content_index, load_image
     from neuralsde_ito.evaluation import classify
     from neuralsde_ito.outcomes import ABSTAIN
     from neuralsde_ito.recipes import load_dataset
@@ -37,21 +39,24 @@ def command(
     opened = options.open_run(root, run, device, inferences, rule)
     images = load_dataset(opened.config, train_limit=1, test_limit=1)
     seed = opened.config.seed if seed is None else seed
-    x = torch.stack([load_image(path, images.image_shape) for path in pictures]).to(opened.device)
-    prediction = opened.ensemble.predict(x, seed, full=True)  # the counts are shown
     names = images.classes
+    total = len(opened.ensemble.members) * opened.ensemble.inferences
     records: list[dict[str, Any]] = []
-    for i, path in enumerate(pictures):
-        votes = prediction.votes[:, i]  # (members, classes)
-        share = votes.sum(0) / votes.sum()
-        label = int(prediction.labels[i])
+    loaded = [load_image(path, images.image_shape) for path in pictures]  # all of them, before any work is done
+    for path, picture in zip(pictures, loaded, strict=True):
+        x = picture[None].to(opened.device)
+        # One by one: in batches of another size, convolutions differ in the last bit.
+        prediction = opened.ensemble.predict(x, seed, content_index(x), full=True)  # the counts are shown
+        share = prediction.votes[:, 0].sum(0) / total  # (classes,)
+        label, base = int(prediction.labels[0]), int(classify(opened.resnet, x)[0])
         records.append(
             {
                 "image": str(path),
                 "label": None if label == ABSTAIN else names[label],
-                "resnet": names[int(classify(opened.resnet, x[i : i + 1])[0])],
+                "resnet": None if base == ABSTAIN else names[base],
                 "top": {names[c]: round(float(share[c]), 4) for c in share.topk(min(3, len(names))).indices.tolist()},
-                "member_votes": votes.tolist(),
+                "member_votes": prediction.votes[:, 0].tolist(),
+                "invalid": int(prediction.invalid[0]),
             }
         )
     if as_json:
@@ -60,6 +65,11 @@ def command(
     rows = []
     for record in records:
         top = ", ".join(f"{name} {100 * share:.0f} %" for name, share in record["top"].items() if share)
-        rows.append([record["image"], record["label"] or "(abstains)", top, record["resnet"]])
-    total = len(opened.ensemble.members) * opened.ensemble.inferences
+        rows.append([record["image"], record["label"] or "(abstains)", top, record["resnet"] or "(no answer)"])
     output.table(rows, ["image", "Itô ensemble", f"share of {total} inferences", "original ResNet"])
+    for record in records:
+        if record["invalid"]:
+            output.sentence(
+                f"{record['image']}: {record['invalid']} of {total} inferences were invalid and voted for nobody, "
+                "as their logits are not finite."
+            )

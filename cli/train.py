@@ -64,7 +64,7 @@ def command(
     ito-sde train --config cifar10-resnet20 --weights resnet20.th --data images/ --epochs 2
     ito-sde train --resume
     """
-    from neuralsde_ito.checkpoints import load_base, load_ensemble, read_config
+    from neuralsde_ito.checkpoints import load_base, load_ensemble, read_config, write_atomically
     from neuralsde_ito.config import load_config
     from neuralsde_ito.evaluation import evaluate
     from neuralsde_ito.recipes import (
@@ -75,6 +75,7 @@ def command(
         pick_device,
         prepare_run,
         train_run,
+        with_image_size,
     )
     from neuralsde_ito.training import Interrupted
 
@@ -94,6 +95,7 @@ def command(
         click.echo(f"Run {folder} (the newest unfinished one; --run names another).", err=True)
     images = load_dataset(config)
     if not resume:
+        config = with_image_size(config, images)
         build_resnet(config, images)  # weights that do not fit should leave no folder behind
     prepare_run(folder, config, resume, overwrite)
 
@@ -120,7 +122,7 @@ def command(
         "config": config.model_dump(mode="json"),
         **output.evaluation_json(result),
     }
-    (folder / "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False))
+    write_atomically(folder / "evaluation.json", json.dumps(report, indent=2, ensure_ascii=False).encode())
     from .pictures import evaluation_picture
 
     picture = folder / "evaluation.png"
@@ -152,7 +154,7 @@ def _overrides(data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     if data is not None:
         from neuralsde_ito.data import DATASETS
 
-        if data in DATASETS or not (Path(data).exists() or os.sep in data):
+        if data in DATASETS or not (Path(data).exists() or "/" in data or os.sep in data):
             overrides["data.name"] = data
         else:
             overrides |= {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .attacks.ball import BALLS, check_eps
-from .checkpoints import write_atomically
+from .checkpoints import sync_folder, write_atomically
 from .data import check_images
 from .outcomes import ABSTAIN, Outcomes
 from .validation import ItoError, nearest
@@ -121,11 +120,7 @@ def save_bundle(folder: str | Path, evidence: Evidence) -> None:
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    parent = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)  # the rename itself
-    finally:
-        os.close(parent)
+    sync_folder(folder.parent)
 
 
 def load_bundle(folder: str | Path) -> Evidence:

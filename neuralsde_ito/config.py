@@ -100,6 +100,7 @@ class Ensemble(_Section):
     members: int = Field(5, ge=1)
     inferences: int = Field(20, ge=1)
     rule: str = "hierarchical"
+    paths_per_call: int = Field(4, ge=1)
 
     @field_validator("rule")
     @classmethod
@@ -220,11 +221,11 @@ def _read(source: str | Path) -> dict[str, Any]:
             raise ItoError(nearest("preset", str(source), preset_names()))
         path = _presets() / f"{source}.yaml"
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise ItoError(f"There is no configuration file {str(path)!r}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ItoError(f"The configuration file {str(path)!r} is not YAML: {error}.") from None
+        raise ItoError(f"The configuration file {str(path)!r} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise ItoError(f"The configuration file {str(path)!r} must hold keys and values.")
     return tree

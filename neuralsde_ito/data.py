@@ -6,7 +6,10 @@ Images are floats in [0, 1], ``(N, C, H, W)``. Order and augmentation are pure f
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +19,7 @@ from urllib.error import URLError
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
@@ -25,6 +28,7 @@ from torchvision.transforms import functional as TF
 from .validation import ItoError, nearest
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
+IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32}  # in pixels, square; a folder's is chosen
 AUGMENTATIONS = ("none", "shift", "flip-crop", "imagenet")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _IN_MEMORY = 64  # folders of images up to this size are held in memory
@@ -50,6 +54,19 @@ def check_images(x: Tensor, channels: int | None = None) -> None:
         raise ItoError(f"Images must be finite and in [0, 1], got values from {low:g} to {high:g}.")
 
 
+def content_index(x: Tensor) -> Tensor:
+    """Names for images that no data set numbers: 63 bits of a hash of the pixels, ``(N, C, H, W) -> (N,)`` int64.
+
+    With them as `ItoEnsemble.predict`'s ``index``, an image meets the same noise whatever is beside it.
+    """
+    names = []
+    for image in x.detach().cpu():
+        digest = hashlib.sha256(str((image.dtype, *image.shape)).encode())
+        digest.update(image.contiguous().numpy().tobytes())
+        names.append(int.from_bytes(digest.digest()[:8], "little") >> 1)
+    return torch.tensor(names, dtype=torch.int64, device=x.device)
+
+
 class Split(Protocol):
     """One split of a data set: an indexed collection of images that yields batches."""
 
@@ -64,7 +81,7 @@ class Split(Protocol):
         epoch: tuple[int, int] | None = None,
         skip: int = 0,
     ) -> Iterator[Batch]:
-        """Batches in order; with ``epoch = (seed, number)`` shuffled and augmented for training.
+        """Batches in order; with ``epoch = (seed, number)`` shuffled, augmented and cut (`batch_bounds`) for training.
 
         ``skip`` leaves out the first batches, without making them.
         """
@@ -94,6 +111,18 @@ def _order(n: int, epoch: tuple[int, int] | None) -> tuple[Tensor, torch.Generat
     state = np.random.SeedSequence([abs(int(epoch[0])), epoch[1]]).generate_state(1, np.uint64)[0]
     generator.manual_seed(int(state >> np.uint64(1)))
     return torch.randperm(n, generator=generator), generator
+
+
+def batch_bounds(n: int, size: int, training: bool = False) -> list[tuple[int, int]]:
+    """Where batches of ``n`` images begin and end.
+
+    In training a last batch of one image joins the one before it: BatchNorm has no variance of a single value, and a
+    step on one image would weigh as much as one on a whole batch.
+    """
+    starts = list(range(0, n, size))
+    if training and size > 1 and n % size == 1:
+        starts = starts[:-1] or starts
+    return list(itertools.pairwise([*starts, n]))
 
 
 def _spread(n: int, count: int | None) -> Tensor:
@@ -142,8 +171,8 @@ class InMemory:
         # Offsets for the whole epoch at once, so that skipping batches does not change the others.
         draws = torch.rand(len(self), 3, generator=generator)
         names = torch.arange(len(self)) if self.names is None else self.names
-        for start in range(skip * size, len(self), size):
-            rows = order[start : start + size]
+        for start, stop in batch_bounds(len(self), size, epoch is not None)[skip:]:
+            rows = order[start:stop]
             x = self.pixels[rows].to(device, non_blocking=True).float() / 255
             if epoch is not None and self.augment != "none":
                 pad = 1 if self.augment == "shift" else 4
@@ -203,13 +232,16 @@ class Streamed:
         names = torch.arange(len(self)) if self.names is None else self.names
         loader = torch.utils.data.DataLoader(
             _Files(self, epoch),
-            sampler=order[skip * size :].tolist(),
-            batch_size=size,
+            batch_sampler=[order[a:b].tolist() for a, b in batch_bounds(len(self), size, epoch is not None)[skip:]],
             num_workers=min(8, os.cpu_count() or 1),
             pin_memory=torch.device(device).type == "cuda",
         )
+        said = False
         try:
-            for rows, pixels in loader:
+            for rows, pixels, transparent in loader:
+                if bool(transparent.any()) and not said:
+                    said = True
+                    _say_white(f"Pictures of {str(self.files[0].parent.parent)!r} are")
                 x = pixels.to(device, non_blocking=True).float() / 255
                 yield names[rows].to(device), x, self.labels[rows].to(device)
         except ItoError as error:  # a worker sends its whole traceback as the message; its last line says it
@@ -217,16 +249,16 @@ class Streamed:
 
 
 class _Files(torch.utils.data.Dataset):
-    """Row -> (row, uint8 pixels); a module-level class because workers must be able to receive it."""
+    """Row -> (row, uint8 pixels, was it transparent?); a module-level class, as workers must be able to receive it."""
 
     def __init__(self, split: Streamed, epoch: tuple[int, int] | None) -> None:
         self.split, self.epoch = split, epoch
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor]:
-        image = open_image(self.split.files[row])
+    def __getitem__(self, row: int) -> tuple[int, Tensor, bool]:
+        image, transparent = _open(self.split.files[row], "RGB")
         size = self.split.size
         if self.epoch is None or self.split.augment != "imagenet":
-            return row, _pixels(_centred(image, size))
+            return row, _pixels(_centred(image, size)), transparent
         # The crop belongs to (seed, epoch, image), whichever worker makes it.
         seed = np.random.SeedSequence([abs(int(self.epoch[0])), self.epoch[1], row]).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):
@@ -234,32 +266,81 @@ class _Files(torch.utils.data.Dataset):
             top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
             flip = bool(torch.rand(()) < 0.5)
         image = TF.resized_crop(image, top, left, height, width, [size, size])
-        return row, _pixels(TF.hflip(image) if flip else image)
+        return row, _pixels(TF.hflip(image) if flip else image), transparent
 
 
 def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """One image file.
+    """One image file with 8 bits a channel, as it stands: turned as its EXIF data say, and on a white ground.
+
+    Sixteen bits of grey and floats in [0, 1] are scaled; other colours are converted as Pillow does; of a file with
+    several pictures it is the first.
 
     Raises:
-        ItoError: the file is missing or cannot be read; its path is named.
+        ItoError: the file is missing or cannot be read, or its values do not say what is white; its path is named.
     """
+    return _open(path, mode)[0]
+
+
+def _open(path: str | Path, mode: str) -> tuple[Image.Image, bool]:
+    """`open_image`, and whether the picture was transparent anywhere."""
     try:
         with Image.open(path) as opened:
-            image: Image.Image = opened
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8, not scale
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            return image.convert(mode)
+            opened.load()  # before it is asked how it lies: Pillow turns a TIFF while it loads
+            image = _eight_bits(ImageOps.exif_transpose(opened), opened.format, path)
+            if not (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
+                return image.convert(mode), False
+            layer = image.convert("RGBA")
+            if layer.getchannel("A").getextrema()[0] == 255:  # opaque everywhere
+                return image.convert(mode), False
+            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(mode), True
+    except ItoError:
+        raise
     except FileNotFoundError:
         raise ItoError(f"There is no image file {str(path)!r}.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "its content is no image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ItoError(f"The image file {str(path)!r} cannot be read: {reason}.") from error
+    except Exception as error:  # a damaged file can fail in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "its content is no image" if isinstance(error, UnidentifiedImageError) else reason
+        raise ItoError(f"The image file {str(path)!r} cannot be read: {reason.rstrip('.')}.") from error
+
+
+def _eight_bits(image: Image.Image, kind: str | None, path: str | Path) -> Image.Image:
+    """Scale what Pillow would clip to 8 bits; ``kind`` is the file's format, ``path`` its place for messages."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())  # NaN if any pixel is
+        if not (low >= 0 and high <= 1):
+            raise ItoError(
+                f"The image file {str(path)!r} holds floats from {low:g} to {high:g}, and only in [0, 1] is it known "
+                "what is white; save it with 8 or 16 bits."
+            )
+        return Image.fromarray((values * 255).round().astype(np.uint8))
+    if not image.mode.startswith("I"):
+        return image
+    if image.mode == "I" and kind not in ("PNG", "PPM"):  # which hold 16 bits at most
+        raise ItoError(
+            f"The image file {str(path)!r} holds whole numbers of 32 bits, of which it is not known what is white; "
+            "save it with 8 or 16 bits."
+        )
+    values = np.asarray(image)
+    grey = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+    if (clear := image.info.get("transparency")) is not None:  # one grey, which stands for the ground
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _say_white(what: str) -> None:
+    warnings.warn(f"{what} transparent in places: read on a white ground.", UserWarning, stacklevel=3)
 
 
 def load_image(path: str | Path, image_shape: tuple[int, int, int]) -> Tensor:
-    """A picture as a network of ``image_shape`` wants it: ``(C, H, W)`` in [0, 1], resized and cropped if need be."""
+    """A picture as a network of ``image_shape`` wants it: ``(C, H, W)`` in [0, 1], resized and cropped if need be.
+
+    `open_image` says how files are read; it warns where a picture is transparent.
+    """
     channels, height, width = image_shape
-    image = open_image(path, "L" if channels == 1 else "RGB")
+    image, transparent = _open(path, "L" if channels == 1 else "RGB")
+    if transparent:
+        _say_white(f"The picture {str(path)!r} is")
     if image.size != (width, height):
         image = _centred(image, height)
     return _pixels(image).float() / 255
@@ -292,7 +373,8 @@ def load_data(
         name: ``digits`` (scikit-learn's 1,797 real 8x8 scans, no download), ``cifar10``, ``cifar100``
             (downloaded by torchvision on first use) or ``imagefolder``.
         path: for ``imagefolder`` the folder that holds ``train/CLASS/*`` and ``test/CLASS/*`` (or ``val``); for
-            CIFAR where the download is kept, default ``~/.cache/ito-sde``.
+            CIFAR where the download is kept, default ``~/.cache/ito-sde``. Pictures are read as `open_image` says;
+            where some are transparent, one warning says that they stand on white.
         size: image size for ``imagefolder``; default: that of the first image if it is square and at most
             64 pixels wide, else 224.
         augment: a name in `AUGMENTATIONS`; the default suits the data.
@@ -309,6 +391,8 @@ def load_data(
         _spread(1, limit)  # refuse limits below 1 before anything is read
     if name == "imagefolder":
         return _folder(path, size, augment, train_limit, test_limit)
+    if size not in (None, IMAGE_SIZES[name]):
+        raise ItoError(f"data.size is for image folders: {name} has {IMAGE_SIZES[name]} pixels, got {size}.")
     data = _digits() if name == "digits" else _cifar(name, path)
     style = augment or ("shift" if name == "digits" else "flip-crop")
     if style == "imagenet":
@@ -378,8 +462,13 @@ def _folder(
 
 def _in_memory(split: Streamed) -> InMemory:
     pixels = torch.empty(len(split), 3, split.size, split.size, dtype=torch.uint8)
+    count = 0
     for row, file in enumerate(split.files):
-        pixels[row] = _pixels(_centred(open_image(file), split.size))
+        image, transparent = _open(file, "RGB")
+        pixels[row] = _pixels(_centred(image, split.size))
+        count += transparent
+    if count:
+        _say_white(f"{count} of {len(split)} pictures of {str(split.files[0].parent.parent)!r} are")
     return InMemory(pixels, split.labels, split.augment, split.names)
 
 

@@ -16,6 +16,7 @@ from .engine import infer, quicken
 from .noise import make_keys
 from .outcomes import Paired, Rate
 from .recast import ItoResNet, recast
+from .votes import winners
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,9 @@ def read_depths(
 
         def right(schedule: str, horizon: float, solver: str, n: int, model: ItoResNet = model) -> Tensor:
             shape = tuple(x.shape[1:])
-            read = recast(model.eval(), model.schedule.omega, schedule, solver, n, horizon, shape)  # type: ignore[arg-type]
-            return infer(quicken(read), x, rows, keys).argmax(1) == y
+            read = recast(model, model.schedule.omega, schedule, solver, n, horizon, shape)  # type: ignore[arg-type]
+            return winners(infer(quicken(read), x, rows, keys)) == y
 
-        modes = model.training
         trained = right(*own)
         for schedule in schedules or own[:1]:
             for horizon in horizons or own[1:2]:
@@ -93,7 +93,6 @@ def read_depths(
                                 Paired.of(trained, found),
                             )
                         )
-        model.train(modes)
     return readings
 
 

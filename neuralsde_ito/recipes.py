@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .checkpoints import (
+    RESNET,
     load_base,
     member_path,
     read_config,
@@ -62,6 +63,14 @@ def load_dataset(config: Config, train_limit: int | None = None, test_limit: int
     )
 
 
+def with_image_size(config: Config, data: Dataset) -> Config:
+    """The configuration with the size that a folder's first image gave; a run keeps it, whatever the folder becomes."""
+    if config.data.name != "imagefolder":
+        return config
+    size = config.data.model_copy(update={"size": data.image_shape[1]})
+    return config.model_copy(update={"data": size})
+
+
 def build_resnet(config: Config, data: Dataset) -> nn.Sequential:
     """The ResNet that a run starts from: from ``network.weights``, or at random from the seed."""
     network = config.network
@@ -88,7 +97,7 @@ def prepare_run(folder: Path, config: Config, resume: bool, overwrite: bool) -> 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
             raise ItoError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
-        for name in ("state.pt", "metrics.jsonl", "resnet.safetensors"):
+        for name in ("state.pt", "metrics.jsonl", RESNET):
             (folder / name).unlink(missing_ok=True)
         for member in (folder / "members").glob("*.safetensors"):
             member.unlink()
@@ -136,10 +145,15 @@ def train_run(
         write_metrics()
         on_epoch(row)
 
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    rows = _read_metrics(metrics) if metrics.is_file() else []
     trainer = Trainer(folder / "state.pt", on_step, log, should_stop, rows=rows)
-    base_file = folder / "resnet.safetensors"
+    base_file = folder / RESNET
     if not base_file.is_file():
+        if any(member_path(folder, m).is_file() for m in range(config.ensemble.members)):
+            raise ItoError(
+                f"The run {str(folder)!r} has members, but not the {RESNET} that they began as; put it back, or "
+                "train anew with --overwrite."
+            )
         net = build_resnet(config, data).to(device)
         if config.network.weights is None:
             on_phase("resnet", config.resnet.epochs)
@@ -156,11 +170,23 @@ def train_run(
     (folder / "state.pt").unlink(missing_ok=True)
 
 
+def _read_metrics(file: Path) -> list[dict[str, object]]:
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    except ValueError:  # not JSON, or not text
+        rows = [None]
+    if not all(isinstance(row, dict) and "phase" in row for row in rows):
+        raise ItoError(f"{str(file)!r} is damaged: its lines are not rows of metrics; delete it, and resume.")
+    return rows
+
+
 def is_complete(folder: Path) -> bool:
-    """Whether a run has all its members."""
-    if not (folder / "config.yaml").is_file():
+    """Whether a run has all that the verbs read: configuration, ResNet and members."""
+    try:
+        members = read_config(folder).ensemble.members
+    except ItoError:  # none, or a damaged one
         return False
-    return all(member_path(folder, m).is_file() for m in range(read_config(folder).ensemble.members))
+    return all(file.is_file() for file in (folder / RESNET, *(member_path(folder, m) for m in range(members))))
 
 
 def find_run(root: Path, name: str | None, complete: bool = True) -> Path:

@@ -166,13 +166,16 @@ def load_resnet(
         resnet = CifarResNet(BasicBlock, (depth,) * 3, (16, 32, 64), num_classes, in_channels, option_a=True)
     if weights is not None:
         load_weights(resnet, weights, arch)
-    plain = in_channels != 3
-    normalize = Normalize(
-        mean or ((0.5,) * in_channels if plain else MEAN), std or ((0.5,) * in_channels if plain else STD)
-    )
+    default = default_normalization(in_channels)
+    normalize = Normalize(mean or default[0], std or default[1])
     if len(normalize.mean) != in_channels:
         raise ItoError(f"mean and std need one number a channel ({in_channels}), got {len(normalize.mean)}.")
     return nn.Sequential(OrderedDict(normalize=normalize, resnet=resnet)).eval()
+
+
+def default_normalization(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation a channel: ImageNet's for colours, else 0.5."""
+    return (MEAN, STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
 
 
 def load_weights(resnet: nn.Module, weights: str | Path, arch: str) -> None:

@@ -120,7 +120,7 @@ class KnownPaths:
     """A target whose attacker has the defender's paths: every panel is the report's own."""
 
     def __init__(self, ensemble: ItoEnsemble, x: Tensor, seed: int) -> None:
-        self.target, self.seed = EnsembleTarget(ensemble, x.device), seed
+        self.target, self.seed = EnsembleTarget(ensemble), seed
         self.count = self.target.distinct or len(ensemble.members) * ensemble.inferences
         self.distinct: int | None = self.count
 

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from .checkpoints import write_atomically
 from .config import Fit
-from .data import Split
+from .data import Split, batch_bounds
 from .noise import make_keys
 from .recast import ItoResNet
+from .validation import ItoError
 
 
 class Interrupted(Exception):
@@ -56,25 +57,31 @@ class Trainer:
 
         Args:
             model: any network, or an `ItoResNet`, which then gets an addressed path an image and epoch.
-            data: the training images.
+            data: the training images; a last batch of one image joins the one before it (`batch_bounds`).
             settings: epochs, optimiser, learning rate.
             seed, member: of order and noise.
             phase: name of this training in metrics and state.
 
         Raises:
             Interrupted: `should_stop` said so.
+            ItoError: ``state_file`` is damaged, or BatchNorm cannot normalise a batch of one image.
             RuntimeError: the loss is not finite.
         """
         device = next(model.parameters()).device
         optimizer = _optimizer(model, settings)
-        steps = math.ceil(len(data) / settings.batch_size)
+        steps = len(batch_bounds(len(data), settings.batch_size, training=True))
         double = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
         totals = torch.zeros(2, dtype=double, device=device)  # summed loss, correct images
         epoch, step = 0, 0
-        if (state := self._load(phase)) is not None:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+        if (state := self._restore(phase, model, optimizer)) is not None:
             epoch, step, totals = state["epoch"], state["step"], state["totals"].to(device)
+            if step >= steps:
+                raise ItoError(
+                    f"The training state {str(self.state_file)!r} is {step} batches into an epoch of {steps}: the data "
+                    "have changed since; delete it, and resume."
+                )
+        else:  # an earlier attempt of which nothing is left may have written rows
+            self.rows[:] = [row for row in self.rows if row["phase"] != phase]
         saved = time.monotonic()
         order = member_seed(seed, member)
         while epoch < settings.epochs:
@@ -84,10 +91,15 @@ class Trainer:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    if isinstance(model, ItoResNet):
-                        logits = model(x, make_keys(seed, "train", member, epoch, index))
-                    else:
-                        logits = model(x)
+                    keys = make_keys(seed, "train", member, epoch, index)
+                    try:
+                        logits = model(x, keys) if isinstance(model, ItoResNet) else model(x)
+                    except ValueError as error:
+                        if len(y) > 1 or isinstance(error, ItoError):
+                            raise
+                        raise ItoError(
+                            f"A batch of one image is too small ({error}); use more images or a larger batch_size."
+                        ) from error
                     loss = F.cross_entropy(logits.float(), y)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -146,12 +158,23 @@ class Trainer:
         torch.save(state, buffer)
         write_atomically(self.state_file, buffer.getvalue())
 
-    def _load(self, phase: str) -> dict | None:
+    def _restore(self, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
+        """The rows of all phases so far; of this phase also weights, optimiser and position, None if it begins."""
         if not self.state_file.is_file():
             return None
-        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-        self.rows[:] = state["rows"]  # of all phases so far
-        return state if state["phase"] == phase else None
+        try:
+            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+            self.rows[:] = state["rows"]
+            if state["phase"] != phase:
+                return None
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return {name: state[name] for name in ("epoch", "step", "totals")}
+        except Exception as error:  # a damaged file can fail in any way
+            raise ItoError(
+                f"The training state {str(self.state_file)!r} cannot be read, or is of another network; delete it, and "
+                f"resume: what is finished stays, {phase!r} begins anew."
+            ) from error
 
 
 def learning_rate(settings: Fit, step: int, total: int) -> float:

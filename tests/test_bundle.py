@@ -17,7 +17,6 @@ from torch import Tensor
 import neuralsde_ito as ito
 from neuralsde_ito import Evidence, ItoEnsemble, bundle, load_bundle, save_bundle, verify_bundle
 from neuralsde_ito.bundle import Altered
-from neuralsde_ito.checkpoints import save_weights
 from neuralsde_ito.verification import Verification
 
 EPS, SEED = 0.06, 7
@@ -403,8 +402,7 @@ def user(net, tmp_path, monkeypatch) -> Path:
     ensemble = ItoEnsemble(members, inferences=3)
     run = Path("runs/tiny")
     monkeypatch.chdir(tmp_path)
-    ito.save_ensemble(run, ensemble, config, channels=1)
-    save_weights(run / "resnet.safetensors", net[-1])
+    ito.save_ensemble(run, ensemble, config, net)
     again = ItoEnsemble(ito.load_ensemble(run)[0].members, inferences=3)
     index, x, y = next(ito.load_data("digits", test_limit=30).test.batches(30))
     vote = {"members": 2, "inferences": 3, "rule": "hierarchical"}

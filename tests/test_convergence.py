@@ -266,6 +266,24 @@ def test_reading_as_trained_is_the_networks_own_answer_and_says_so():
     assert not model.training
 
 
+def test_reading_leaves_every_modules_mode_as_it_was_even_after_an_error():
+    model = ito.recast(random_resnet("resnet8"), omega=0.2).train()
+    model.sdes[1].block.bn1.eval()  # a frozen BatchNorm
+    modes = [module.training for module in model.modules()]
+    x, y = random_images(2), torch.zeros(2, dtype=torch.int64)
+    read_depths({"net": model}, x, y, (1, 2))
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match="power of two"):
+        read_depths({"net": model}, x, y, (1, 3))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_an_inference_that_is_not_finite_is_never_right():
+    model = ito.recast(random_resnet("resnet8"), omega=1e38)
+    found = read_depths({"net": model}, random_images(4), torch.zeros(4, dtype=torch.int64), (1, 2))
+    assert [r.correct.value for r in found] == [0, 0]
+
+
 def reading(steps, right, p, trained=False):
     n = 100
     paired = ito.Paired(n - right, 0, p)

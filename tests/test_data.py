@@ -3,6 +3,8 @@
 import os
 import re
 import urllib.request
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.error import URLError
 
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 from neuralsde_ito import data as data_module
 from neuralsde_ito import load_data
 from neuralsde_ito.data import Dataset, InMemory, Split, Streamed, load_image, open_image
+from neuralsde_ito.validation import ItoError
 
 
 def everything(split: Split, size: int = 100, **how) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +154,25 @@ def test_a_shift_moves_in_zeros(digits):
     bright = InMemory(torch.full((50, 1, 5, 5), 255, dtype=torch.uint8), torch.zeros(50), "shift")
     _, x, _ = everything(bright, epoch=(0, 0))
     assert set(x.sum((1, 2, 3)).tolist()) == {25.0, 20.0, 16.0}  # none, one side, a corner
+
+
+@pytest.mark.parametrize("kind", ["in memory", "streamed"])
+@pytest.mark.parametrize("n", [1, 4, 5, 6, 9])
+def test_in_training_a_last_batch_of_one_image_joins_the_one_before_it(digits, tmp_path, kind, n):
+    if kind == "streamed":
+        make_folder(tmp_path, size=(80, 70), per_class=3)
+        split = load_data("imagefolder", tmp_path, size=72, train_limit=n).train
+    else:
+        split = digits.train.first(n)
+    sizes = {1: [1], 4: [4], 5: [5], 6: [4, 2], 9: [4, 5]}[n]
+    assert [len(y) for _, _, y in split.batches(4, epoch=(0, 0))] == sizes
+    whole = everything(split, 4, epoch=(0, 0))
+    assert all(torch.equal(a, b) for a, b in zip(whole, everything(split, 100, epoch=(0, 0)), strict=True))
+    for skip in range(1, len(sizes)):
+        assert [len(y) for _, _, y in split.batches(4, epoch=(0, 0), skip=skip)] == sizes[skip:]
+    # Elsewhere nothing joins: batches of one image are whole batches there, and no figure depends on them.
+    assert [len(y) for _, _, y in split.batches(4)] == {5: [4, 1], 9: [4, 4, 1]}.get(n, sizes)
+    assert [len(y) for _, _, y in split.batches(1, epoch=(0, 0))] == [1] * n
 
 
 # --- limits ---------------------------------------------------------------------------------------------
@@ -330,12 +352,16 @@ def test_pictures_fit_the_network(tmp_path, shape, mode, size):
     file = tmp_path / "picture.png"
     picture(0, size, mode if mode in ("L", "RGB", "RGBA") else "RGB").convert(mode).save(file)
     assert Image.open(file).mode == mode
-    x = load_image(file, shape)
+    with pytest.warns(UserWarning, match="white") if mode == "RGBA" else nullcontext():
+        x = load_image(file, shape)
     assert x.shape == shape
     assert x.dtype == torch.float32
     assert 0 <= x.min() < x.max() <= 1
     if size == shape[1:]:  # nothing to scale: the values of the picture
-        wanted = np.asarray(Image.open(file).convert("L" if shape[0] == 1 else "RGB")) / 255
+        plain = Image.open(file)
+        if mode == "RGBA":  # what is transparent shows the white ground
+            plain = Image.alpha_composite(Image.new("RGBA", size, "white"), plain)
+        wanted = np.asarray(plain.convert("L" if shape[0] == 1 else "RGB")) / 255
         assert np.allclose(x.permute(1, 2, 0).squeeze(-1).numpy(), wanted, atol=1e-6)
 
 
@@ -357,6 +383,179 @@ def test_sixteen_bits_of_grey_are_scaled_not_clipped(tmp_path, shape):
     Image.fromarray(grey).save(tmp_path / "scan.png")
     assert Image.open(tmp_path / "scan.png").mode.startswith("I")
     assert np.allclose(load_image(tmp_path / "scan.png", shape).numpy(), grey / 65535, atol=1 / 255)
+
+
+INK = np.zeros((8, 8), dtype=bool)
+INK[2:6, 3:5] = True  # a stroke
+
+
+def drawn(how: str) -> tuple[Image.Image, dict[str, object]]:
+    """Black ink on a transparent ground, in every way in which a PNG can say so."""
+    alpha = (INK * 255).astype(np.uint8)
+    zeros = np.zeros_like(alpha)
+    if how == "RGBA":
+        return Image.fromarray(np.stack([zeros, zeros, zeros, alpha], -1)), {}
+    if how == "LA":
+        return Image.merge("LA", [Image.fromarray(zeros), Image.fromarray(alpha)]), {}
+    if how.startswith("P"):
+        image = Image.fromarray(INK.astype(np.uint8)).convert("P")
+        image.putpalette([0, 0, 0] * 2)  # ground and ink are one colour
+        return image, {"transparency": 0 if how == "P, one colour" else bytes([0, 255])}
+    if how == "L, one grey":
+        return Image.fromarray(np.where(INK, 0, 7).astype(np.uint8)), {"transparency": 7}
+    if how == "RGB, one colour":
+        pixels = np.where(INK[..., None], 0, np.array([1, 2, 3])).astype(np.uint8)
+        return Image.fromarray(pixels), {"transparency": (1, 2, 3)}
+    assert how == "16 bits, one grey"
+    return Image.fromarray(np.where(INK, 0, 300).astype(np.uint16)), {"transparency": 300}
+
+
+TRANSPARENT = ["RGBA", "LA", "P, one colour", "P, a table", "L, one grey", "RGB, one colour", "16 bits, one grey"]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+@pytest.mark.parametrize("how", TRANSPARENT)
+def test_ink_on_a_transparent_ground_is_seen_on_white(tmp_path, shape, how):
+    image, options = drawn(how)
+    image.save(tmp_path / "ink.png", **options)
+    with pytest.warns(UserWarning, match=r"ink\.png.*transparent.*white") as caught:
+        x = load_image(tmp_path / "ink.png", shape)
+    assert len(caught) == 1
+    assert torch.equal(x, torch.from_numpy(~INK).float().expand(shape))
+
+
+def test_half_transparent_ink_is_mixed_and_opaque_pictures_are_not_touched(tmp_path):
+    pixels = np.zeros((8, 8, 4), dtype=np.uint8)
+    pixels[..., 3] = 51  # a fifth
+    Image.fromarray(pixels).save(tmp_path / "grey.png")
+    with pytest.warns(UserWarning, match="white"):
+        assert torch.allclose(load_image(tmp_path / "grey.png", (3, 8, 8)), torch.tensor(0.8), atol=1 / 255)
+    opaque = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    opaque[..., 3] = 255
+    Image.fromarray(opaque).save(tmp_path / "opaque.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = load_image(tmp_path / "opaque.png", (3, 8, 8))
+    assert torch.equal(x, torch.from_numpy(opaque[..., :3]).permute(2, 0, 1) / 255)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (80, 70)])
+def test_a_data_set_says_once_that_pictures_are_transparent(tmp_path, size):
+    make_folder(tmp_path, size=size, per_class=2)
+    for file in (tmp_path / "test").rglob("*.png"):
+        Image.new("RGBA", size, (0, 0, 0, 0)).save(file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        split = load_data("imagefolder", tmp_path, size=None if size == (8, 8) else 72).test
+        _, x, _ = everything(split, size=2)
+    (warning,) = caught
+    assert re.search("transparent.*white", str(warning.message))
+    assert (x == 1).all()
+
+
+# What each orientation does to a picture is written down in EXIF's standard; here by the place of its top left corner.
+CORNERS = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", CORNERS)
+def test_pictures_stand_as_the_camera_was_held(tmp_path, orientation, suffix):
+    pixels = np.zeros((16, 16), dtype=np.uint8)
+    pixels[:8, :8] = 255  # the top left corner
+    pixels[:8, 8:] = 128  # and the rest of the first row
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / f"turned.{suffix}", exif=exif)
+    x = load_image(tmp_path / f"turned.{suffix}", (1, 16, 16))[0]
+    white = CORNERS[orientation]
+    # Orientations from 5 on exchange rows and columns: the grey corner is then below or above, not beside.
+    grey = (white[0], -1 - white[1]) if orientation < 5 else (-1 - white[0], white[1])
+    assert float(x[white]) == pytest.approx(1, abs=0.05)
+    assert float(x[grey]) == pytest.approx(0.5, abs=0.05)
+    assert float(x.mean()) == pytest.approx(3 / 8, abs=0.02)
+
+
+def test_a_data_set_reads_a_turned_picture_as_it_stands(tmp_path):
+    make_folder(tmp_path, size=(16, 16), per_class=1)
+    file = next(iter(sorted((tmp_path / "test").rglob("*.png"))))
+    pixels, exif = np.asarray(Image.open(file)), Image.Exif()
+    exif[0x0112] = 3
+    Image.open(file).save(file, exif=exif)
+    _, x, _ = everything(load_data("imagefolder", tmp_path).test)
+    assert np.array_equal((x[0] * 255).round().byte().permute(1, 2, 0).numpy(), pixels[::-1, ::-1])
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+def test_values_are_scaled_by_their_type(tmp_path, shape):
+    ramp = np.arange(64).reshape(8, 8) / 63
+    as_kept = {
+        "bool.png": Image.fromarray(ramp > 0.5),
+        "bool.tif": Image.fromarray(ramp > 0.5),
+        "uint8.tif": Image.fromarray((ramp * 255).round().astype(np.uint8)),
+        "uint16.png": Image.fromarray((ramp * 65535).round().astype(np.uint16)),
+        "uint16.tif": Image.fromarray((ramp * 65535).round().astype(np.uint16)),
+        "uint16.pgm": Image.fromarray((ramp * 65535).round().astype(np.uint16)),
+        "float32.tif": Image.fromarray(ramp.astype(np.float32)),
+    }
+    for name, image in as_kept.items():
+        image.save(tmp_path / name)
+        wanted = torch.from_numpy(ramp > 0.5 if name.startswith("bool") else ramp).float().expand(shape)
+        assert torch.allclose(load_image(tmp_path / name, shape), wanted, atol=0.5 / 255 + 1e-6), name
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "L", "RGB"])
+def test_other_colours_are_pillows(tmp_path, mode):
+    picture(0, (8, 8)).convert(mode).save(tmp_path / "picture.tif")
+    opened = Image.open(tmp_path / "picture.tif")
+    assert opened.mode == mode
+    wanted = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1) / 255
+    assert torch.equal(load_image(tmp_path / "picture.tif", (3, 8, 8)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        (np.full((8, 8), 200, dtype=np.int32), "whole numbers of 32 bits"),
+        (np.full((8, 8), 1.5, dtype=np.float32), r"1.5 to 1.5.*\[0, 1\]"),
+        (np.full((8, 8), -0.1, dtype=np.float32), r"-0.1.*\[0, 1\]"),
+        (np.full((8, 8), np.nan, dtype=np.float32), r"nan.*\[0, 1\]"),
+    ],
+)
+def test_values_whose_white_is_unknown_are_refused(tmp_path, pixels, said):
+    Image.fromarray(pixels).save(tmp_path / "scan.tif")
+    with pytest.raises(ItoError, match=rf"scan\.tif.*{said}.*8 or 16 bits") as caught:
+        load_image(tmp_path / "scan.tif", (1, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_size_that_no_data_set_obeys_is_refused():
+    with pytest.raises(ItoError, match=r"data\.size.*digits.*8"):
+        load_data("digits", size=16)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_damaged_picture_is_more_than_a_sentence(tmp_path, seed):
+    """Bytes changed at random in files of many kinds: read, or refused by an ItoError in one line."""
+    draw = np.random.default_rng(seed)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("png", "jpg", "tif", "bmp", "webp", "ppm"):
+        file = tmp_path / f"torn.{suffix}"
+        picture(seed, (12, 12)).save(file, **({} if suffix in ("bmp", "ppm") else {"exif": exif}))
+        content = file.read_bytes()
+        for _ in range(60):
+            torn = bytearray(content[: draw.integers(1, len(content) + 1)] if draw.random() < 0.3 else content)
+            for place in draw.integers(0, min(len(torn), 200), draw.integers(1, 6)):
+                torn[place] = draw.integers(0, 256)
+            file.write_bytes(torn)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    x, said = load_image(file, (3, 8, 8)), ""
+                except ItoError as error:
+                    x, said = torch.zeros(1), str(error)
+            assert 0 <= x.min() <= x.max() <= 1
+            assert "\n" not in said
 
 
 # --- what is refused ------------------------------------------------------------------------------------

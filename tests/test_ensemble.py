@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -204,11 +205,18 @@ def test_the_same_images_get_the_same_noise_and_labels_in_any_batch(net, images,
     index = torch.arange(len(x))
     whole = ensemble.predict(x, seed=3, index=index, full=True)
     once = dict(heard)
+    own = {
+        int(key)
+        for key in ito.make_keys(3, "report", torch.arange(2)[:, None, None], torch.arange(3)[:, None], index).flatten()
+    }
+    assert own <= {key for key, *_ in once}  # the others compare the quick copy with the reference
+    once = {name: row for name, row in once.items() if name[0] in own}
     assert len({key for key, *_ in once}) == 2 * 3 * len(x)
     heard.clear()
     parts = [
         ensemble.predict(a, seed=3, index=i, full=True) for a, i in zip(x.split(batch), index.split(batch), strict=True)
     ]
+    heard = {name: row for name, row in heard.items() if name[0] in own}
     assert heard.keys() == once.keys()
     assert all(torch.equal(row, once[name]) for name, row in heard.items())  # bit for bit
     clear = smallest_gaps(ensemble, x, 3, index) >= GAP
@@ -474,3 +482,94 @@ def test_weak_noise_leaves_a_trained_network_right(shared_weights, cifar10_test)
     split = torch.cat([ensemble.predict(x[a], index=rows[a], full=True).labels for a in torch.arange(25).split(7)])
     assert clear.float().mean() > 0.9
     assert torch.equal(split[clear], pred.labels[clear])
+
+
+# --- what is no number, no image, no batch --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", ["weight", "bias"])
+def test_logits_that_are_not_finite_are_no_votes_for_class_0(net, images, broken):
+    model = ito.recast(net, omega=0.2, image_shape=(1, 8, 8))
+    with torch.no_grad():
+        model.head[-1].get_parameter(broken).fill_(torch.inf)
+    ensemble = ItoEnsemble([model, ito.recast(net, omega=0.2, image_shape=(1, 8, 8))], inferences=5)
+    for full in (False, True):
+        found = ensemble.predict(images[:6], full=full)
+        assert found.labels.tolist() == [ABSTAIN] * 6  # one member of two is no majority
+        assert int(found.votes[0].sum()) == 0
+        assert torch.equal(found.drawn, found.votes.sum((0, 2)) + found.invalid)
+        assert bool((found.invalid > 0).all())
+    sound = ItoEnsemble([ito.recast(net, omega=0.2, image_shape=(1, 8, 8))], inferences=5).predict(images[:6])
+    assert int(sound.invalid.sum()) == 0
+
+
+def test_noise_beyond_all_measure_is_an_abstention(net, images):
+    ensemble = ItoEnsemble([ito.recast(net, omega=1e38, image_shape=(1, 8, 8))], inferences=5)
+    found = ensemble.predict(images[:6], full=True)
+    assert bool((found.invalid > 0).all())
+    assert found.labels.tolist() == [ABSTAIN] * 6
+
+
+def test_half_precision_that_overflows_votes_for_nobody(net, images):
+    model = ito.recast(net, omega=0.2, image_shape=(1, 8, 8))
+    with torch.no_grad():
+        model.head[-1].weight.mul_(3e5)
+    found = ItoEnsemble([model.to(torch.bfloat16).half()], inferences=5).predict(images[:6].half(), full=True)
+    assert torch.equal(found.invalid + found.votes.sum((0, 2)), torch.full((6,), 5))
+    assert bool((found.invalid > 0).any())
+
+
+def test_in_train_mode_every_path_is_a_pass_over_the_whole_batch(net, images):
+    x = images[:20]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(3):
+            ensemble = ItoEnsemble([ito.recast(net, omega=0.0, image_shape=(1, 8, 8))], paths_per_call=2).train()
+            ensemble.chunk = 4
+            with torch.no_grad():
+                found.append((ensemble(x), ensemble.members[0].sdes[0].block.bn1.running_mean.clone()))
+    finally:
+        torch.set_num_threads(before)
+    plain = ito.recast(net, omega=0.0, image_shape=(1, 8, 8)).train()
+    with torch.no_grad():
+        logits = torch.stack([plain(x), plain(x)])
+    for log_probability, mean in found:
+        assert torch.equal(mean, plain.sdes[0].block.bn1.running_mean)
+        wanted = logits.log_softmax(-1).logsumexp(0) - math.log(2)
+        assert torch.allclose(log_probability, wanted, atol=1e-6)
+
+
+def test_attacks_obey_the_chunk(net, images):
+    model, seen = ito.recast(net, omega=0.5, image_shape=(1, 8, 8)), []
+    model.sdes[-1].block.register_forward_hook(lambda block, given, found: seen.append(len(found)))
+    ensemble = ItoEnsemble([model], inferences=3)
+    ensemble.chunk = 4
+    y = torch.zeros(8, dtype=torch.int64)
+    ito.attacks.pgd(ensemble, images[:8], y, steps=2, eot=2, selection=8)
+    assert seen
+    assert max(seen) <= 4
+
+
+def test_an_empty_batch_has_no_logits(ensemble, images):
+    with torch.no_grad():
+        assert ensemble(images[:0]).shape == (0, 10)
+    assert ensemble(images[:0].requires_grad_()).shape == (0, 10)
+
+
+def test_numpy_s_integers_are_seeds_and_names():
+    wanted = make_keys(3, "report", 1, 2, 5)
+    assert make_keys(np.int64(3), "report", np.int32(1), np.uint8(2), np.int64(5)) == wanted
+    assert make_keys(np.uint64(2**63 + 7), "report") == make_keys(2**63 + 7 - 2**64, "report")
+
+
+def test_recast_predict_and_quick_copies_under_inference_mode(net, images):
+    with torch.inference_mode():
+        model = ito.recast(net, omega=0.3, image_shape=(1, 8, 8))
+        inside = ItoEnsemble([model], inferences=3)
+        labels = inside.predict(images[:5].clone(), full=True).votes
+    outside = ItoEnsemble([ito.recast(net, omega=0.3, image_shape=(1, 8, 8))], inferences=3)
+    assert torch.equal(outside.predict(images[:5], full=True).votes, labels)
+    at = images[:5].clone().requires_grad_()
+    assert torch.autograd.grad(inside(at).sum(), at)[0].abs().sum() > 0  # the copy is no inference tensor

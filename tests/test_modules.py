@@ -8,7 +8,6 @@ import pytest
 import torch
 from problems import smooth_chain
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import neuralsde_ito as ito
 from neuralsde_ito import checks

@@ -6,10 +6,15 @@ import math
 import pytest
 import torch
 import torchsde
+from problems import random_images, smooth_chain
 from scipy import stats
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from neuralsde_ito import fused, noise
 from neuralsde_ito.noise import PURPOSES, BrownianPath, fresh_keys, make_keys, normals
+from neuralsde_ito.recast import recast
+from neuralsde_ito.validation import ItoError
 
 # Seeds are fixed, so a test passes for good or fails for good. What the thresholds mean: a correct generator
 # exceeds |z| = 4.9 with probability 1e-6 in one comparison; there are about a thousand in this file.
@@ -542,3 +547,83 @@ def test_torchsdes_brownian_interval_has_the_same_law(cells):
     for found in columns:
         distance = (found.cov() - covariance) / (scale[:, None] * scale)
         assert float(distance.abs().max()) < 5 * math.sqrt(2 / (n * size))
+
+
+# --- transforms -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smooth():
+    return recast(smooth_chain(), omega=0.7, image_shape=(2, 6, 6)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("schedule", ["inverse-time", "multiplicative"])
+@pytest.mark.parametrize("solver", ["euler", "milstein", "srk", "heun"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_forward_mode_derivatives_pass_through_the_noise(schedule, solver, recorded):
+    # They were lost without a word: the noise's shift had no forward derivative.
+    model = recast(smooth_chain(), 0.7, schedule, solver, image_shape=(2, 6, 6)).eval().requires_grad_(False)
+    x, keys = random_images(2, 6, channels=2, dtype=torch.float64), torch.arange(2)
+    if solver == "milstein":
+        with pytest.raises(ItoError, match="Milstein's correction is computed by autograd"):
+            torch.func.jvp(lambda x: model(x, keys), (x,), (x,))
+        return
+    v, h = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype), 1e-6
+    wanted = (model(x + h * v, keys) - model(x - h * v, keys)) / (2 * h)
+    with torch.set_grad_enabled(recorded):
+        value, slope = torch.func.jvp(lambda x: model(x, keys), (x,), (v,))
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(model(forward_ad.make_dual(x, v), keys))
+    assert torch.allclose(value, model(x, keys), atol=1e-12)
+    for found in (slope, dual.tangent):
+        assert torch.allclose(found, wanted, atol=1e-7)
+
+
+def test_transforms_of_images_and_keys(smooth):
+    x, keys = random_images(3, 6, channels=2, dtype=torch.float64), torch.arange(3)
+    wanted = smooth(x, keys)
+    assert torch.allclose(torch.func.vmap(lambda x: smooth(x, keys))(torch.stack([x, x.flip(0)]))[0], wanted)
+    one = torch.func.vmap(lambda x, key: smooth(x[None], key[None])[0])(x, keys)
+    assert torch.allclose(one, wanted)
+    at = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(smooth(at, keys).sum(), at)
+    assert torch.allclose(torch.func.grad(lambda x: smooth(x, keys).sum())(x), gradient)
+    rows = torch.func.jacrev(lambda x: smooth(x, keys).sum(0))(x)
+    assert torch.allclose(rows.sum(0), gradient)
+    assert torch.allclose(torch.func.jacfwd(lambda x: smooth(x, keys).sum(0))(x), rows)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_transformable_noise_is_the_noise(size, dtype):
+    keys = make_keys(4, "report", index=torch.arange(5))
+    found = noise._transformable(noise._absorb(keys, noise._fold((3, 0, 0, 0))), size, dtype)
+    torch.testing.assert_close(found, normals(keys, size, 3, 0, 0, 0, dtype=dtype), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_model_follows_its_keys_and_fresh_noise_is_refused(smooth):
+    x, keys = random_images(2, 6, channels=2, dtype=torch.float64), torch.arange(2)
+    traced = torch.jit.trace(lambda x, keys: smooth(x, keys), (x, keys), check_trace=False)
+    other, names = x.flip(0), torch.tensor([7, 9])
+    assert torch.allclose(traced(other, names), smooth(other, names))
+    with pytest.raises(ItoError, match="Fresh noise cannot be traced"):
+        torch.jit.trace(smooth, x, check_trace=False)
+    fine = recast(smooth_chain(), 0.7, steps=2, image_shape=(2, 6, 6)).eval().requires_grad_(False)
+    with pytest.raises(ItoError, match="Only Euler with one step"):
+        torch.jit.trace(lambda x, keys: fine(x, keys), (x, keys), check_trace=False)
+
+
+def test_nothing_made_inside_a_fake_mode_is_kept(smooth):
+    keys = make_keys(4, "report", index=torch.arange(5))
+    with FakeTensorMode() as mode:
+        assert normals(mode.from_tensor(keys), 1234).shape == (5, 1234)
+    assert normals(keys, 1234).isfinite().all()
+    assert smooth(random_images(5, 6, channels=2, dtype=torch.float64), keys).isfinite().all()
+
+
+def test_inference_with_srk_leaves_the_global_generator_alone():
+    model = recast(smooth_chain(), 0.7, solver="srk", image_shape=(2, 6, 6)).eval()
+    before = torch.get_rng_state()
+    model(random_images(2, 6, channels=2, dtype=torch.float64), torch.arange(2))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -2,8 +2,10 @@
 
 import functools
 import math
+import random
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from problems import (
@@ -19,7 +21,9 @@ from problems import (
     trained,
 )
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import StochasticDepth
 
 from neuralsde_ito.noise import BrownianPath, make_keys
 from neuralsde_ito.recast import Chain, recast
@@ -387,6 +391,88 @@ def test_checkpoints_of_blocks_that_drop_out_are_refused():
     assert model(x, keys_of(2)).requires_grad
     model.checkpoint = True
     assert model.eval()(x, keys_of(2)).requires_grad, "in eval mode nothing is dropped"
+
+
+class Skips(nn.Module):
+    """A block that draws without a module that would say so."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.layer, self.draw = nn.Linear(6, 6), draw
+
+    def forward(self, x):
+        return x + self.layer(x) * self.draw()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.rand(()),
+        lambda: F.dropout(torch.ones(6), 0.5),
+        lambda: float(np.random.rand()),  # noqa: NPY002
+        lambda: random.random(),
+    ],
+)
+@pytest.mark.parametrize("solver", ["euler", "srk"])
+def test_checkpoints_of_blocks_that_draw_are_refused(draw, solver):
+    # The gradient was that of other draws: an error of 2.04 without a word.
+    chain = Chain(nn.Identity(), [nn.Identity(), Skips(draw)], nn.Flatten())
+    model = recast(Chain(nn.Identity(), [nn.Identity(), nn.Identity()], nn.Flatten()), 0.3, image_shape=(1, 6, 6))
+    model = ito_of(chain, model, solver)
+    with pytest.raises(ValueError, match=r"Block 1 draws random numbers.*checkpoint=False"):
+        model(random_images(2, 6, channels=1).requires_grad_(), keys_of(2))
+    with torch.no_grad():
+        model(random_images(2, 6, channels=1), keys_of(2))
+
+
+def ito_of(chain, model, solver):
+    """`recast` compares a chain with itself, which a block that draws does not survive: it is put in afterwards."""
+    model.sdes[1].block, model.solver, model.steps, model.checkpoint = chain.blocks[1], solver, 4, True
+    return model
+
+
+def test_checkpoints_of_blocks_that_skip_at_random_are_refused():
+    block = nn.Sequential(nn.Linear(6, 6), StochasticDepth(0.5, "row"))
+    chain = Chain(nn.Identity(), [nn.Identity(), block], nn.Flatten()).train()
+    model = recast(chain, 0.3, steps=4, image_shape=(1, 6, 6), checkpoint=True)
+    x = random_images(2, 6, channels=1).requires_grad_()
+    with pytest.raises(ValueError, match=r"Block 1 drops out at random"):
+        model(x, keys_of(2))
+    assert model.eval()(x, keys_of(2)).requires_grad
+
+
+@pytest.mark.parametrize("change", ["weight", "mode", "buffer"])
+def test_what_changes_between_forward_and_backward_is_refused(change):
+    block = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Softplus())
+    chain = Chain(nn.Identity(), [nn.Identity(), block], nn.Flatten()).eval()
+    model = recast(chain, 0.3, steps=4, image_shape=(1, 6, 6), checkpoint=True)
+    own = model.sdes[1].block
+    loss = model(random_images(2, 6, channels=1).requires_grad_(), keys_of(2)).sum()
+    with torch.no_grad():
+        if change == "weight":
+            own[0].weight.mul_(2)
+        elif change == "buffer":
+            own[1].running_mean.add_(1)
+        else:
+            own.train()
+    with pytest.raises(ValueError, match="changed between the forward and the backward pass"):
+        loss.backward()
+
+
+def test_two_batches_may_go_forward_before_one_backward_pass():
+    block = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Softplus())
+    chain = Chain(nn.Identity(), [nn.Identity(), block], nn.Flatten()).train()
+    model = recast(chain, 0.3, steps=4, image_shape=(1, 6, 6), checkpoint=True)
+    losses = [model(random_images(3, 6, channels=1, seed=s), keys_of(3)).sum() for s in (0, 1)]
+    sum(losses).backward()
+    assert model.sdes[1].block[0].weight.grad.isfinite().all()
+
+
+def test_checkpoints_under_transforms_are_refused():
+    model = recast(smooth_chain(), 0.3, steps=2, image_shape=(2, 6, 6), checkpoint=True)
+    x = random_images(2, 6, channels=2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"Checkpointing does not go with.*checkpoint=False"):
+        torch.func.jvp(lambda x: model(x, keys_of(2)), (x,), (x,))
 
 
 # --- errors ---------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Training, configuration and files of a run, in this process."""
 
+import io
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 import neuralsde_ito as ito
+from neuralsde_ito import checkpoints
 from neuralsde_ito.checkpoints import load_base, member_path, save_weights, to_resnet, write_atomically
 from neuralsde_ito.config import Fit, differing_keys, parse_config
+from neuralsde_ito.ensemble import ItoEnsemble
 from neuralsde_ito.recipes import (
     build_resnet,
     find_run,
+    is_complete,
     load_dataset,
     new_run_name,
     pick_device,
@@ -131,6 +136,252 @@ def test_save_and_load_an_ensemble_without_a_run(tmp_path: Path) -> None:
         to_resnet(ito.recast(nets[0]), ito.load_resnet("resnet32"))
 
 
+def small_ensemble(members: int = 2, norm: tuple[float, float] = (0.4, 0.3), inferences: int = 3, **sde) -> ItoEnsemble:
+    """Members of digits' architecture with weights of their own, in a setting that is not the configuration's."""
+    torch.manual_seed(0)
+    nets = [ito.load_resnet("resnet8", None, 10, 1, norm[:1], norm[1:]) for _ in range(members)]
+    return ItoEnsemble([ito.recast(net, image_shape=(1, 8, 8), **sde) for net in nets], inferences, "flat", 2).eval()
+
+
+SETTINGS = {
+    "as the preset": {"omega": 0.2},
+    "omega and schedule": {"omega": 0.7, "schedule": "constant"},
+    "steps and solver": {"omega": 0.5, "solver": "srk", "steps": 2},
+    "milstein on multiplicative noise": {"omega": 0.3, "schedule": "multiplicative", "solver": "milstein", "steps": 4},
+    "no noise": {"omega": 0, "solver": "ode:rk4"},
+    "a horizon": {"omega": 0.5, "horizon": 5.3},
+    "a horizon that rounds": {"omega": 0.5, "horizon": 1 / 3},
+    "checkpoint": {"omega": 0.5, "checkpoint": True},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_what_is_saved_is_the_ensemble_not_the_configuration(case: str, tmp_path: Path) -> None:
+    ensemble, config = small_ensemble(**SETTINGS[case]), tiny()
+    ito.save_ensemble(tmp_path / "saved", ensemble, config)
+    again, read = ito.load_ensemble(tmp_path / "saved")
+    x, keys = torch.rand(5, 1, 8, 8), ito.make_keys(3, "report", index=torch.arange(5))
+    for one, two in zip(ensemble.members, again.members, strict=True):
+        assert torch.equal(one(x, keys), two(x, keys))
+        assert [(s.t0, s.t1, s.schedule, s.shape, s.jump) for s in one.sdes] == [
+            (s.t0, s.t1, s.schedule, s.shape, s.jump) for s in two.sdes
+        ]
+        assert (one.solver, one.steps, one.checkpoint) == (two.solver, two.steps, two.checkpoint)
+    assert (again.inferences, again.rule, again.paths_per_call) == (3, "flat", 2)
+    assert (read.name, read.data, read.network.arch, read.resnet) == (
+        config.name,
+        config.data,
+        "resnet8",
+        config.resnet,
+    )
+    typed = SETTINGS[case].get("horizon")
+    assert read.sde.horizon == (typed if typed is None else pytest.approx(typed, abs=2**-20))
+    assert typed != 5.3 or read.sde.horizon == 5.3  # as it was typed, not as times are rounded
+    ito.save_ensemble(tmp_path / "twice", again, read)
+    assert ito.load_ensemble(tmp_path / "twice")[1] == read
+
+
+def spoil_norm(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].stem[0].mean += 0.1
+
+
+def spoil_one_schedule(ensemble: ItoEnsemble) -> None:
+    ensemble.members[0].sdes[1].schedule = ito.Schedule(0.9)
+
+
+def spoil_one_time(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].sdes[0].t1 += 0.25
+    ensemble.members[1].sdes[1].t0 += 0.25
+
+
+def spoil_activation(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].sdes[0].block.relu = torch.nn.ReLU6()  # no weight tells, and on most images no logit
+
+
+def spoil_stem(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].stem.append(torch.nn.Dropout())
+
+
+def spoil_normalisation_layer(ensemble: ItoEnsemble) -> None:
+    for member in ensemble.members:
+        member.stem[0] = torch.nn.Identity()
+
+
+def spoil_hook(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].head.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def spoil_ensemble_hook(ensemble: ItoEnsemble) -> None:
+    ensemble.register_forward_pre_hook(lambda module, args: args)
+
+
+def spoil_forward(ensemble: ItoEnsemble) -> None:
+    block = ensemble.members[1].sdes[0].block
+    block.forward = lambda x: torch.relu(x)
+
+
+def spoil_diffusion(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].sdes[0].g = lambda t, y: 0 * y  # which Euler does not ask
+
+
+def spoil_tensors(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].sdes[0].extra = torch.nn.Parameter(torch.ones(3))
+
+
+def spoil_dtype(ensemble: ItoEnsemble) -> None:
+    ensemble.double()
+
+
+def spoil_class(ensemble: ItoEnsemble) -> None:
+    class Mine(type(ensemble.members[1])):
+        pass
+
+    ensemble.members[1].__class__ = Mine
+
+
+def spoil_ensemble_class(ensemble: ItoEnsemble) -> None:
+    class Mine(ItoEnsemble):
+        pass
+
+    ensemble.__class__ = Mine
+
+
+def spoil_spectral_norm(ensemble: ItoEnsemble) -> None:
+    torch.nn.utils.parametrizations.spectral_norm(ensemble.members[1].sdes[0].block.conv1)
+
+
+def spoil_statistics(ensemble: ItoEnsemble) -> None:
+    ensemble.members[1].sdes[0].block.bn1.eps = 0.5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_norm, "differ in mean"),
+        (spoil_one_schedule, "sdes.1"),
+        (spoil_one_time, "sdes.0"),
+        (spoil_activation, r"sdes.0.block.relu.*ReLU6"),
+        (spoil_stem, "stem.*Dropout"),
+        (spoil_normalisation_layer, "Normalize"),
+        (spoil_hook, "head.*hook"),
+        (spoil_ensemble_hook, "hook"),
+        (spoil_forward, "sdes.0.block.*forward"),
+        (spoil_diffusion, "sdes.0.* a g of its own"),
+        (spoil_tensors, "sdes.0.extra"),
+        (spoil_dtype, "float64.*float32"),
+        (spoil_class, "Mine"),
+        (spoil_ensemble_class, "Mine"),
+        (spoil_spectral_norm, r"sdes.0.block.conv1.*ParametrizedConv2d"),
+        (spoil_statistics, r"sdes.0.block.bn1.*eps=0.5"),
+    ],
+)
+def test_an_ensemble_that_the_format_cannot_tell_is_refused(spoil, said: str, tmp_path: Path) -> None:
+    ensemble = small_ensemble()
+    spoil(ensemble)
+    with pytest.raises(ito.ItoError, match=said) as caught:
+        ito.save_ensemble(tmp_path / "other", ensemble, tiny())
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 400
+    assert not (tmp_path / "other").exists()
+
+
+def test_members_of_different_settings_are_refused(tmp_path: Path) -> None:
+    members = [small_ensemble(1, omega=omega).members[0] for omega in (0.2, 0.4)]
+    with pytest.raises(ito.ItoError, match=r"differ in omega \(0.2 and 0.4\)"):
+        ito.save_ensemble(tmp_path / "other", ItoEnsemble(members), tiny())
+    with pytest.raises(ito.ItoError, match=r"sdes\.1.*'resnet14'"):
+        ito.save_ensemble(tmp_path / "other", small_ensemble(), tiny(network__arch="resnet14"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_frozen_copy_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ito.ItoError, match="FrozenResNet"):
+        ito.save_ensemble(tmp_path / "other", small_ensemble().quick(), tiny())
+
+
+def test_a_saved_ensemble_holds_a_resnet_to_compare_with(tmp_path: Path) -> None:
+    ensemble, x = small_ensemble(), torch.rand(5, 1, 8, 8)
+    ito.save_ensemble(tmp_path / "saved", ensemble, tiny())
+    base = load_base(tmp_path / "saved", ito.load_ensemble(tmp_path / "saved")[1])
+    assert torch.equal(base(x), ensemble.members[0].base(x))
+    net = ito.load_resnet("resnet8", None, 10, 1, (0.4,), (0.3,))
+    ito.save_ensemble(tmp_path / "given", ensemble, tiny(), resnet=net)
+    assert torch.equal(load_base(tmp_path / "given", ito.load_ensemble(tmp_path / "given")[1])(x), net(x))
+    for wrong, said in (
+        (ito.load_resnet("resnet8", None, 10, 1), "mean"),
+        (ito.load_resnet("resnet14", None, 10, 1, (0.4,), (0.3,)), r"sdes\.1.*'resnet8'"),
+        (net[-1], "Normalize"),
+    ):
+        with pytest.raises(ito.ItoError, match=said):
+            ito.save_ensemble(tmp_path / "wrong", ensemble, tiny(), resnet=wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_saving_leaves_the_ensemble_and_the_random_state_alone(tmp_path: Path) -> None:
+    ensemble = small_ensemble().train()
+    ensemble.members[0].sdes[0].block.bn1.eval()
+    modes = [module.training for module in ensemble.modules()]
+    weights = [value.clone() for value in ensemble.state_dict().values()]
+    state = torch.get_rng_state()
+    ito.save_ensemble(tmp_path, ensemble, tiny())
+    ito.load_ensemble(tmp_path)
+    assert [module.training for module in ensemble.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(weights, ensemble.state_dict().values(), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_save_over_a_run_that_is_cut_off_is_no_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ito.save_ensemble(tmp_path / "saved", small_ensemble(), tiny())
+    assert is_complete(tmp_path / "saved")
+
+    def cut_off(path: Path, content: bytes) -> None:
+        if path.name == "01.safetensors":
+            raise KeyboardInterrupt
+        write_atomically(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_atomically", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            ito.save_ensemble(tmp_path / "saved", small_ensemble(), tiny())
+    assert not is_complete(tmp_path / "saved")  # members of two ensembles
+    with pytest.raises(ito.ItoError, match="no run in"):
+        ito.load_ensemble(tmp_path / "saved")
+
+
+def test_a_run_is_finished_when_the_verbs_can_open_it(tmp_path: Path) -> None:
+    ito.save_ensemble(tmp_path / "saved", small_ensemble(), tiny())
+    assert find_run(tmp_path, None) == tmp_path / "saved"
+    for lost in ("resnet.safetensors", "members/01.safetensors"):
+        content = (tmp_path / "saved" / lost).read_bytes()
+        (tmp_path / "saved" / lost).unlink()
+        assert not is_complete(tmp_path / "saved")
+        with pytest.raises(ValueError, match="no finished run"):
+            find_run(tmp_path, None)
+        (tmp_path / "saved" / lost).write_bytes(content)
+
+
+def test_a_run_without_its_resnet_says_so_and_is_not_given_another(tmp_path: Path) -> None:
+    """Members whose ResNet is lost must not stand beside one that is trained anew."""
+    config = tiny()
+    run(tmp_path / "a", config)
+    (tmp_path / "a" / "resnet.safetensors").unlink()
+    with pytest.raises(ito.ItoError, match=r"resnet\.safetensors.*save_ensemble"):
+        load_base(tmp_path / "a", config)
+    with pytest.raises(ito.ItoError, match=r"resnet\.safetensors.*--overwrite"):
+        run(tmp_path / "a", config)
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"- a", b"", b"\xff\xfe\x00", b"sde: {omgea: 1}"])
+def test_a_torn_configuration_is_one_sentence_and_hides_no_other_run(content: bytes, tmp_path: Path) -> None:
+    ito.save_ensemble(tmp_path / "good", small_ensemble(), tiny())
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.yaml").write_bytes(content)
+    with pytest.raises(ito.ItoError) as caught:
+        ito.load_ensemble(tmp_path / "torn")
+    assert "\n" not in str(caught.value)
+    assert find_run(tmp_path, None) == tmp_path / "good"
+
+
 def test_unfinished_missing_and_foreign_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no finished run"):
         find_run(tmp_path, None)
@@ -192,6 +443,116 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
         net[-1].fc.weight.fill_(math.inf)
     with pytest.raises(RuntimeError, match="diverged in epoch 1"):
         Trainer(tmp_path / "state.pt").fit(net, data.train, config.resnet, 0, "resnet")
+
+
+def one_pixel_net() -> torch.nn.Sequential:
+    """A network whose BatchNorm meets one number an image and channel, as a deep ResNet's does on small images."""
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(1, 4, 8), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4, 10))
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("n", [33, 32, 34, 17, 2])
+def test_a_last_batch_of_one_image_joins_the_one_before_it(n: int, tmp_path: Path) -> None:
+    data = ito.load_data("digits", train_limit=n).train
+    settings = Fit(epochs=2, lr=0.1, optimizer="sgd", batch_size=16)
+    seen: list[tuple[int, int, int]] = []
+    net, left = one_pixel_net(), one_pixel_net()
+    alone = Trainer(tmp_path / "alone.pt", on_step=lambda *step: seen.append(step))
+    alone.fit(net, data, settings, 0, "resnet")
+    steps = {33: 2, 32: 2, 34: 3, 17: 1, 2: 1}[n]
+    assert seen == [(epoch, step, steps) for epoch in (0, 1) for step in range(1, steps + 1)]
+    for _ in range(2 * steps):  # left after every step
+        trainer = Trainer(tmp_path / "left.pt", should_stop=lambda: True)
+        with pytest.raises(Interrupted):
+            trainer.fit(left, data, settings, 0, "resnet")
+    assert trainer.rows == alone.rows
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), left.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 16), (3, 1)])
+def test_one_image_that_cannot_be_normalised_is_a_sentence(n: int, size: int, tmp_path: Path) -> None:
+    data = ito.load_data("digits", train_limit=n).train
+    with pytest.raises(ito.ItoError, match=r"batch of one image.*batch_size") as caught:
+        Trainer(tmp_path / "state.pt").fit(one_pixel_net(), data, Fit(epochs=1, lr=0.1, batch_size=size), 0, "resnet")
+    assert "\n" not in str(caught.value)
+
+
+TORN = {
+    "cut off": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "text": lambda content: b"no state",
+    "a byte": lambda content: content[:3000] + bytes([content[3000] ^ 255]) + content[3001:],
+    "something else": lambda content: _saved({"model": 1}),
+    "no mapping": lambda content: _saved([1, 2]),
+    "another network": lambda content: _saved({**_loaded(content), "model": one_pixel_net().state_dict()}),
+    "another optimiser": lambda content: _saved({**_loaded(content), "optimizer": {}}),
+}
+
+
+def _saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _loaded(content: bytes) -> dict:
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone_and_left(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was left alone, and the same one interrupted in its second member."""
+    folder, config = tmp_path_factory.mktemp("runs"), tiny(resnet__epochs=1)
+    run(folder / "alone", config)
+    metrics = folder / "left" / "metrics.jsonl"
+    with pytest.raises(Interrupted):
+        run(folder / "left", config, should_stop=lambda: metrics.is_file() and "member 1" in metrics.read_text())
+    return folder
+
+
+@pytest.mark.parametrize("how", TORN)
+def test_a_torn_training_state_is_one_sentence_and_its_mend_works(
+    how: str, alone_and_left: Path, tmp_path: Path
+) -> None:
+    config, alone, left = tiny(resnet__epochs=1), alone_and_left / "alone", tmp_path / "left"
+    shutil.copytree(alone_and_left / "left", left)
+    state = left / "state.pt"
+    state.write_bytes(TORN[how](state.read_bytes()))
+    with pytest.raises(ito.ItoError, match=r"state\.pt.*cannot be.*delete it") as caught:
+        run(left, config)
+    assert "\n" not in str(caught.value)
+    assert "miniz" not in str(caught.value)
+    assert len(str(caught.value)) <= 400
+    state.unlink()  # as it says
+    run(left, config)
+    for name in ("resnet.safetensors", "members/00.safetensors", "members/01.safetensors"):
+        one, two = load_file(alone / name), load_file(left / name)
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    assert (alone / "metrics.jsonl").read_text() == (left / "metrics.jsonl").read_text()
+
+
+def test_a_training_state_of_more_images_is_refused(tmp_path: Path) -> None:
+    settings = Fit(epochs=1, lr=0.1, batch_size=8)
+    calls: list[int] = []
+
+    def stop_at_the_third() -> bool:
+        calls.append(1)
+        return len(calls) >= 3
+
+    many, fewer = (ito.load_data("digits", train_limit=n).train for n in (40, 16))
+    trainer = Trainer(tmp_path / "state.pt", should_stop=stop_at_the_third)
+    with pytest.raises(Interrupted):
+        trainer.fit(one_pixel_net(), many, settings, 0, "resnet")
+    with pytest.raises(ito.ItoError, match=r"3 batches into an epoch of 2.*delete it"):
+        Trainer(tmp_path / "state.pt").fit(one_pixel_net(), fewer, settings, 0, "resnet")
+
+
+def test_torn_metrics_are_one_sentence(tmp_path: Path) -> None:
+    prepare_run(tmp_path / "a", tiny(), resume=False, overwrite=False)
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"phase": "resnet", "ep')
+    with pytest.raises(ito.ItoError, match=r"metrics\.jsonl.*delete it"):
+        run(tmp_path / "a", tiny())
 
 
 def test_learning_rates() -> None:

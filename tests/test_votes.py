@@ -1,11 +1,13 @@
 """Stopping early: the same labels as the full vote, and never a draw that could have been spared."""
 
 import itertools
+import tracemalloc
 
 import pytest
 import torch
+from scipy.stats import betabinom
 
-from neuralsde_ito.votes import RULES, Poll, decide
+from neuralsde_ito.votes import ABSTAIN, RULES, Poll, _least_votes, decide, winners
 
 
 def ballots(members: int, n: int, classes: int, inferences: int, seed: int = 0) -> torch.Tensor:
@@ -103,3 +105,56 @@ def test_confidence_draws_less_and_keeps_its_word(rule):
 def test_a_confidence_out_of_range(confidence):
     with pytest.raises(ValueError, match="confidence must be above"):
         Poll(1, 1, 2, 5, confidence=confidence)
+
+
+# --- many inferences, and inferences that are none ------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [None, 0.9, 0.999, 0.999999])
+@pytest.mark.parametrize("inferences", [1, 2, 7, 20, 41])
+def test_the_least_votes_are_those_of_the_beta_binomial(inferences, level):
+    least, lacking = _least_votes(inferences, level), inferences // 2 + 1
+    for n, v in itertools.product(range(inferences + 1), repeat=2):
+        if v > n:
+            continue
+        missing, rest = lacking - v, inferences - n
+        likely = level is not None and n > 0 and betabinom.sf(missing - 1, rest, v + 1, n - v + 1) >= level
+        sure = missing <= 0 or likely
+        assert (v >= least[n]) == sure, (n, v)
+
+
+def test_a_poll_of_many_inferences_needs_little_memory():
+    # Tables of every number of draws and votes took 16 GB for 20,000 inferences.
+    tracemalloc.start()
+    try:
+        poll = Poll(2, 5, 10, 20_000, confidence=0.999)
+        wanted = poll.wanted()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 100e6
+    assert poll._least.numel() == 20_001
+    assert bool((wanted.sum(0) > 0).all())
+
+
+def test_an_abstention_rests_on_all_members():
+    # The chance of an error is shared by all members that may have been stopped too soon.
+    for members in (1, 4, 9):
+        poll = Poll(members, 1, 3, 20, confidence=0.99)
+        assert poll._least.tolist() == _least_votes(20, 1 - 0.01 / members)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_inferences_that_are_not_finite_vote_for_nobody(rule):
+    logits = torch.tensor([[0.0, 1.0], [torch.nan, 1.0], [torch.inf, 0.0], [2.0, 1.0]])
+    assert winners(logits).tolist() == [1, ABSTAIN, ABSTAIN, 0]
+    votes = torch.tensor([[[2, 0]], [[2, 0]], [[5, 0]]])  # three members of 5 inferences, one image
+    assert decide(votes, rule, inferences=5).tolist() == ([ABSTAIN] if rule == "hierarchical" else [0])
+    assert decide(votes, rule).tolist() == [0]
+    poll = Poll(3, 1, 2, 5, rule)
+    image = torch.zeros(1, dtype=torch.int64)
+    while bool((wanted := poll.wanted()).any()):
+        member = int(wanted[:, 0].nonzero()[0])
+        poll.count(member, image, torch.tensor([0 if int(poll.drawn[member, 0]) < 2 or member == 2 else ABSTAIN]))
+    assert poll.labels()[0].tolist() == decide(votes, rule, inferences=5).tolist()
+    assert int(poll.drawn.max()) <= 5
