@@ -153,7 +153,9 @@ def _landscape(audit: Audit) -> str:
     assert audit.landscape is not None
     reach = audit.landscape.reach.numpy()
     # On a log scale: the loss of a confident answer rises exponentially. Float32 knows no smaller loss.
-    loss = np.log10(audit.landscape.loss.double().numpy().clip(1e-8))
+    loss = audit.landscape.loss.double().numpy()
+    loss = np.log10(np.where(np.isfinite(loss), loss, np.nan).clip(1e-8))  # a gap where the loss is not finite
+    known = loss[np.isfinite(loss)]
     figure, (lines, plane) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     middle = len(reach) // 2
     lines.plot(reach, loss[:, middle], color="black", label="along the gradient")
@@ -163,12 +165,13 @@ def _landscape(audit: Audit) -> str:
     lines.set(xlabel="steps of eps", ylabel="log10 of the loss")
     lines.legend(fontsize=8, frameon=False)
     lines.spines[["top", "right"]].set_visible(False)
-    if float(loss.max() - loss.min()) > 0:
+    if len(known) and np.ptp(known) > 0:
         shade = plane.contourf(reach, reach, loss.T, levels=12, cmap="Greys")
         plane.contour(reach, reach, loss.T, levels=12, colors="black", linewidths=0.4)
         figure.colorbar(shade, ax=plane, label="log10 of the loss")
     else:
-        plane.text(0, 0, "the loss is the same everywhere", ha="center")
+        said = "the loss is the same everywhere" if len(known) else "the loss is not finite"
+        plane.text(0, 0, said, ha="center")
         plane.set(xlim=(-2, 2), ylim=(-2, 2))
     plane.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], color="black", ls=":", lw=1.2)
     plane.set(xlabel="gradient (eps)", ylabel="random (eps)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from .attacks import BALLS, PGD
 from .checking import BESIDE, FAIL, PASS, Check
 from .checks import CHECKS
 from .outcomes import Outcomes, Rate
-from .subject import Subject, frozen
+from .subject import Reseeded, Subject, frozen
 
 __all__ = ["Audit", "Check", "Landscape", "audit"]
 
@@ -108,13 +109,15 @@ def audit(
     surrogates: Mapping[str, nn.Module] | None = None,
     queries: int = 500,
     draws: int = 10_000,
+    batch_size: int | None = None,
     tick: Callable[[int], object] = lambda n: None,
     **settings: Any,
 ) -> Audit:
     """Run the twenty checks for a false sense of security on a model under PGD.
 
     Args:
-        model: `ItoEnsemble`, `ItoResNet`, or any module from images in [0, 1] to logits.
+        model: `ItoEnsemble` or `ItoResNet`, in eval mode; or any module from images in [0, 1] to logits, in the modes
+            that it has: with dropout left on it is audited as a randomised model.
         x, y: images ``(N, C, H, W)`` in [0, 1] and their true labels ``(N,)``.
         norm, eps, steps, eot: of the attack, see `PGD`; so are ``settings``.
         seed: of all noise.
@@ -122,18 +125,26 @@ def audit(
         surrogates: networks to transfer attacks from, by name; for Itô models the noise-free network is added.
         queries: of the black-box attack, an image.
         draws: random points an image; for a randomised model, points in all.
+        batch_size: images that go through a module at a time, each on all paths of a gradient; see `ModuleTarget`. It
+            does not change the figures of a module without noise. An ensemble has its own ``chunk``.
         tick: called with 1 after every check.
 
     Raises:
-        ItoError: images, labels or settings that cannot be.
+        ItoError: images, labels or settings that cannot be; a model that gives no gradient, or in which the answer to
+            an image depends on the others in its batch (BatchNorm in train mode).
 
     Example:
         ``audit(net, x, y, norm="linf", eps=8/255).passed``
     """
     attack = PGD(norm=norm, eps=eps, steps=steps, eot=eot, **settings)
-    s = Subject(model, x, y, attack, seed, index, surrogates, queries, draws)
-    with frozen(s.model):
-        _ = s.classes  # refuse what cannot be audited before anything is run
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        x, y = _plain(x), _plain(y)
+        index = None if index is None else _plain(index)
+        s = Subject(model, x, y, attack, seed, index, surrogates, queries, draws, batch_size)
+        for net in (s.model, *s.surrogates.values()):
+            stack.enter_context(frozen(net))
+        _ = s.classes, None if s.adaptive else s.others  # refuse what cannot be audited before anything is run
         checks = []
         for check in CHECKS:
             checks.append(check(s))
@@ -151,6 +162,11 @@ def audit(
         )
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one from inference mode, which could take part in no gradient."""
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
+
+
 def _landscape(s: Subject, size: int = 21) -> Landscape | None:
     """The loss around a survivor, or around any image that was known, within twice the radius."""
     rows = s.survivors if len(s.survivors) else s.right
@@ -161,14 +177,15 @@ def _landscape(s: Subject, size: int = 21) -> Landscape | None:
     x, y = s.x[row : row + 1], s.y[row : row + 1]
     with torch.enable_grad():
         start = x.clone().requires_grad_()
-        out = model(start)
+        out = s.answers(model, start)
         loss = F.cross_entropy(out, y)
         gradient = torch.autograd.grad(loss, start)[0] if loss.requires_grad else torch.zeros_like(x)
-    along = ball.steepest(gradient)
+    along = ball.steepest(gradient.nan_to_num(0, 0, 0))
     aside = ball.steepest(s.noise(x, rows[:1], 1.0, 1 << 22) - x)
     grid = (reach * s.attack.eps).to(x)
     points = x + grid[:, None, None, None, None] * along + grid[None, :, None, None, None] * aside
     with torch.no_grad():
-        parts = points.flatten(0, 1).split(128)
-        losses = torch.cat([F.cross_entropy(model(p), y.expand(len(p)), reduction="none") for p in parts])
+        # A module draws by place in the batch: point after point, so that all meet the same path.
+        parts = points.flatten(0, 1).split(1 if isinstance(model, Reseeded) else 128)
+        losses = torch.cat([F.cross_entropy(s.answers(model, p), y.expand(len(p)), reduction="none") for p in parts])
     return Landscape(row, reach, losses.view(size, size).cpu())

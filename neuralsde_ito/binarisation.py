@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import BALLS
+from .attacks.objective import ModuleTarget
 from .checking import Beside, check, percent, plain
 from .subject import Reseeded, Subject
 
@@ -45,7 +46,7 @@ def binarisation(s: Subject) -> tuple[str, bool]:
             points = s.noise(s.x[batch], batch, radius, draws.repeat_interleave(len(rows)))
             if surface:  # a corner under L-inf, a point of the sphere under L2
                 points = s.x[batch] + radius * ball.steepest(points - s.x[batch])
-            found.append(model(points.clamp(0, 1)))
+            found.append(s.answers(model, points.clamp(0, 1)))
         return torch.cat(found).view(count, len(rows), -1).to(exact)
 
     with torch.no_grad():
@@ -67,24 +68,37 @@ def binarisation(s: Subject) -> tuple[str, bool]:
         by_chance = float(((tries * weight).sum(-1) > level).any(0)[apart].double().mean())
     if by_chance > 0.5:
         raise Beside(f"Random points find {percent(by_chance)} of what is planted: a test that chance passes.")
-    rows, readout = rows[apart], _Readout(model, weight[apart], centre[apart], level[apart])
-    # All rows to the end: a readout belongs to its place in the batch. The images are judged here, not by the attack.
+    rows = rows[apart]
+    readout = _Readout(model, s.x[rows], s.index[rows], weight[apart], centre[apart], level[apart], s.batch_size)
+    # All rows to the end: the images are judged here, not by the attack.
     attack = replace(s.attack, stop=False, restarts=1, eot=1, objective=plain(s.attack))
-    images = attack.run(readout, s.x[rows], torch.zeros_like(rows), s.seed, s.index[rows]).images
+    images = s.run(attack, readout, rows, torch.zeros_like(rows)).images
     with torch.no_grad():
-        found = float((readout(images)[:, 1] > 0).double().mean())
+        scores = readout.paths(images, 0, 1, s.seed, "report", s.index[rows])[0, :, 1]
+        found = float((scores > 0).double().mean())
     return f"{percent(found)} of {len(rows)} (random {percent(by_chance)})", found < 0.95
 
 
-class _Readout(nn.Module):
-    """Two logits, 0 and the readout's score above its level; readout ``i`` belongs to image ``i`` of the batch."""
+class _Readout(ModuleTarget):
+    """Two logits, 0 and the readout's score above its level; every image of an ``index`` has a readout of its own."""
 
-    def __init__(self, model: nn.Module, weight: Tensor, centre: Tensor, level: Tensor) -> None:
-        super().__init__()
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        centre: Tensor,
+        level: Tensor,
+        batch_size: int | None,
+    ) -> None:
+        super().__init__(model, x, batch_size)
         self.weight, self.centre, self.level = weight, centre, level
+        self._names, self._order = index.sort()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, index: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, 2)``."""
-        score = ((self.model(x).to(self.weight) - self.centre) * self.weight).sum(1) / self.level - 1
+        own = self._order[torch.searchsorted(self._names, index)]
+        features = super().logits(x, index).to(self.weight) - self.centre[own]
+        score = (features * self.weight[own]).sum(1) / self.level[own] - 1
         return torch.stack([torch.zeros_like(score), score], 1).to(x.dtype)

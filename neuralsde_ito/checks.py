@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attacks import BALLS, OBJECTIVES, Square
-from .attacks.objective import margin
+from .attacks.objective import ModuleTarget, margin
 from .binarisation import binarisation
 from .checking import LEVEL, Beside, Check, beyond_chance, check, from_to, percent, plain
 from .gradcheck import solver_gradient
 from .outcomes import ABSTAIN, Paired, Rate
 from .subject import Subject
+from .votes import winners
 
 # RobustBench, March 2025: eps, clean accuracy and robust accuracy (AutoAttack) of the best CIFAR-10 entries.
 _BEST = {"linf": (8 / 255, 0.9368, 0.7371), "l2": (0.5, 0.9554, 0.8497)}
@@ -26,6 +27,12 @@ def _survivors(s: Subject) -> Tensor:
     if not len(s.survivors):
         raise Beside("The white-box attack left no image standing.")
     return s.survivors
+
+
+def _known(s: Subject) -> Tensor:
+    if not len(s.right):
+        raise Beside("The model is right on no clean image.")
+    return s.right
 
 
 def _noisy(s: Subject, why: str) -> None:
@@ -70,7 +77,8 @@ def _gradient(s: Subject, panel: int) -> Tensor:
 def randomness(s: Subject) -> tuple[str, bool]:
     """Five forwards of one batch: the largest distance of two, each normalised to length 1."""
     with torch.no_grad():
-        out = torch.stack([F.normalize(s.model(s.x), dim=1) for _ in range(5)])
+        forwards = torch.stack([s.answers(s.model, s.x) for _ in range(5)])
+    out = F.normalize(forwards.nan_to_num(0, 0, 0), dim=-1)
     gap = float((out[:, None] - out[None]).norm(dim=-1).max())
     averaged = not s.adaptive and s.random and s.attack.eot > 1
     way = f", {s.attack.eot} paths a gradient" if averaged else ""
@@ -80,33 +88,40 @@ def randomness(s: Subject) -> tuple[str, bool]:
 @check(
     2,
     "logits",
-    "all in [0, 1], rows sum to 1",
+    "all in [0, 1], rows sum to 1; or not finite",
     "AutoAttack's checks",
-    "The output is not probabilities.",
-    "The output is probabilities or votes, on which a softmax saturates: let the model return logits.",
+    "The output is finite, and not probabilities.",
+    "The output is probabilities or votes, on which a softmax saturates, or not finite: let the model return finite "
+    "logits.",
 )
 def logits(s: Subject) -> tuple[str, bool]:
-    """Whether the output is already probabilities, or votes."""
+    """Whether the output is already probabilities, or votes; and whether it is finite."""
     with torch.no_grad():
-        out = s.model(s.x)
+        given = torch.cat([s.model(part) for part in s.x.split(s.batch_size or 256)])
+    finite, out = given.isfinite().all(1), given.double()
+    if not bool(finite.all()):
+        return f"not finite at {int((~finite).sum())} of {len(out)} images", True
     off = float((out.sum(1) - 1).abs().max())
     low, high = float(out.min()), float(out.max())
-    return f"from {low:.3g} to {high:.3g}, sums off 1 by {off:.2g}", low >= 0 and high <= 1 and off <= 1e-5
+    rounding = max(1e-5, torch.finfo(given.dtype).eps)  # half precision adds up to 1 less exactly
+    return f"from {low:.3g} to {high:.3g}, sums off 1 by {off:.2g}", low >= 0 and high <= 1 and off <= rounding
 
 
 @check(
     3,
     "zero gradients",
-    "any image's gradient is 0",
+    "any image's gradient is 0, or not finite",
     "AutoAttack's checks; Pintor et al. 2022",
     "Every image has a gradient to follow.",
-    "Some gradients vanish, and the attack does not move: look for saturated logits (objective dlr), rounding, or "
-    "detached parts.",
+    "Some gradients vanish or are not finite, and the attack does not move: look for saturated logits (objective dlr), "
+    "rounding, detached parts, or a root or a logarithm of 0.",
 )
 def zero_gradients(s: Subject) -> tuple[str, bool]:
-    """The share of images whose input gradient is zero in every pixel."""
-    zero = (_gradient(s, 0) == 0).all(1)
-    return f"{percent(float(zero.double().mean()))} of images", bool(zero.any())
+    """The share of images whose input gradient is zero in every pixel, and how many have one that is not finite."""
+    gradient = _gradient(s, 0)
+    zero, odd = (gradient == 0).all(1), ~gradient.isfinite().all(1)
+    beside = f", not finite at {int(odd.sum())} of {len(odd)}" if bool(odd.any()) else ""
+    return f"{percent(float(zero.double().mean()))} of images{beside}", bool((zero | odd).any())
 
 
 @check(
@@ -121,10 +136,11 @@ def eot_adequacy(s: Subject) -> tuple[str, bool]:
     """Median cosine of two independent gradients, and the attack with twice the paths."""
     _noisy(s, "one path is all there is")
     rows = s.right if len(s.right) else slice(None)
-    cosine = float(F.cosine_similarity(_gradient(s, 0)[rows], _gradient(s, 1)[rows]).median())
+    # A gradient that is not finite agrees with none.
+    cosine = float(F.cosine_similarity(_gradient(s, 0)[rows], _gradient(s, 1)[rows]).nan_to_num(-1.0).median())
     twice = s.attempt(replace(s.attack, eot=2 * s.attack.eot)).standing
     figure = f"cosine {cosine:.3f}; {from_to(s.main.standing, twice)}"
-    return figure, cosine < 0.9 or beyond_chance(s.main.standing, twice)
+    return figure, not cosine >= 0.9 or beyond_chance(s.main.standing, twice)
 
 
 # --- the attack's own run -------------------------------------------------------------------------------
@@ -140,6 +156,7 @@ def eot_adequacy(s: Subject) -> tuple[str, bool]:
 )
 def more_iterations(s: Subject) -> tuple[str, bool]:
     """The attack with twice the steps."""
+    _known(s)
     return from_to(s.main.standing, s.longer.standing), beyond_chance(s.main.standing, s.longer.standing)
 
 
@@ -159,14 +176,14 @@ def convergence(s: Subject) -> tuple[str, bool]:
     rows, trace = _survivors(s), s.main.trace
     assert trace is not None
     loss = torch.stack(trace.losses[-s.attack.steps :])[:, rows]
-    loss = loss[:, ~loss.isnan().any(0)]
+    loss = loss[:, loss.isfinite().all(0)]
     if not loss.shape[1]:
-        raise Beside("No image that stands went through all steps: the votes disagree with the attack.")
+        raise Beside("No image that stands went through all steps, with a finite loss at each.")
     best = loss.cummax(0).values
     rise = best[-1] - best[0]
     late = (best[-1] - best[-1 - min(math.ceil(s.attack.steps / 10), len(best) - 1)]) / rise.clamp_min(1e-12)
     change = float(late.median())
-    return f"median change {change:.2g} on {len(late)} images", change > 0.05
+    return f"median change {change:.2g} on {len(late)} images", not change <= 0.05
 
 
 @check(
@@ -204,11 +221,11 @@ def rough_landscape(s: Subject) -> tuple[str, bool]:
     with torch.no_grad():
 
         def loss(x: Tensor) -> Tensor:
-            return F.cross_entropy(model(x), y, reduction="none")
+            return F.cross_entropy(s.answers(model, x), y, reduction="none")
 
         here = loss(last)
         near = torch.stack([loss(s.noise(last, rows, s.attack.eps / 50, draw)) for draw in range(100)])
-    change = ((near - here).abs() / here.clamp_min(1e-12)).clamp_max(1).mean(0)
+    change = ((near - here).abs() / here.clamp_min(1e-12)).clamp_max(1).nan_to_num(1.0).mean(0)
     figure = float(change.mean())
     return f"{figure:.2g} within eps / 50 of {len(rows)} survivors", figure > 0.1
 
@@ -223,6 +240,7 @@ def rough_landscape(s: Subject) -> tuple[str, bool]:
 )
 def unbounded_attack(s: Subject) -> tuple[str, bool]:
     """The attack in a ball that holds every image there is."""
+    _known(s)
     eps = 1.0 if s.attack.norm == "linf" else math.sqrt(s.x[0].numel())
     right = float(s.attempt(s.at(eps)).standing.double().mean())
     return f"{percent(right)} right at eps {eps:.3g}", right > 1 / s.classes
@@ -238,6 +256,7 @@ def unbounded_attack(s: Subject) -> tuple[str, bool]:
 )
 def monotone(s: Subject) -> tuple[str, bool]:
     """Attacks at eps / 4, eps / 2, eps and 2 eps, each on its own."""
+    _known(s)
     standing = [attempt.standing for attempt in s.sweep.values()]
     rises = any(beyond_chance(far, near) for i, near in enumerate(standing) for far in standing[i + 1 :])
     shares = ", ".join(f"{100 * float(found.double().mean()):.3g}" for found in standing)
@@ -302,7 +321,10 @@ def random_noise(s: Subject) -> tuple[str, bool]:
         batch = left.repeat_interleave(at_once)
         draws = torch.arange(done, done + at_once, device=s.x.device).repeat(len(left))
         x = s.noise(s.x[batch], batch, s.attack.eps, draws).clamp(0, 1)
-        ahead = margin(s.paths(x, batch, 1, first=done).mean(0), s.y[batch]).view(len(left), at_once)
+        logits = s.paths(x, batch, 1, first=done).mean(0)
+        # Where logits are not finite there is no right answer.
+        lost = torch.where(logits.isfinite().all(-1), margin(logits, s.y[batch]), torch.inf)
+        ahead = lost.view(len(left), at_once)
         best, place = ahead.max(1)
         closer = best > lead[left]
         worst[left[closer]] = x.view(len(left), at_once, *x.shape[1:])[closer, place[closer]]
@@ -327,9 +349,10 @@ def transfer(s: Subject) -> tuple[str, bool]:
     """The attack through every surrogate, its images given to the model."""
     if not s.surrogates:
         raise Beside("No surrogate was given.")
+    _known(s)
     # An image that fools the surrogate need not fool the model: go on to the end.
     whole = replace(s.attack, stop=False)
-    found = {name: s.attempt(whole, through=net).standing for name, net in s.surrogates.items()}
+    found = {name: s.attempt(whole, through=target).standing for name, target in s.others.items()}
     name, least = min(found.items(), key=lambda item: int(item[1].sum()))
     figure = f"{from_to(s.main.standing, least)} ({name})"
     return figure, any(beyond_chance(s.main.standing, standing) for standing in found.values())
@@ -349,12 +372,19 @@ def known_noise(s: Subject) -> tuple[str, bool]:
     fixed = s.fixed
     if fixed is None:
         raise Beside("The model's noise is not torch's: it cannot be fixed from outside.")
-    # The whole batch to the end: a module that draws by place in the batch must meet whole batches.
-    whole = replace(s.attack, stop=False, restarts=1, eot=1)
-    known = whole.run(fixed, s.x, s.y, s.seed, s.index).images
+    # A module draws by place in the batch: the same images go together to the end, so that each keeps its path.
+    whole, target = replace(s.attack, stop=False, restarts=1, eot=1), ModuleTarget(fixed, s.x, s.batch_size)
+    target.batch_size = size = target.at_once(1)
+    parts = torch.arange(len(s.x), device=s.x.device).split(size)
+    known = torch.cat([s.run(whole, target, part).images for part in parts])
     with torch.no_grad():
-        clean = fixed(s.x).argmax(1) == s.y
-        fresh, knowing = ((fixed(images).argmax(1) == s.y) & clean for images in (s.main.images, known))
+        clean, fresh, knowing = (
+            torch.cat([winners(fixed(part)) for part in images.split(size)]) == s.y
+            for images in (s.x, s.main.images, known)
+        )
+    if not bool(clean.any()):
+        raise Beside("With its noise fixed the model is right on no clean image.")
+    fresh, knowing = fresh & clean, knowing & clean
     return f"{from_to(fresh, knowing)} once known", beyond_chance(knowing, fresh)
 
 
@@ -372,11 +402,9 @@ def known_noise(s: Subject) -> tuple[str, bool]:
 def selection_bias(s: Subject) -> tuple[str, bool]:
     """What the attack claims on its selection's paths, beside as many paths that it never saw, by the same rule."""
     _noisy(s, "selection and report are the same")
-    rows = s.right
-    if not len(rows):
-        raise Beside("The model is right on no clean image.")
+    rows = _known(s)
     found = s.paths(s.main.images[rows], rows, s.attack.selection, purpose="report")
-    stand = (found.argmax(-1) == s.y[rows]).double().mean(0) > 0.5
+    stand = (winners(found) == s.y[rows]).double().mean(0) > 0.5
     claimed = ~s.main.claimed[rows]
     paired = Paired.of(claimed, stand)
     return f"{from_to(claimed, stand)} on fresh paths", paired.p < LEVEL
@@ -404,7 +432,7 @@ def the_ball(s: Subject) -> tuple[str, bool]:
         )
         lost, kept = int((rounded & ~found).sum()), beyond_chance(rounded, found)
     figure = f"norm {over + eps:.4g}, {lost} of {len(rows)} lost in 8 bits"
-    return figure, over > 1e-6 or beyond > 1e-6 or kept
+    return figure, not (over <= 1e-6 and beyond <= 1e-6) or kept
 
 
 @check(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import PGD
+from .attacks.objective import as_called
 from .data import Split
-from .ensemble import ItoEnsemble, evaluating
+from .ensemble import ItoEnsemble
 from .outcomes import Outcomes, Paired, WorstCase
 from .selection import Selection, invalid, joined_cases
 from .validation import ItoError, nearest
@@ -93,8 +94,8 @@ def evaluate(
 
 @torch.no_grad()
 def classify(net: nn.Module, x: Tensor) -> Tensor:
-    """A plain network's labels ``(N,)``, in eval mode; `ABSTAIN` where its logits are not finite."""
-    with evaluating(net):
+    """A plain network's labels ``(N,)``, in its own modes, see `as_called`; `ABSTAIN` where logits are not finite."""
+    with as_called(net):
         return winners(net(x))
 
 
@@ -103,6 +104,7 @@ class NoiseFree(nn.Module):
 
     def __init__(self, ensemble: ItoEnsemble) -> None:
         super().__init__()
+        self.ensemble = ensemble  # by which `as_called` knows it as one of ours: in eval mode
         self.bases = nn.ModuleList([member.base for member in ensemble.members])  # type: ignore[union-attr, misc]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,17 +14,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attacks import BALLS, PGD, Attack
-from .attacks.objective import Ascent, Objective, Target, as_target
+from .attacks.attempts import Attacked
+from .attacks.objective import (
+    NO_GRADIENT,
+    Ascent,
+    Objective,
+    Target,
+    alike,
+    answers,
+    as_called,
+    as_target,
+    check_weights,
+    replay,
+)
 from .attacks.panels import right_share
 from .data import check_images
-from .ensemble import ItoEnsemble, evaluating
+from .ensemble import ItoEnsemble
 from .evaluation import NoiseFree
 from .noise import make_keys
-from .outcomes import Outcomes, Rate
+from .outcomes import ABSTAIN, Outcomes, Rate
 from .recast import ItoResNet
 from .solvers import find_solver
-from .validation import ItoError
-from .votes import decide
+from .validation import ItoError, shown, whole_number
+from .votes import decide, winners
 
 _VOTES = 20  # forwards that decide for a randomised module that is not an ensemble of ours
 
@@ -103,7 +115,7 @@ class FixedPaths(nn.Module):
 class Reseeded(nn.Module):
     """A randomised module that draws from torch's global generator, with the same draws at every call.
 
-    The generator outside is left as it was. Draws follow the place in the batch: keep batches whole.
+    The generator outside is left as it was. Draws follow the place in the batch: cut batches at the same places always.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -112,19 +124,18 @@ class Reseeded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, classes)``."""
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
-            return self.model(x)
+        return replay(self.model, x, self.seed)
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and no gradient of parameters, inside; everything as it was afterwards."""
+    """The model as it is called, see `as_called`, and no gradient of parameters; afterwards all is as it was."""
+    check_weights(model)
     wanted = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model):
-        for p in wanted:
-            p.requires_grad_(False)
+    with as_called(model):
         try:
+            for p in wanted:
+                p.requires_grad_(False)
             yield
         finally:
             for p in wanted:
@@ -132,7 +143,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 class Subject:
-    """A model, images, and the attack whose figure is in doubt. Use it inside `frozen`.
+    """A model, images, and the attack whose figure is in doubt. Use it with all networks `frozen`.
 
     Args:
         model: `ItoEnsemble`, `ItoResNet` (an ensemble of one), or any module from images in [0, 1] to logits.
@@ -143,6 +154,7 @@ class Subject:
         surrogates: networks to transfer attacks from, by name; for Itô models the noise-free network is added.
         queries: of the black-box attack, an image.
         draws: random points an image; for a randomised model, points in all.
+        batch_size: images that go through a module at a time, see `ModuleTarget`; an ensemble has its own ``chunk``.
 
     Raises:
         ItoError: images, labels, names or a radius that cannot be.
@@ -159,23 +171,34 @@ class Subject:
         surrogates: Mapping[str, nn.Module] | None = None,
         queries: int = 500,
         draws: int = 10_000,
+        batch_size: int | None = None,
     ) -> None:
+        for network in (model, *(surrogates or {}).values()):
+            if not isinstance(network, nn.Module):
+                raise ItoError(f"A model must be an nn.Module, got {shown(network)}; wrap a function in one.")
         self.model = ItoEnsemble([model]) if isinstance(model, ItoResNet) else model
         check_images(x, self.model.channels if isinstance(self.model, ItoEnsemble) else None)
-        if y.shape != (len(x),) or y.dtype.is_floating_point:
-            raise ItoError(f"Labels must be whole numbers of shape ({len(x)},), got {y.dtype}, {tuple(y.shape)}.")
-        self.x, self.y, self.attack, self.seed = x.detach(), y.long(), attack or PGD(), seed
+        if x.dtype not in (torch.float32, torch.float64):
+            raise ItoError(
+                f"An attack's steps are lost in {x.dtype}: give the images in float32, and let the model convert them."
+            )
+        if not isinstance(y, Tensor) or y.shape != (len(x),) or y.is_floating_point() or y.is_complex():
+            kind = f"{y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ItoError(f"Labels must be a tensor of whole numbers of shape ({len(x)},), got {kind}.")
+        self.x, self.y, self.attack, self.seed = x.detach(), y.to(x.device).long(), attack or PGD(), seed
         self.index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-        if self.index.shape != (len(x),) or len(self.index.unique()) < len(x):
+        whole = not self.index.is_floating_point()
+        if not whole or self.index.shape != (len(x),) or len(self.index.unique()) < len(x):
             raise ItoError(f"index names the images: one whole number for each of {len(x)}, no two alike.")
         if self.attack.eps == 0:
             raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
-        for name, count in (("queries", queries), ("draws", draws)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ItoError(f"{name} must be a whole number of at least 1, got {count!r}.")
-        self.queries, self.draws = queries, draws
+        self.queries, self.draws = whole_number("queries", queries), whole_number("draws", draws)
+        self.batch_size = None if batch_size is None else whole_number("batch_size", batch_size)
         own = {"noise-free": NoiseFree(self.model)} if isinstance(self.model, ItoEnsemble) else {}
         self.surrogates: dict[str, nn.Module] = {**own, **(surrogates or {})}
+        for net in self.surrogates.values():
+            network = ItoEnsemble([net]) if isinstance(net, ItoResNet) else net
+            check_images(x, network.channels if isinstance(network, ItoEnsemble) else None)
 
     @property
     def adaptive(self) -> bool:
@@ -185,7 +208,16 @@ class Subject:
     @cached_property
     def target(self) -> Target:
         """The model as attacks see it."""
-        return as_target(self.model, self.x)
+        return as_target(self.model, self.x, self.batch_size)
+
+    @cached_property
+    def others(self) -> dict[str, Target]:
+        """The surrogates as attacks see them."""
+        return {name: as_target(net, self.x, self.batch_size) for name, net in self.surrogates.items()}
+
+    def answers(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Logits ``(K, classes)`` of the model or of another network, a batch at a time."""
+        return answers(model, x, self.batch_size or 256)
 
     @property
     def random(self) -> bool:
@@ -200,14 +232,10 @@ class Subject:
             ItoError: the output is not ``(N, classes)``, no gradient comes back from it, or a label has no class.
         """
         with torch.enable_grad():
-            out = self.model(self.x[:2].clone().requires_grad_())
-        if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(self.x[:2]):
-            raise ItoError("The model must answer images (N, C, H, W) with logits (N, classes).")
+            for count in (1, 2):  # an attack comes down to a single image in the end
+                out = self.answers(self.model, self.x[:count].clone().requires_grad_())
         if not out.requires_grad:
-            raise ItoError(
-                "No gradient comes back from the model's output (no_grad or detach inside it), so that a white-box "
-                "attack measures nothing; audit the model without that, or attack it with Square."
-            )
+            raise ItoError(NO_GRADIENT)
         if len(odd := self.y[(self.y < 0) | (self.y >= out.shape[1])]):
             raise ItoError(f"Labels must be from 0 to {out.shape[1] - 1}, got {int(odd[0])}.")
         return out.shape[1]
@@ -223,10 +251,9 @@ class Subject:
         """
         if isinstance(self.model, ItoEnsemble):
             return self.model.predict(x, self.seed + vote, self.index if rows is None else self.index[rows]).labels
-        labels = torch.stack(
-            [torch.cat([self.model(part).argmax(1) for part in x.split(256)]) for _ in range(self._votes)]
-        )
-        return decide(F.one_hot(labels, self.classes).sum(0)[None])
+        labels = torch.stack([winners(self.answers(self.model, x)) for _ in range(self._votes)])
+        votes = F.one_hot(labels.clamp_min(0), self.classes) * (labels != ABSTAIN)[..., None]
+        return decide(votes.sum(0)[None], inferences=self._votes)
 
     @property
     def _votes(self) -> int:
@@ -245,9 +272,10 @@ class Subject:
         if isinstance(self.model, ItoEnsemble):
             members = len(self.model.members)
             return FixedPaths(self.model, members * math.ceil(4 / members), self.seed + 1)
-        replay = Reseeded(self.model, self.seed)
+        fixed = Reseeded(self.model, self.seed)
         with torch.no_grad():
-            return replay if torch.equal(replay(self.x), replay(self.x)) else None
+            first, second = (self.answers(fixed, self.x) for _ in range(2))
+        return fixed if alike(first, second) else None
 
     @cached_property
     def clean(self) -> Tensor:
@@ -264,15 +292,20 @@ class Subject:
         length = self.attack.step_size
         return replace(self.attack, eps=eps, step_size=length and length * eps / self.attack.eps)
 
-    def attempt(self, attack: Attack, rows: Tensor | None = None, through: nn.Module | None = None) -> Attempt:
+    def run(self, attack: Attack, target: Target, rows: Tensor, y: Tensor | None = None) -> Attacked:
+        """The attack itself, through any target, on the images at ``rows``; ``y``: labels if they are not the true."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one path a gradient, of gradients that are not finite: checks say it
+            return attack.run(target, self.x[rows], self.y[rows] if y is None else y, self.seed, self.index[rows])
+
+    def attempt(self, attack: Attack, rows: Tensor | None = None, through: Target | None = None) -> Attempt:
         """Run an attack on the images at ``rows`` (default: `right`), with gradients of the model or ``through``."""
         rows = self.right if rows is None else rows
         images, labels, claimed = self.x.clone(), self.clean.clone(), self.clean != self.y
         trace = Traced(self.target, self.x, self.index) if through is None else None
+        target = trace or through or self.target
         if len(rows):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of one path a gradient: a check says it
-                found = attack.run(trace or through, self.x[rows], self.y[rows], self.seed, self.index[rows])  # type: ignore[arg-type]
+            found = self.run(attack, target, rows)
             images[rows], claimed[rows] = found.images, found.fooled
             labels[rows] = self.decide(found.images, rows)
         return Attempt(images, labels, labels == self.y, claimed, trace)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data import check_images
-from ..ensemble import ItoEnsemble, evaluating
+from ..ensemble import ItoEnsemble
 from ..recast import ItoResNet
 from ..validation import ItoError, nearest, whole_number
 from .ball import BALLS, check_eps
-from .objective import AIMED, OBJECTIVES, Objective, Target, answered, as_target
+from .objective import AIMED, OBJECTIVES, Objective, Target, answered, as_called, as_target
 from .panels import GOALS, Panels, comparable
 
 
@@ -90,8 +90,8 @@ class Attack:
         """Attack images.
 
         Args:
-            model: `ItoEnsemble`, `ItoResNet`, or any module from images in [0, 1] to logits, attacked in eval mode;
-                or a `Target` that stands for one.
+            model: `ItoEnsemble`, `ItoResNet`, attacked in eval mode; any module from images in [0, 1] to logits, in
+                the modes that it has (see `as_called`); or a `Target` that stands for one.
             x, y: images ``(N, C, H, W)`` in [0, 1] and their true labels ``(N,)``.
             seed: of the panels and of random starts.
             index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
@@ -100,7 +100,7 @@ class Attack:
         Warns where a gradient is not finite: its entries that are not become 0, and the attack goes on.
 
         Raises:
-            ItoError: images or labels that cannot be.
+            ItoError: images, labels or a model that cannot be.
         """
         if isinstance(model, ItoResNet):
             model = ItoEnsemble([model])
@@ -112,7 +112,7 @@ class Attack:
         if index.shape != (len(x),):
             raise ItoError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
         if isinstance(model, nn.Module):
-            with evaluating(model):
+            with as_called(model):
                 return self._attempts(as_target(model, x), x, y, seed, index, start)
         return self._attempts(model, x, y, seed, index, start)
 
