@@ -50,6 +50,33 @@ def outcome_cells(outcomes: Outcomes, abstains: bool = True) -> list[str]:
     ]
 
 
+WORST_HEADERS = ["correct (denial)", "abstained (denial)", "wrong (evasion)", "correct + abst. (evasion)"]
+
+
+def worst_cells(denial: Outcomes, evasion: Outcomes, abstains: bool = True) -> list[str]:
+    """Cells under `WORST_HEADERS`, of two worst cases; a dash for a network that cannot abstain."""
+    return [
+        percent(denial.rate("correct")),
+        percent(denial.rate("abstained")) if abstains else "    -",
+        percent(evasion.rate("wrong")),
+        percent(evasion.rate("correct", "abstained")),
+    ]
+
+
+def worst_sentence() -> None:
+    """What those columns mean."""
+    sentence(
+        "Two worst cases. Denial: the attack wants no right answer; correct is what it leaves, abstained what it "
+        "brings to no answer. Evasion: it wants a wrong answer; wrong is what it reaches, correct + abstained the rest."
+    )
+
+
+def invalid_sentence(count: int) -> None:
+    """How many inferences voted for nobody; nothing where all are valid."""
+    if count:
+        sentence(f"The logits of {count:,} inference{'s' * (count > 1)} were not finite: they voted for nobody.")
+
+
 def seconds(value: float) -> str:
     """``12.3 ms`` or ``4.56 s``, with three digits."""
     return f"{1e3 * value:.3g} ms" if value < 0.9995 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from neuralsde_ito.data import Dataset
     from neuralsde_ito.ensemble import ItoEnsemble
-    from neuralsde_ito.suite import Besieged, Step
+    from neuralsde_ito.suite import Step, SuiteResult
 
 
 def run(
@@ -48,6 +48,7 @@ def run(
     from neuralsde_ito.outcomes import Outcomes, Paired
     from neuralsde_ito.recast import recast
     from neuralsde_ito.recipes import command_line, environment
+    from neuralsde_ito.selection import invalid, worst_labels
     from neuralsde_ito.suite import Suite, joined, standard
 
     ensemble, radii = opened.ensemble, sorted(labels)
@@ -87,27 +88,27 @@ def run(
         ),
     }
     begun = time.monotonic()
-    found: dict[str, list[Besieged]] = {}
+    found: dict[str, list[SuiteResult]] = {}
+    clean_votes: dict[str, Tensor] = {}
     clean: dict[str, Tensor] = {}
     truth = torch.cat([y for _, _, y in batches]).cpu()
     index = torch.cat([names for names, _, _ in batches]).cpu()
     originals = torch.cat([x for _, x, _ in batches]).cpu()
-    total = sum(len(suite.steps(eps)) for _, suite in defenders.values() for eps in radii) * len(batches)
+    total = sum(2 * len(suite.steps(eps)) for _, suite in defenders.values() for eps in radii) * len(batches)
     with output.progress(total, "suite", "attacks") as bar:
         for name, (model, suite) in defenders.items():
-            parts: dict[float, list[Besieged]] = {eps: [] for eps in radii}
+            parts: dict[float, list[SuiteResult]] = {eps: [] for eps in radii}
             answers = []
             for number, (names, x, y) in enumerate(batches):
-                answers.append(suite.decide(model, x, y, names).cpu())
+                answers.append(suite.votes(model, x, names).cpu())
                 for step, reached in suite.run(model, x, y, names, radii, str(number)):
-                    standing = int((reached.winner == -1).sum())
-                    bar.set_postfix_str(f"{name}, {step.name}, eps {labels[reached.eps]}: {standing} of {len(y)} stand")
+                    bar.set_postfix_str(f"{name}, eps {labels[reached.eps]}, {step.name}: {sum(reached.felled)} fooled")
                     bar.update()
-                    if reached.eps not in [eps for eps in radii if len(parts[eps]) > number]:
+                    if len(reached.denial.labels):  # the report has voted
                         parts[reached.eps].append(reached)
-                    parts[reached.eps][number] = reached
             found[name] = [joined(parts[eps]) for eps in radii]
-            clean[name] = torch.cat(answers)
+            clean_votes[name] = torch.cat(answers, -2)
+            clean[name] = worst_labels(clean_votes[name], truth, model.rule, model.inferences)
     seconds = time.monotonic() - begun
     others = _peers(peers, defenders, batches, norm, labels)
 
@@ -115,14 +116,13 @@ def run(
     entries: list[dict[str, Any]] = []
     for level, eps in enumerate(radii):
         ito, base = found["Itô ensemble"][level], found["original ResNet"][level]
-        paired = Paired.of(base.labels == truth, ito.labels == truth)
+        paired = Paired.of(base.denial.labels == truth, ito.denial.labels == truth)
         entries.append(
             {
                 "eps": eps,
                 "written": labels[eps],
-                "ito": Outcomes.of(ito.labels, truth).as_dict() | {"steps": _steps(steps["Itô ensemble"](eps), ito)},
-                "resnet": Outcomes.of(base.labels, truth).as_dict()
-                | {"steps": _steps(steps["original ResNet"](eps), base)},
+                "ito": _entry(steps["Itô ensemble"](eps), ito, truth),
+                "resnet": _entry(steps["original ResNet"](eps), base, truth),
                 "paired": output.paired_json(paired, "resnet"),
             }
         )
@@ -135,6 +135,16 @@ def run(
         "environment": environment(),
         "clean": {name: Outcomes.of(answers, truth).as_dict() for name, answers in clean.items()},
         "attacked": entries,
+        "invalid": {
+            name: sum(
+                invalid(votes, defenders[name][0].inferences)
+                for votes in (
+                    clean_votes[name],
+                    *(case.votes for reached in levels for case in (reached.denial, reached.evasion)),
+                )
+            )
+            for name, levels in found.items()
+        },
         "peers": others,
     }
     record = opened.folder / f"suite-{norm}-{datetime.now():%Y%m%d-%H%M%S}.json"
@@ -143,7 +153,12 @@ def run(
     bundles = []
     if bundle is not None:
         for level in range(len(radii)):
-            ran = [f"{s.name}, eps {labels[eps]}" for eps in radii[: level + 1] for s in steps["Itô ensemble"](eps)]
+            ran = [
+                f"{step.name}{goal}, eps {labels[eps]}"
+                for eps in radii[: level + 1]
+                for goal in ("", ", evasion")
+                for step in steps["Itô ensemble"](eps)
+            ]
             levels = found["Itô ensemble"][: level + 1]
             bundles.append(_bundle(bundle, report, levels, ran, clean["Itô ensemble"], truth, index, originals, opened))
     if as_json:
@@ -192,24 +207,31 @@ def _fingerprint(ensemble: ItoEnsemble) -> str:
     return digest.hexdigest()[:16]
 
 
-def _steps(steps: Sequence[Step], reached: Besieged) -> list[dict[str, Any]]:
-    return [
+def _entry(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> dict[str, Any]:
+    """One model at one radius: both worst cases, and what each attack did."""
+    from neuralsde_ito.outcomes import Outcomes
+
+    attacks = [
         {
             "name": step.name,
+            "goal": goal,
             "through": step.through,
             "images": reached.met[i],
-            "felled": reached.felled[i],
+            "fooled": reached.felled[i],
             "forwards": reached.forwards[i],
             "gradients": reached.backwards[i],
+            "blind": reached.blind[i],
         }
-        for i, step in enumerate(steps)
+        for i, (goal, step) in enumerate(itertools.product(("denial", "evasion"), steps))
     ]
+    cases = {"denial": reached.denial, "evasion": reached.evasion}
+    return {goal: Outcomes.of(case.labels, truth).as_dict() for goal, case in cases.items()} | {"steps": attacks}
 
 
 def _bundle(
     folder: Path,
     report: dict[str, Any],
-    levels: list[Besieged],
+    levels: list[SuiteResult],
     names: list[str],
     clean: Tensor,
     truth: Tensor,
@@ -223,16 +245,8 @@ def _bundle(
     from neuralsde_ito.bundle import Evidence, save_bundle
 
     reached, entry = levels[-1], report["attacked"][len(levels) - 1]
-    fallen = (reached.winner >= 0)[:, None, None, None]
-    images = torch.where(fallen | (reached.winner == -1)[:, None, None, None], reached.images, originals)
-    votes = [
-        opened.ensemble.predict(part, report["seed"], names_).votes.cpu()
-        for part, names_ in zip(
-            images.to(opened.device).split(report["batch_size"]),
-            index.to(opened.device).split(report["batch_size"]),
-            strict=True,
-        )
-    ]
+    case = reached.denial
+    fallen = torch.where(case.source == -1, -2, case.source)
     evidence = Evidence(
         norm=report["norm"],
         eps=reached.eps,
@@ -240,13 +254,13 @@ def _bundle(
         index=index,
         truth=truth,
         clean=clean,
-        labels=reached.labels,
-        winner=reached.winner,
+        labels=case.labels,
+        winner=torch.where(case.labels == truth, -1, fallen),
         originals=originals,
-        images=images,
+        images=case.images,
         forwards=tuple(n for level in levels for n in level.forwards),
         backwards=tuple(n for level in levels for n in level.backwards),
-        votes=torch.cat(votes, 1),
+        votes=case.votes[0],
         seed=report["seed"],
         noise=report["noise"],
         command=report["command"],
@@ -262,9 +276,28 @@ def _bundle(
     return place
 
 
+def _step_rows(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> list[list[str]]:
+    """One model at one radius, attack by attack and goal by goal: name, images, fooled, left, costs of an image."""
+    from neuralsde_ito.outcomes import Outcomes, Rate
+
+    rows = []
+    goals = (("denial", reached.denial, ["correct"]), ("evasion", reached.evasion, ["correct", "abstained"]))
+    for turn, (goal, case, kept) in enumerate(goals):
+        numbers = range(turn * len(steps), (turn + 1) * len(steps))
+        for step, i in zip(steps, numbers, strict=True):
+            met, name = reached.met[i], f"evasion: {step.name}" if turn else step.name
+            if met:
+                each = [f"{value[i] / met:,.0f}" for value in (reached.backwards, reached.forwards)]
+                left = output.percent(Rate.of(met - reached.felled[i], len(truth)))
+                rows.append([name, str(met), str(reached.felled[i]), left, *each])
+        rate = output.percent(Outcomes.of(case.labels, truth).rate(*kept))
+        rows.append([f"report, {goal}: {' + '.join(kept)}", "", "", rate, "", ""])
+    return rows
+
+
 def _tables(
     report: dict[str, Any],
-    found: dict[str, list[Besieged]],
+    found: dict[str, list[SuiteResult]],
     steps: Any,
     truth: Tensor,
     clean: dict[str, Tensor],
@@ -278,38 +311,23 @@ def _tables(
     click.echo(f"\n{n} test images of {report['data']}, {norm}; % with 95 % Wilson intervals\n")
     rows: list[list[str]] = []
     for name, answers in clean.items():
-        rows.append(["0", name, *output.outcome_cells(Outcomes.of(answers, truth), "ResNet" not in name), ""])
+        outcomes = Outcomes.of(answers, truth)
+        rows.append(["0", name, *output.worst_cells(outcomes, outcomes, "ResNet" not in name), ""])
     for level, entry in enumerate(report["attacked"]):
         for i, name in enumerate(found):
+            reached = found[name][level]
+            cases = [Outcomes.of(case.labels, truth) for case in (reached.denial, reached.evasion)]
             p = output.p_value(entry["paired"]["p"]) if i else ""
-            cells = output.outcome_cells(Outcomes.of(found[name][level].labels, truth), "ResNet" not in name)
+            cells = output.worst_cells(cases[0], cases[1], "ResNet" not in name)
             rows.append([entry["written"] if i == 0 else "", name, *cells, p])
-    output.table(rows, ["eps", "model", "correct", "wrong", "abstained", "correct + abstained", "paired"])
+    output.table(rows, ["eps", "model", *output.WORST_HEADERS, "paired"])
     for name, levels in found.items():
         click.echo(f"\n{name}, step by step\n")
         rows = []
-        for level, entry in enumerate(report["attacked"]):
-            reached, left = levels[level], None
-            for i, step in enumerate(steps[name](reached.eps)):
-                if left is None:
-                    left = reached.met[0]
-                left -= reached.felled[i]
-                met = reached.met[i]
-                each = [f"{v / met:,.0f}" if met else "" for v in (reached.backwards[i], reached.forwards[i])]
-                rows.append(
-                    [
-                        entry["written"] if i == 0 else "",
-                        step.name,
-                        str(met) if met else "",
-                        str(reached.felled[i]) if met else "",
-                        output.percent(Rate.of(left, n)) if met else "",
-                        *each,
-                    ]
-                )
-            outcome = Outcomes.of(reached.labels, truth).rate("correct")
-            rows.append(["", "report", "", "", output.percent(outcome), "", ""])
-        heads = ["eps", "attack", "met", "felled", "left", "gradients / image", "queries / image"]
-        output.table(rows, heads)
+        for reached, entry in zip(levels, report["attacked"], strict=True):
+            block = _step_rows(steps[name](reached.eps), reached, truth)
+            rows += [[entry["written"] if i == 0 else "", *row] for i, row in enumerate(block)]
+        output.table(rows, ["eps", "attack", "images", "fooled", "left", "gradients / image", "queries / image"])
     if report["peers"]:
         click.echo("\nOther libraries, each on all images that were right, judged by the same report\n")
         rows = []
@@ -327,10 +345,19 @@ def _tables(
         "fixed": "on one set of paths for all images, which no attack saw",
         "known": "on paths that the attacker knows",
     }[report["noise"]]
+    output.worst_sentence()
     output.sentence(
-        "Each attack meets only the images that still stand, by votes on noise of the selection; an abstention counts "
-        "as fallen. Report: the decision on what was kept, "
-        f"{defender}{', the worst of ' + str(report['repeat']) + ' votes' if report['repeat'] > 1 else ''}; what fell "
-        f"in it stays fallen at larger radii. {gradients:,} gradients and {queries:,} queries in {seconds:.0f} s."
+        "Each attack meets the images that stand, by votes on noise of the selection; those that fell without a wrong "
+        "answer are attacked on for evasion ('left': the images of a row that it did not fool, of all). Report: the "
+        f"decision on what was kept, {defender}"
+        f"{', the worst of ' + str(report['repeat']) + ' votes' if report['repeat'] > 1 else ''}. Images, not labels, "
+        f"are carried to larger radii. {gradients:,} gradients and {queries:,} queries in {seconds:.0f} s."
     )
+    blind = sum(s["blind"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])
+    if blind:
+        output.sentence(
+            f"In {blind:,} attacks on an image some gradient was not finite: that an image survives them is no sign of "
+            "robustness."
+        )
+    output.invalid_sentence(sum(report["invalid"].values()))
     output.sentence("An upper bound on robustness. Whether it can be trusted: ito-sde audit.")

@@ -297,7 +297,9 @@ def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, rad
     def ours(eps: float, pause: Pause) -> Attacked:
         suite = Suite(partial(standard, "linf", noisy=ensemble.noisy), surrogates)
         *_, (_, found) = suite.run(ensemble, x, y, index, [eps])
-        return Attacked(found.images, found.labels != y, sum(found.forwards), sum(found.backwards))
+        fooled = found.denial.labels != y
+        costs = sum(found.forwards), sum(found.backwards)
+        return Attacked(found.denial.images, fooled, *costs, torch.zeros_like(fooled))
 
     rows = []
     for eps in radii:

@@ -1,16 +1,17 @@
 """The strongest honest attack: a sequence of attacks, weak and cheap ones first, each on what the last ones left.
 
-Three votes on noise of the selection decide when an image has fallen and is left alone; of an image that stands the
-candidate with the fewest right votes is kept. Only then, once a radius, the report votes on what was kept: an attack
-that is chosen by the report's own noise looks stronger than it is (measured: 22 % instead of 38 % of digits at L-inf
-0.1).
+It looks for two worst cases of every image, denial (no right answer) and evasion (a wrong one). Votes on noise of the
+selection decide when an image has fallen and which candidate is kept. Only then, once a radius, the report votes on
+what was kept: an attack that is chosen by the report's own noise looks stronger than it is (measured: 22 % instead of
+38 % of digits at L-inf 0.1).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 
 from .attacks import APGD, PGD, Attack, Square
 from .attacks.objective import Ascent, EnsembleTarget, Objective, Target
+from .attacks.panels import GOALS
 from .checkpoints import write_atomically
 from .ensemble import ItoEnsemble
-from .outcomes import ABSTAIN
-from .validation import ItoError, nearest
+from .outcomes import WorstCase
+from .selection import NOISES, Selection, report_votes, worst_labels
+from .validation import ItoError, nearest, whole_number
 
-NOISES = ("fresh", "fixed", "known")
-_STATE = ("labels", "winner", "images", "share", "maker")
+_COUNTS = ("met", "felled", "forwards", "backwards", "blind")  # of each attack
 
 
 @dataclass(frozen=True)
@@ -93,27 +95,27 @@ def standard(norm: str, eps: float, noisy: bool, effort: float = 1.0) -> list[St
 
 
 @dataclass(frozen=True)
-class Besieged:
+class SuiteResult:
     """A suite at one radius.
 
     Attributes:
         eps: the radius.
-        labels: ``(N,)``, the report's decisions; those of smaller radii for what fell there.
-        winner: ``(N,)``, the number of the step that made an image fall, counted through all radii; -1 stands, -2 wrong
-            without attack. By the selection's votes, and after the last step of a radius by the report's.
-        images: ``(N, C, H, W)``, what was decided on.
-        forwards, backwards, met, felled: of each step: inferences without and with a gradient, images that it was run
-            on and images that fell to it.
+        denial, evasion: the two worst cases; labels and votes are empty until the report has voted, after the last
+            attack of the radius. Sources number the attacks through all radii up to this one.
+        met, felled: of each attack at this radius, first the steps for denial, then the same steps for evasion: images
+            that it was run on, and images that fell to it by the selection's votes.
+        forwards, backwards: inferences of each attack without and with a gradient.
+        blind: images of each attack at which some gradient was not finite.
     """
 
     eps: float
-    labels: Tensor
-    winner: Tensor
-    images: Tensor
-    forwards: tuple[int, ...]
-    backwards: tuple[int, ...]
+    denial: WorstCase
+    evasion: WorstCase
     met: tuple[int, ...]
     felled: tuple[int, ...]
+    forwards: tuple[int, ...]
+    backwards: tuple[int, ...]
+    blind: tuple[int, ...] = ()
 
 
 class KnownPaths:
@@ -146,7 +148,7 @@ class Suite:
             defender has one set of paths for all images, which the attacker does not know) or ``known`` (he does).
         repeat: how often a persistent attacker may ask about each image; one wrong answer is enough for him.
         seed: of all panels.
-        state: a folder in which every finished step of every batch is kept, and found again after a kill.
+        state: a folder in which every finished attack on every batch is kept, and found again after a kill.
     """
 
     steps: Callable[[float], Sequence[Step]]
@@ -159,44 +161,24 @@ class Suite:
     def __post_init__(self) -> None:
         if self.noise not in NOISES:
             raise ItoError(nearest("noise model", self.noise, NOISES))
-        if isinstance(self.repeat, bool) or not isinstance(self.repeat, int) or self.repeat < 1:
-            raise ItoError(f"repeat must be a whole number of at least 1, got {self.repeat!r}.")
+        self.repeat = whole_number("repeat", self.repeat)
+
+    def votes(self, ensemble: ItoEnsemble, x: Tensor, index: Tensor) -> Tensor:
+        """The report's votes ``(repeat, members, N, classes)``, see `report_votes`."""
+        names = torch.zeros_like(index) if self.noise == "fixed" else index
+        return report_votes(ensemble, x, self.seed, names, self.repeat)
 
     def decide(self, ensemble: ItoEnsemble, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         """The report's decisions ``(N,)``: the worst of ``repeat`` votes, wrong before abstained before right."""
-        names = torch.zeros_like(index) if self.noise == "fixed" else index
-        worst = ensemble.predict(x, self.seed, names).labels
-        for again in range(1, self.repeat):
-            ask = ((worst == y) | (worst == ABSTAIN)).nonzero()[:, 0]
-            if not len(ask):
-                break
-            found = ensemble.predict(x[ask], self.seed + again, names[ask]).labels
-            worse = (found != y[ask]) & ((found != ABSTAIN) | (worst[ask] == y[ask]))
-            worst[ask[worse]] = found[worse]
-        return worst
-
-    def _judge(self, ensemble: ItoEnsemble, x: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The share of votes for the right class, and who has fallen, ``(N,)`` each: not by the report's noise."""
-        if self.noise == "known" or not ensemble.noisy:
-            votes = [(self.seed, "report")]
-        else:
-            votes = [(self.seed + 1 + again, "selection") for again in range(3)]
-        share, fallen = torch.zeros(len(x), device=x.device), torch.ones_like(y, dtype=torch.bool)
-        for turn, (seed, purpose) in enumerate(votes):
-            ask = fallen.nonzero()[:, 0]
-            if not len(ask):
-                break
-            found = ensemble.predict(x[ask], seed, index[ask], purpose)
-            fallen[ask] = found.labels != y[ask]
-            if turn == 0:
-                votes_right = found.votes.sum(0).gather(1, y[ask, None])[:, 0]
-                share = votes_right / found.drawn.clamp_min(1)
-        return share, fallen
+        return worst_labels(self.votes(ensemble, x, index), y, ensemble.rule, ensemble.inferences)
 
     def run(
         self, ensemble: ItoEnsemble, x: Tensor, y: Tensor, index: Tensor, radii: Sequence[float], name: str = "0"
-    ) -> Iterator[tuple[Step, Besieged]]:
-        """Attack one batch of images, at rising radii; what the report found fallen at one is fallen at the next.
+    ) -> Iterator[tuple[Step, SuiteResult]]:
+        """Attack one batch of images, at rising radii; images, never labels, are carried to the next radius.
+
+        At every radius the steps attack what has not fallen to denial. Then the same steps go on with evasion as
+        their goal where an image fell without a wrong answer, from the best candidate for it.
 
         Args:
             ensemble: the defender.
@@ -205,93 +187,76 @@ class Suite:
             name: of the batch, in the state.
 
         Yields:
-            After every step: the step, and how its radius stands so far.
+            After every attack: the step, and how its radius stands so far.
         """
-        labels, images = self.decide(ensemble, x, y, index), x.clone()
-        winner = torch.where(labels == y, -1, -2)
-        before = 0  # steps of smaller radii
+        chosen = Selection(ensemble, x, y, index, self.seed, self.noise, self.repeat)
+        chosen.restore(self._once(f"{name}-clean", chosen.begin))
+        since = 0  # attacks at smaller radii
         for eps in radii:
-            steps = self.steps(eps)
-            share = torch.full((len(x),), math.inf, device=x.device)
-            maker = torch.full_like(winner, -1)  # the step that made what is kept
-            count = {what: [0] * len(steps) for what in ("forwards", "backwards", "met", "felled")}
-            for number, step in enumerate(steps):
-                file = self.state and self.state / f"{name}-{eps:.6g}-{number}.safetensors"
-                if file and file.is_file():
-                    held = load_file(file)
-                    labels, winner, images, share = (
-                        held[k].to(x.device) for k in ("labels", "winner", "images", "share")
-                    )
-                    count = dict(zip(count, held["count"].tolist(), strict=True))
-                else:
-                    rows = (winner == -1).nonzero()[:, 0]
-                    if len(rows):
-                        model = self._through(step, ensemble, x)
-                        start = images[rows] if step.warm else None
-                        found = step.attack.run(model, x[rows], y[rows], self.seed, index[rows], start)
-                        right, fell = self._judge(ensemble, found.images, y[rows], index[rows])
-                        better = fell | (right < share[rows])
-                        images[rows[better]], share[rows[better]] = found.images[better], right[better]
-                        winner[rows[fell]], maker[rows[better]] = before + number, before + number
-                        values = (found.forwards, found.backwards, len(rows), int(fell.sum()))
-                        for what, value in zip(count, values, strict=True):
-                            count[what][number] = value
-                    if number == len(steps) - 1:
-                        self._report(ensemble, y, index, labels, winner, images, maker)
-                    if file:
-                        self._keep(file, torch.tensor(list(count.values())), labels, winner, images, share, maker)
-                counts = (tuple(row) for row in count.values())
-                yield step, Besieged(eps, labels.clone(), winner.clone(), images.clone(), *counts)
-            before += len(steps)
+            attacks = [(goal, step) for goal in GOALS for step in self.steps(eps)]
+            count = torch.zeros(len(_COUNTS), len(attacks), dtype=torch.int64)
+            for number, (goal, step) in enumerate(attacks):
+                done = partial(self._attack, chosen, x, goal, step, number, since, count)
+                state = self._once(f"{name}-{eps!r}-{number}", done)
+                count = state.pop("count")
+                chosen.restore(state)
+                last = number == len(attacks) - 1
+                votes = self._once(f"{name}-{eps!r}-report", chosen.vote) if last else None
+                counts = (tuple(row) for row in count.tolist())
+                yield step, SuiteResult(eps, *chosen.worst_cases(votes), *counts)
+            since += len(attacks)
 
-    def _report(
-        self,
-        ensemble: ItoEnsemble,
-        y: Tensor,
-        index: Tensor,
-        labels: Tensor,
-        winner: Tensor,
-        images: Tensor,
-        maker: Tensor,
-    ) -> None:
-        """Decide on what was kept at this radius, and set right what the selection thought of it."""
-        rows = (labels == y).nonzero()[:, 0]
+    def _attack(
+        self, chosen: Selection, x: Tensor, goal: str, step: Step, number: int, since: int, count: Tensor
+    ) -> dict[str, Tensor]:
+        """Run one attack on what stands, and give all that is to be kept of it."""
+        rows, count = chosen.standing(goal), count.clone()
         if len(rows):
-            labels[rows] = self.decide(ensemble, images[rows], y[rows], index[rows])
-            winner[rows] = torch.where(labels[rows] == y[rows], -1, maker[rows])
+            start = chosen.held[goal].images[rows] if step.warm or goal == "evasion" else None
+            attack, model = replace(step.attack, goal=goal), self._through(step, chosen.ensemble, x)
+            found = attack.run(model, x[rows], chosen.y[rows], self.seed, chosen.index[rows], start)
+            fallen = chosen.meet(rows, found.images, since + number, since)[goal]
+            values = (len(rows), int(fallen.sum()), found.forwards, found.backwards, int(found.blind.sum()))
+            count[:, number] = torch.tensor(values)
+        return {"count": count, **chosen.state()}
 
     def _through(self, step: Step, ensemble: ItoEnsemble, x: Tensor) -> nn.Module | Target:
         if step.through != "itself":
             return self.surrogates[step.through]
         return KnownPaths(ensemble, x, self.seed) if self.noise == "known" else ensemble
 
+    def _once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``make`` gives; found again in the state, if there is one, when it was made before."""
+        if self.state is None:
+            return make()
+        file = self.state / f"{name}.safetensors"
+        if file.is_file():
+            return load_file(file)
+        made = make()
+        self._keep(file, made)
+        return made
+
     @staticmethod
-    def _keep(file: Path, count: Tensor, *state: Tensor) -> None:
-        tensors = {k: v.cpu().contiguous() for k, v in zip(_STATE, state, strict=True)}
-        tensors["count"] = count
+    def _keep(file: Path, tensors: dict[str, Tensor]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, safetensors_bytes(tensors))
+        # Copies: safetensors refuses tensors that share memory, as the votes of two equal worst cases do.
+        write_atomically(file, safetensors_bytes({k: v.cpu().clone().contiguous() for k, v in tensors.items()}))
 
 
-def joined(parts: Sequence[Besieged]) -> Besieged:
+def joined(parts: Sequence[SuiteResult]) -> SuiteResult:
     """Batches of one radius as one."""
+
+    def case(goal: str) -> WorstCase:
+        cases = [getattr(part, goal) for part in parts]
+        images, source, labels = (
+            torch.cat([getattr(c, name).cpu() for c in cases]) for name in ("images", "source", "labels")
+        )
+        return WorstCase(images, source, labels, torch.cat([c.votes.cpu() for c in cases], -2))
 
     def sums(what: str) -> tuple[int, ...]:
         return tuple(map(sum, zip(*(getattr(part, what) for part in parts), strict=True)))
 
-    def whole(what: str) -> Tensor:
-        return torch.cat([getattr(part, what).cpu() for part in parts])
-
-    return Besieged(
-        parts[0].eps,
-        whole("labels"),
-        whole("winner"),
-        whole("images"),
-        sums("forwards"),
-        sums("backwards"),
-        sums("met"),
-        sums("felled"),
-    )
+    return SuiteResult(parts[0].eps, case("denial"), case("evasion"), *map(sums, _COUNTS))
 
 
 def least_norm(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
@@ -11,23 +13,22 @@ from problems import random_images
 from torch import Tensor, nn
 
 import neuralsde_ito as ito
-from neuralsde_ito import suite as suite_module
 from neuralsde_ito.attacks import APGD, BALLS, PGD, Square
 from neuralsde_ito.attacks.peers import PEERS, OnePath, check_peer, peer_attack
 from neuralsde_ito.evaluation import NoiseFree
-from neuralsde_ito.suite import Besieged, Step, Suite, joined, least_norm, standard
+from neuralsde_ito.suite import Step, Suite, SuiteResult, joined, least_norm, standard
 
 N = 12
 
 
 @pytest.fixture(scope="module")
 def ensemble() -> ito.ItoEnsemble:
-    """Two members whose blocks are small, so that votes are neither all clear nor all chance."""
-    torch.manual_seed(0)
+    """Three members whose blocks are small, so that votes are neither all clear nor all chance."""
+    torch.manual_seed(2)
     net = ito.Chain(
         nn.Conv2d(1, 4, 3, 2), [nn.Identity(), nn.Identity()], nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
     )
-    return ito.ItoEnsemble([ito.recast(net, w, image_shape=(1, 8, 8)) for w in (0.05, 0.08)], 5).eval()
+    return ito.ItoEnsemble([ito.recast(net, w, image_shape=(1, 8, 8)) for w in (0.1, 0.2, 0.3)], 5).eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,10 @@ def x() -> Tensor:
 
 @pytest.fixture(scope="module")
 def y(ensemble, x) -> Tensor:
-    labels = ito.ItoEnsemble(ensemble.members, 5).predict(x).labels
-    return labels.clamp_min(0)
+    """The likeliest class; of the first image another."""
+    labels = ensemble.predict(x, full=True).votes.sum(0).argmax(1)
+    labels[0] = (labels[0] + 1) % 4
+    return labels
 
 
 def steps(eps: float) -> list[Step]:
@@ -54,48 +57,57 @@ def suite(ensemble, **settings) -> Suite:
     return Suite(steps, {"noise-free": NoiseFree(ensemble)}, **settings)
 
 
-def last(made, radii) -> list[Besieged]:
-    """How every radius stands after its last step."""
+def last(made, radii) -> list[SuiteResult]:
+    """How every radius stands after its last attack."""
     by = {reached.eps: reached for _, reached in made}
     return [by[eps] for eps in radii]
 
 
-RADII = [0.01, 0.04, 0.3]
+RADII = [0.02, 0.06, 0.12]
+CASES = ("denial", "evasion")
 
 
 @pytest.fixture(scope="module")
-def alone(ensemble, x, y) -> list[Besieged]:
+def alone(ensemble, x, y) -> list[SuiteResult]:
     return last(suite(ensemble).run(ensemble, x, y, torch.arange(N), RADII), RADII)
 
 
 def test_images_lie_in_the_ball_and_labels_are_the_reports(ensemble, x, y, alone):
     for eps, found in zip(RADII, alone, strict=True):
-        assert float(BALLS["linf"].length(found.images - x).max()) <= eps + 1e-6
-        decided = ensemble.predict(found.images, 0, torch.arange(N)).labels
-        assert torch.equal(decided, found.labels)
-        assert torch.equal(found.winner == -1, found.labels == y)
-    assert (alone[0].labels == y).any()
-    assert (alone[-1].winner >= 0).any()
+        for case in (found.denial, found.evasion):
+            assert float(BALLS["linf"].length(case.images - x).max()) <= eps + 1e-6
+            decided = ensemble.predict(case.images, 0, torch.arange(N), full=True)
+            assert torch.equal(decided.labels, case.labels)
+            assert torch.equal(decided.votes[None], case.votes)
+            assert (case.images == x).flatten(1).all(1)[case.source == -1].all()
+    assert (alone[0].denial.labels == y).any()
+    assert (alone[-1].denial.source >= 0).any()
 
 
-def test_what_fell_stays_fallen(y, alone):
-    for small, large in itertools.pairwise(alone):
-        fell = small.winner >= 0
-        assert torch.equal(small.labels[fell], large.labels[fell])
-        assert torch.equal(small.images[fell], large.images[fell])
-        assert torch.equal(small.winner[fell], large.winner[fell])
-        assert int((large.labels == y).sum()) <= int((small.labels == y).sum())
+def test_images_are_carried_to_larger_radii_and_sources_are_numbered_through(alone):
+    for level, (small, large) in enumerate(itertools.pairwise(alone)):
+        for goal in CASES:
+            one, two = getattr(small, goal), getattr(large, goal)
+            same = one.source == two.source
+            assert same.any()
+            assert torch.equal(one.images[same], two.images[same])
+            assert torch.equal(one.labels[same], two.labels[same])
+            assert (two.source[~same] >= 8 * (level + 1)).all()  # two goals of four steps at each radius
+            assert int(two.source.max()) < 8 * (level + 2)
 
 
-def test_each_attack_meets_what_the_last_ones_left(y, alone):
-    standing = int((y == alone[0].labels).sum() + (alone[0].winner >= 0).sum())
+def test_each_attack_meets_what_the_last_ones_left(alone):
+    standing = None
     for found in alone:
-        for met, felled in zip(found.met, found.felled, strict=True):
-            assert met == standing
-            standing -= felled
-        standing = int((found.winner == -1).sum())
-        assert found.backwards[3] == 0
-        assert found.forwards[3] > 0 or found.met[3] == 0
+        assert len(found.met) == 8
+        for met, felled in zip(found.met[:4], found.felled[:4], strict=True):
+            assert standing is None or met == standing
+            standing = met - felled
+        for met, felled, after in zip(found.met[4:], found.felled[4:], found.met[5:], strict=False):
+            assert after == met - felled
+        for square in (3, 7):
+            assert found.backwards[square] == 0
+            assert found.forwards[square] > 0 or found.met[square] == 0
 
 
 def test_no_vote_of_the_report_chooses(ensemble, x, y, monkeypatch):
@@ -107,26 +119,72 @@ def test_no_vote_of_the_report_chooses(ensemble, x, y, monkeypatch):
         return predict(self, x, seed, index, purpose, **settings)
 
     monkeypatch.setattr(ito.ItoEnsemble, "predict", record)
-    list(suite(ensemble).run(ensemble, x, y, torch.arange(N), [0.04]))
+    list(suite(ensemble).run(ensemble, x, y, torch.arange(N), [0.04, 0.1]))
     purposes = [purpose for purpose, _ in asked]
-    assert purposes[0] == purposes[-1] == "report"
-    assert set(purposes[1:-1]) == {"selection"}
+    first = purposes.index("report")
+    assert set(purposes[:first]) == {"selection"}
+    assert purposes.count("report") <= 4  # once a radius and goal, on what was kept
+    assert sum(size for purpose, size in asked if purpose == "report") < 4 * N  # what was carried keeps its votes
 
 
-@pytest.mark.parametrize("kill", [1, 4, 6])
-def test_a_killed_suite_goes_on_as_if_nothing_had_happened(ensemble, x, y, alone, tmp_path, kill, monkeypatch):
-    begun = suite(ensemble, state=tmp_path).run(ensemble, x, y, torch.arange(N), RADII)
-    for _ in range(kill):
-        next(begun)
-    ran = []
-    through = suite_module.Suite._through
-    monkeypatch.setattr(suite_module.Suite, "_through", lambda self, *a: ran.append(1) or through(self, *a))
-    again = last(suite(ensemble, state=tmp_path).run(ensemble, x, y, torch.arange(N), RADII), RADII)
-    for one, two in zip(alone, again, strict=True):
-        for name in ("labels", "winner", "images"):
-            assert torch.equal(getattr(one, name), getattr(two, name))
-        assert (one.forwards, one.backwards, one.met, one.felled) == (two.forwards, two.backwards, two.met, two.felled)
-    assert len(ran) <= len(RADII) * 4 - kill  # what was done is not done again
+def equal(one: SuiteResult, two: SuiteResult) -> bool:
+    """Of all fields, and of all of theirs."""
+    return all(
+        all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)) if is_dataclass(a) else a == b
+        for a, b in ((getattr(one, f.name), getattr(two, f.name)) for f in fields(one))
+    )
+
+
+def test_a_suite_killed_after_any_step_goes_on_as_if_nothing_had_happened(ensemble, x, y, alone, tmp_path, monkeypatch):
+    radii, keep, order, some = RADII[1:], Suite._keep, [], torch.arange(0, N, 2)
+
+    def run(**settings) -> list[SuiteResult]:
+        return last(suite(ensemble, **settings).run(ensemble, x[some], y[some], some, radii), radii)
+
+    whole = run()
+    assert all(max(found.felled[:4]) and max(found.felled[4:]) for found in whole)  # there is credit to be lost
+
+    def record(file, tensors):
+        keep(file, tensors)
+        order.append(file)
+
+    monkeypatch.setattr(Suite, "_keep", staticmethod(record))
+    run(state=tmp_path / "whole")
+    steps = list(order)
+    assert len(steps) == 1 + len(radii) * 9  # the clean images; at each radius eight attacks and the report
+    for kill in range(len(steps)):
+        state = tmp_path / str(kill)
+        state.mkdir()
+        for file in steps[:kill]:
+            shutil.copy(file, state)
+        order.clear()
+        again = run(state=state)
+        assert all(itertools.starmap(equal, zip(whole, again, strict=True))), kill
+        assert [file.name for file in order] == [file.name for file in steps[kill:]]  # what was done is not done again
+
+
+def test_a_suite_killed_at_every_step_ends_as_if_nothing_had_happened(ensemble, x, y, alone, tmp_path, monkeypatch):
+    keep, kills = Suite._keep, 0
+
+    def stop(file, tensors):
+        keep(file, tensors)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Suite, "_keep", staticmethod(stop))
+    while True:
+        try:
+            again = last(suite(ensemble, state=tmp_path).run(ensemble, x, y, torch.arange(N), RADII), RADII)
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills == 1 + len(RADII) * 9
+    assert all(itertools.starmap(equal, zip(alone, again, strict=True)))
+
+
+def test_radii_that_print_alike_are_not_taken_for_one_another(ensemble, x, y, tmp_path):
+    radii = [0.1, 0.1 + 1e-9]
+    first, second = last(suite(ensemble, state=tmp_path).run(ensemble, x, y, torch.arange(N), radii), radii)
+    assert first.met[0] - sum(first.felled[:4]) == second.met[0]
 
 
 def test_batches_are_joined(ensemble, x, y, alone):
@@ -136,20 +194,22 @@ def test_batches_are_joined(ensemble, x, y, alone):
     ]
     for level, whole in enumerate(alone):
         found = joined([part[level] for part in parts])
-        assert torch.equal(found.labels, whole.labels)
+        for goal in CASES:
+            assert torch.equal(getattr(found, goal).labels, getattr(whole, goal).labels)
+            assert torch.equal(getattr(found, goal).votes, getattr(whole, goal).votes)
         assert (found.met, found.felled) == (whole.met, whole.felled)
         assert found.backwards == whole.backwards
 
 
-def left(made: list[Besieged]) -> int:
-    return int((made[-1].winner == -1).sum())
+def left(made: list[SuiteResult], y: Tensor) -> int:
+    return int((made[-1].denial.labels == y).sum())
 
 
 def test_whoever_knows_the_paths_or_asks_often_leaves_no_more(ensemble, x, y, alone):
     known = last(suite(ensemble, noise="known").run(ensemble, x, y, torch.arange(N), RADII[:2]), RADII[:2])
-    assert left(known) <= left(alone[:2])
+    assert left(known, y) <= left(alone[:2], y)
     often = last(suite(ensemble, repeat=5).run(ensemble, x, y, torch.arange(N), RADII[:2]), RADII[:2])
-    assert left(often) <= left(alone[:2])
+    assert left(often, y) <= left(alone[:2], y)
 
 
 def test_fixed_noise_is_the_same_for_all_images(ensemble, x, y):

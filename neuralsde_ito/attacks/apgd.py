@@ -35,25 +35,24 @@ class APGD(Attack):
             share += length
         return sorted({*ends, self.steps})
 
-    def _climb(
-        self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor, attempt: int
-    ) -> Tensor:
+    def _climb(self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor) -> Tensor:
         ball = BALLS[self.norm]
         if start is None:
-            keys = make_keys(panels.seed, "gradient", member=-1, inference=attempt, index=panels.index[rows])
+            keys = make_keys(panels.seed, "gradient", member=-1, inference=panels.attempt, index=panels.index[rows])
             start = ball.start(x, self.eps, keys).clamp(0, 1)
         adv = start
         here = torch.arange(len(x), device=x.device)  # the images still in the batch
-        first = attempt * (self.steps + 1)
 
         def look(adv: Tensor, here: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
             """The loss that decides, the gradient, and who has fallen."""
             names = rows[here]
-            loss, logits, gradient = panels.ascend(objective, adv, names, first + step)
+            loss, logits, gradient = panels.ascend(objective, adv, names, step)
             if panels.noisy:
-                logits = panels.judge(adv, names, 1 + first)
-                loss = objective(logits, panels.labels[names])
-            done = panels.beaten(adv, names, logits, 2 + first + step) if self.stop else loss > torch.inf
+                logits = panels.judge(adv, names, 0)
+                loss = panels.loss(objective, logits, names)
+            done = (
+                panels.beaten(adv, names, logits, 1 + step) if self.stop else torch.zeros_like(names, dtype=torch.bool)
+            )
             return loss, gradient, done
 
         loss, gradient, done = look(adv, here, 0)

@@ -13,8 +13,8 @@ from ..ensemble import ItoEnsemble, evaluating
 from ..recast import ItoResNet
 from ..validation import ItoError, nearest
 from .ball import BALLS, check_eps
-from .objective import AIMED, OBJECTIVES, Objective, Target, as_target
-from .panels import Panels, right_share
+from .objective import AIMED, OBJECTIVES, Objective, Target, answered, as_target
+from .panels import GOALS, Panels
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,16 @@ class Attacked:
 
     Attributes:
         images: ``(N, C, H, W)``, inside the ball and [0, 1].
-        fooled: bool ``(N,)``, the right class lost on the selection panel. A claim to be checked on a report panel.
+        fooled: bool ``(N,)``, the goal was reached on the selection panel. A claim to be checked on a report panel.
         forwards, backwards: inferences made without and with a gradient, over all images and paths.
+        blind: bool ``(N,)``, some gradient was not finite: that such an image survives is no sign of robustness.
     """
 
     images: Tensor
     fooled: Tensor
     forwards: int
     backwards: int
+    blind: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class Attack:
         objective: a name in `OBJECTIVES`.
         targets: for an objective that aims at a class: how many wrong classes are tried, the likeliest first.
         stop: whether an image leaves the batch as soon as it is fooled beyond luck: wrong on the gradient's
-            paths and with at most 15 % of the selection's paths for the right class.
+            paths and with at most 15 % of the selection's paths for the right class (under evasion: not for one
+            wrong class).
+        goal: ``denial``, the right class loses its majority, so that the answer is wrong or there is none; or
+            ``evasion``, a wrong class gets the majority. They differ where there are several paths.
     """
 
     norm: str = "linf"
@@ -60,12 +65,15 @@ class Attack:
     objective: str = "mean-loss"
     targets: int = 9
     stop: bool = True
+    goal: str = "denial"
 
     def __post_init__(self) -> None:
         if self.norm not in BALLS:
             raise ItoError(nearest("norm", self.norm, BALLS))
         if self.objective not in OBJECTIVES:
             raise ItoError(nearest("objective", self.objective, OBJECTIVES))
+        if self.goal not in GOALS:
+            raise ItoError(nearest("goal", self.goal, GOALS))
         object.__setattr__(self, "eps", check_eps(self.norm, self.eps))
         for name in ("steps", "restarts", "eot", "selection", "targets"):
             value = getattr(self, name)
@@ -91,8 +99,10 @@ class Attack:
             index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
             start: where the first attempt begins, ``(N, C, H, W)`` inside the ball: what another attack found.
 
+        Warns where a gradient is not finite: its entries that are not become 0, and the attack goes on.
+
         Raises:
-            ItoError: images or labels that cannot be, or a gradient that is not finite.
+            ItoError: images or labels that cannot be.
         """
         if isinstance(model, ItoResNet):
             model = ItoEnsemble([model])
@@ -112,7 +122,7 @@ class Attack:
         self, target: Target, x: Tensor, y: Tensor, seed: int, index: Tensor, start: Tensor | None
     ) -> Attacked:
         """Restart after restart, class after class, on the images that still stand."""
-        panels = Panels(target, y, seed, index, self.eot, self.selection)
+        panels = Panels(target, y, seed, index, self.eot, self.selection, self.goal, self.steps + 2)
         if panels.noisy and self.eot == 1:
             warnings.warn(
                 "A randomised model is attacked with one path a gradient (eot=1): the attack is weak, "
@@ -123,30 +133,40 @@ class Attack:
         everyone = torch.arange(len(x), device=x.device)
         ranking = None
         if self.objective in AIMED and len(x):
-            shares = panels.judge(x, everyone, 0).softmax(-1).mean(0)
+            shares = panels.rank(x, everyone)
             ranking = shares.scatter(1, y[:, None].clamp(0, shares.shape[1] - 1), -1).argsort(1, descending=True)
         best, lead = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         classes = 1 if ranking is None else min(self.targets, ranking.shape[1] - 1)
-        for attempt in range(self.restarts * classes):
+        for panels.attempt in range(self.restarts * classes):
             rows = (~fooled).nonzero()[:, 0]
             if not len(rows):
                 break
             if ranking is not None:
-                panels.labels = torch.stack([y, ranking[:, attempt % classes]], 1)
-            begin = None if start is None or attempt >= classes else start[rows]
-            found = self._climb(panels, objective, x[rows], begin, rows, attempt)
-            # The candidates of all attempts meet the same selection paths. A class aimed at is no measure across them.
-            logits = panels.judge(found, rows, 0)
-            loss = OBJECTIVES["mean-loss" if ranking is not None else self.objective](logits, y[rows])
-            lost = right_share(logits, y[rows]) <= 0.5
+                panels.labels = torch.stack([y, ranking[:, panels.attempt % classes]], 1)
+            begin = None if start is None or panels.attempt >= classes else start[rows]
+            found = self._climb(panels, objective, x[rows], begin, rows)
+            logits = panels.compare(found, rows)
+            lost, loss = panels.lost(logits, rows), self._measure(logits, y[rows])
             ahead = lost | (loss > lead[rows])
             won = rows[ahead]
             best[won], lead[won], fooled[won] = found[ahead], loss[ahead], lost[ahead]
-        return Attacked(best, fooled, panels.forwards, panels.backwards)
+        if bool(panels.blind.any()):
+            blind, survive = int(panels.blind.sum()), int((panels.blind & ~fooled).sum())
+            warnings.warn(
+                f"The gradient is not finite at {blind} of {len(x)} images: the model overflows or divides by zero "
+                f"there, and that {survive} of them survive is no sign of robustness.",
+                stacklevel=3,
+            )
+        return Attacked(best, fooled, panels.forwards, panels.backwards, panels.blind)
 
-    def _climb(
-        self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor, attempt: int
-    ) -> Tensor:
+    def _measure(self, logits: Tensor, y: Tensor) -> Tensor:
+        """By what the candidates of several attempts are compared, ``(N,)``: a class aimed at is no measure of them."""
+        if self.goal == "evasion":  # the mean probability of the best wrong class
+            return answered(logits).softmax(-1).mean(0).scatter(1, y[:, None], 0).amax(1)
+        loss = OBJECTIVES["mean-loss" if self.objective in AIMED else self.objective](logits, y)
+        return loss.nan_to_num(nan=torch.finfo(loss.dtype).min)
+
+    def _climb(self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor) -> Tensor:
         """One attempt on images ``x`` of numbers ``rows``: from ``start`` (None: the attack's own) to what is kept."""
         raise NotImplementedError

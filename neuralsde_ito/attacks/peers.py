@@ -94,4 +94,4 @@ def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: st
     forwards, backwards = model.forwards - model.backwards, model.backwards
     with torch.no_grad():
         fooled = right_share(torch.stack([model(images) for _ in range(20 if model.noisy else 1)]), y) <= 0.5
-    return Attacked(images, fooled, forwards, backwards)
+    return Attacked(images, fooled, forwards, backwards, torch.zeros_like(fooled))

@@ -16,7 +16,7 @@ from ..validation import ItoError, nearest
 from .attempts import Attack
 from .ball import BALLS
 from .objective import Objective
-from .panels import Panels, right_share
+from .panels import Panels
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,10 @@ class PGD(Attack):
         """The step size in pixel units."""
         return 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
 
-    def _climb(
-        self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor, attempt: int
-    ) -> Tensor:
+    def _climb(self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor) -> Tensor:
         ball, adv = BALLS[self.norm], x if start is None else start
-        if start is None and (self.random_start or attempt):
-            keys = make_keys(panels.seed, "gradient", member=-1, inference=attempt, index=panels.index[rows])
+        if start is None and (self.random_start or panels.attempt):
+            keys = make_keys(panels.seed, "gradient", member=-1, inference=panels.attempt, index=panels.index[rows])
             adv = ball.start(x, self.eps, keys).clamp(0, 1)
         # Of the iterate that is kept: its loss, and whether it fools.
         kept, highest = adv.clone(), torch.full_like(x[:, 0, 0, 0], -torch.inf)
@@ -66,25 +64,24 @@ class PGD(Attack):
             if step == self.steps and self.keep == "last":
                 kept[here] = adv
                 break
-            draw = attempt * (self.steps + 1) + step
             names = rows[here]
             if step < self.steps:
-                loss, logits, gradient = panels.ascend(objective, adv, names, draw)
+                loss, logits, gradient = panels.ascend(objective, adv, names, step)
             elif panels.noisy:  # the last iterate meets the best one on paths of which neither was made
                 pair = torch.cat([adv, kept[here]])
-                logits = panels.judge(pair, names.repeat(2), 1 + draw)
-                last, best = objective(logits, panels.labels[names.repeat(2)]).chunk(2)
+                logits = panels.judge(pair, names.repeat(2), step)
+                last, best = panels.loss(objective, logits, names.repeat(2)).chunk(2)
                 kept[here[last > best]] = adv[last > best]
                 break
             else:  # the last iterate is only judged
-                logits = panels.judge(adv, names, draw)
-                loss = objective(logits, panels.labels[names])
+                logits = panels.judge(adv, names, step)
+                loss = panels.loss(objective, logits, names)
             # Without noise, an iterate that fools comes before one that does not, however high the loss of that.
             # With noise it may have been a lucky draw, and the loss is the better judge.
-            lost = (right_share(logits, panels.labels[names]) <= 0.5) & (not panels.noisy)
+            lost = panels.lost(logits, names) & (not panels.noisy)
             better = torch.where(lost == leads[here], loss > highest[here], lost)
             kept[here[better]], highest[here[better]], leads[here[better]] = adv[better], loss[better], lost[better]
-            done = panels.beaten(adv, names, logits, 1 + draw) if self.stop else torch.zeros_like(lost)
+            done = panels.beaten(adv, names, logits, step) if self.stop else torch.zeros_like(lost)
             kept[here[done]] = adv[done]
             if step == self.steps or bool(done.all()):
                 break

@@ -15,7 +15,7 @@ from ..noise import make_keys, normals
 from ..validation import ItoError
 from .attempts import Attack
 from .ball import BALLS
-from .objective import Objective, margin
+from .objective import Objective
 from .panels import Panels
 
 
@@ -25,14 +25,18 @@ class Square(Attack):
 
     Attributes:
         steps: queries.
+        objective: ``margin``, the only one that it climbs.
         share: of the pixels that the first squares cover.
     """
 
     steps: int = 5000
+    objective: str = "margin"
     share: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.objective != "margin":
+            raise ItoError(f"Square climbs the margin and no other objective, got {self.objective!r}; leave it out.")
         if not 0 < self.share <= 1:
             raise ItoError(f"share must be above 0 and at most 1, got {self.share}.")
 
@@ -43,21 +47,19 @@ class Square(Attack):
         side = round((self.share / 2**halvings * height * width) ** 0.5)
         return max(1, min(side, height, width))
 
-    def _climb(
-        self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor, attempt: int
-    ) -> Tensor:
+    def _climb(self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor) -> Tensor:
         ball = BALLS[self.norm]
 
         def draw(step: int, names: Tensor, size: int) -> Tensor:
             """Uniform numbers ``(N, size)``, of each image's own."""
-            keys = make_keys(panels.seed, "gradient", member=-2, inference=attempt, index=panels.index[names])
+            keys = make_keys(panels.seed, "gradient", -2, panels.attempt, panels.index[names])
             return torch.special.ndtr(normals(keys, size, step, dtype=x.dtype))
 
         def ask(adv: Tensor, names: Tensor, query: int) -> tuple[Tensor, Tensor]:
             """The margin, and who has fallen."""
-            logits = panels.judge(adv, names, attempt, "gradient")
-            done = panels.beaten(adv, names, logits, 1 + attempt * (self.steps + 1) + query)
-            return margin(logits, panels.labels[names]).mean(0), done
+            logits = panels.judge(adv, names, 0, "gradient")
+            done = panels.beaten(adv, names, logits, query) if self.stop else torch.zeros_like(names, dtype=torch.bool)
+            return panels.loss(objective, logits, names), done
 
         here = torch.arange(len(x), device=x.device)
         adv = self._begin(x, draw(0, rows, 4 * x[0].numel())) if start is None else start
