@@ -102,13 +102,13 @@ class Evidence:
 
 def evidence_of(
     results: Sequence[SuiteResult],
+    clean_votes: Tensor,
     ensemble: ItoEnsemble,
     suite: Suite,
     split: Split,
     x: Tensor,
     y: Tensor,
     index: Tensor,
-    batch_size: int = 250,
     command: str = "",
     config: dict[str, Any] | None = None,
 ) -> Evidence:
@@ -116,16 +116,14 @@ def evidence_of(
 
     Args:
         results: of all radii, rising, up to this one, each of all images.
+        clean_votes: ``(repeat, members, N, classes)``, `Suite.votes` of the originals.
         ensemble, suite: the defender, and what attacked it.
         split: the whole test split from which the images were chosen.
         x, y, index: images ``(N, C, H, W)``, true labels and names ``(N,)``, as the suite had them.
-        batch_size: images at a time; not in the result.
         command, config: see `Evidence`; the radii are added to ``config["suite"]``.
     """
     radii, last = [result.eps for result in results], results[-1]
-    names = torch.zeros_like(index) if suite.noise == "fixed" else index
-    clean_votes = votes_of(ensemble, x, suite.seed, names, suite.repeat, batch_size)
-    config = config or {}
+    clean_votes, config = clean_votes.cpu(), config or {}
     return Evidence(
         norm=suite.steps(last.eps)[0].attack.norm,
         eps=last.eps,
