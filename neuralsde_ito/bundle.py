@@ -235,14 +235,15 @@ def save_bundle(folder: str | Path, evidence: Evidence) -> None:
         raise ItoError(f"The folder {str(folder)!r} is not empty; a bundle is never written over.")
     check_evidence(evidence)
     check_images(evidence.originals)
-    tensors = {"originals": evidence.originals.detach().cpu().contiguous()}
+    tensors = {"originals": evidence.originals}
     for name, case in cases_of(evidence).items():
         check_images(case.images)
         longest = float(norms_of(evidence, case).amax())
         if not longest <= evidence.eps + ROUNDING:
             raise ItoError(f"A perturbation has the {evidence.norm} norm {longest:g}, more than eps {evidence.eps:g}.")
-        tensors[name] = case.images.detach().cpu().contiguous()
-    content = safetensors_bytes(tensors)
+        tensors[name] = case.images
+    # Copies: safetensors refuses tensors that share memory, as two equal worst cases may.
+    content = safetensors_bytes({name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()})
     files = {
         IMAGES: content,
         RECORDS: _records(evidence, hashlib.sha256(content).hexdigest()).encode(),

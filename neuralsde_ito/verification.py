@@ -53,13 +53,14 @@ from .ensemble import ItoEnsemble, evaluating
 from .outcomes import ABSTAIN, Paired, Rate
 from .selection import worst_labels
 from .suite import KnownPaths, Step, Suite, SuiteResult
-from .validation import ItoError, shown, whole_number
+from .validation import ItoError, whole_number
 
 LEVEL = 0.01  # at most so many honest bundles fail by chance, all tests together
 _EACH = LEVEL / 10  # of each of the tests: clean, denial, evasion, three of order, two attacks again, images met, costs
 # What another machine's last bits may change; none of it differs on one machine (measured).
 _TIES = 0.002  # of all inferences, and of the images' labels
 _SPARE = 20  # one image of so many that are attacked again with the bundle's own seed
+_IMAGES = ("true labels", "original images")  # the claims without which votes and attacks are of something else
 _APART = 0.3  # of a perturbation's length: what two runs of one attack differ by, where a few signs of a gradient flip
 
 
@@ -136,8 +137,9 @@ def verify_bundle(
     whole_number("sample", sample)
     if seed is None:
         seed = secrets.randbits(62)
-    if abs(seed - evidence.seed) <= evidence.repeat + 3:  # reports and selections count upward from a seed
-        raise ItoError(f"The seed {seed} is too near the bundle's own, {evidence.seed}: the same noise would be met.")
+    if abs(seed - evidence.seed) < evidence.repeat:  # reports count upward from a seed
+        own = f"{evidence.seed}" + (f" to {evidence.seed + evidence.repeat - 1}" if evidence.repeat > 1 else "")
+        raise ItoError(f"With the seed {seed} the noise would be the bundle's own (seed {own}); give another.")
     claims = [_ball(evidence), _unattacked(evidence), _labels(evidence), _order(evidence)]
     claims += _data(evidence, split)
     defender = _defender(evidence, ensemble)
@@ -147,8 +149,8 @@ def verify_bundle(
     if not defender.stands or ensemble is None:
         names = ["clean votes", "denial's votes", "evasion's votes", "votes on fresh noise", "attacks made again"]
         return Verification((*claims, *(_absent(name, "no such ensemble to compare with") for name in names)), seed)
-    if split is not None and next(split.first(1).batches(1))[1].shape[1:] != evidence.originals.shape[1:]:
-        return Verification((*claims, _absent("votes and attacks", "images of another shape")), seed)
+    if split is not None and not all(claim.stands for claim in claims if claim.name in _IMAGES):
+        return Verification((*claims, _absent("votes and attacks", "not the data set's images")), seed)
     claims += _replayed(evidence, ensemble, batch_size, tick)
     claims += _fresh(evidence, ensemble, seed, batch_size, tick)
     if not settings.stands or suite is None:
@@ -269,7 +271,7 @@ def _sources(evidence: Evidence, radii: list[float]) -> Claim:
 def _data(evidence: Evidence, split: Split | None) -> Iterator[Claim]:
     """The split, and whether the images are the split's own choice of so many: else whoever fell could be left out."""
     prints, n = evidence.fingerprints, len(evidence.index)
-    claimed = {name: shown(prints.get(name))[1:13] if name in prints else "none" for name in ("split", "choice")}
+    claimed = {name: str(prints.get(name))[:12] for name in ("split", "choice")}
     if split is None:
         for name in ("data split", "choice of images", "true labels", "original images"):
             yield _absent(name, "no data to compare with")
@@ -296,7 +298,7 @@ def _defender(evidence: Evidence, ensemble: ItoEnsemble | None) -> Claim:
     """Weights and solver by fingerprint, and how the ensemble votes."""
     name, members = "ensemble", evidence.clean_votes.shape[1]
     vote = f"{members} x {evidence.inferences}, {evidence.rule}"
-    claimed = f"{shown(evidence.fingerprints.get('weights', 'none'))[1:13]}, {vote}"
+    claimed = f"{str(evidence.fingerprints.get('weights'))[:12]}, {vote}"
     if ensemble is None:
         return Claim(name, claimed, "no ensemble to compare with", False)
     found = fingerprint(ensemble)
@@ -310,7 +312,7 @@ def _settings(evidence: Evidence, suite: Suite | None, radii: list[float]) -> Cl
     """The norm, and the names of all attacks at all radii."""
     settings = evidence.config.get("suite")
     said = settings if isinstance(settings, dict) else {}
-    claimed = f"{shown(said.get('name', 'none'), 30)}, effort {shown(said.get('effort', 'none'), 12)}"
+    claimed = f"{str(said.get('name'))[:30]}, effort {str(said.get('effort'))[:12]}"
     if suite is None:
         return Claim("suite", claimed, "no suite to compare with", False)
     try:
