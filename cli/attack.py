@@ -193,8 +193,17 @@ def _tables(sweep: Sweep, attacks: list[PGD], labels: dict[float, str], data: st
             rows.append(["", name, "", *output.outcome_cells(Outcomes.of(found, sweep.truth)), ""])
         base, ito = sweep.worst_resnet(level), sweep.worst(level)
         paired = Paired.of(base == sweep.truth, ito == sweep.truth)
-        cells = output.outcome_cells(Outcomes.of(ito, sweep.truth))
         own = output.percent(Outcomes.of(base, sweep.truth).rate("correct"))
+        denial, evasion = (Outcomes.of(case[level].labels, sweep.truth) for case in (sweep.denial, sweep.evasion))
+        cells = [
+            output.percent(rate)
+            for rate in (
+                denial.rate("correct"),
+                evasion.rate("wrong"),
+                denial.rate("abstained"),
+                evasion.rate("correct", "abstained"),
+            )
+        ]
         rows.append(["", "strongest", own, *cells, output.p_value(paired.p)])
         rows[-1 - len(sweep.labels[level])][0] = labels[eps]
     headers = [
@@ -208,18 +217,24 @@ def _tables(sweep: Sweep, attacks: list[PGD], labels: dict[float, str], data: st
         "paired",
     ]
     output.table(rows, headers)
-    backwards = sum(cost[0] for level in sweep.cost for cost in level.values())
+    costs = [*(cost for level in sweep.cost for cost in level.values()), *sweep.evasion_cost]
+    backwards, spent = sum(cost[0] for cost in costs), sum(cost[0] for cost in sweep.resnet_cost)
     click.echo()
     output.sentence(
         f"Attack: {first.steps} step{'s' * (first.steps > 1)} of {length} from {start}, {first.restarts} "
         f"restart{'s' * (first.restarts > 1)}, {first.eot} paths a gradient, objective {first.objective}, {first.keep} "
-        f"iterate; {backwards:,} gradients in {seconds:.0f} s. Votes are on paths that no attack saw."
+        f"iterate; {backwards:,} gradients for the ensemble and {spent:,} for the ResNet in {seconds:.0f} s. Votes are "
+        "on paths that no attack saw."
     )
     output.sentence(
-        "Strongest: the worst answer per image over all rows up to this eps; for the ResNet, PGD on itself. This is an "
-        "upper bound on robustness: a stronger attack may leave less. 'paired': McNemar's exact test, ResNet "
-        "against ensemble, in their strongest rows."
+        "Strongest: per image the worst case over all rows up to this eps, chosen by votes of their own, then voted on "
+        "once. Its correct and abstained: where the attack wants no right answer (denial); its wrong and correct + "
+        "abst.: where it wants a wrong one (evasion), for which it goes on through all sources while the ensemble "
+        f"abstains. The ResNet meets as much: {len(sweep.labels[0])} x {first.restarts} attempts of the attack on "
+        "itself, and the images of all rows. This is an upper bound on robustness: a stronger attack may leave less. "
+        "'paired': McNemar's exact test, ResNet against ensemble, of correct in their strongest rows."
     )
+    output.invalid_sentence(sweep.invalid)
 
 
 def _report(
@@ -243,8 +258,13 @@ def _report(
                 "eps": eps,
                 "written": labels[eps],
                 "attack": asdict(attacks[level]) | {"step_size": attacks[level].step},
-                "resnet": Outcomes.of(base, sweep.truth).as_dict(),
-                "ito": Outcomes.of(ito, sweep.truth).as_dict(),
+                "resnet": Outcomes.of(base, sweep.truth).as_dict()
+                | {"gradients": sweep.resnet_cost[level][0], "forwards": sweep.resnet_cost[level][1]},
+                "ito": Outcomes.of(ito, sweep.truth).as_dict()
+                | {
+                    "evasion": Outcomes.of(sweep.evasion[level].labels, sweep.truth).as_dict()
+                    | {"gradients": sweep.evasion_cost[level][0], "forwards": sweep.evasion_cost[level][1]},
+                },
                 "paired": output.paired_json(paired, "resnet"),
                 "through": {
                     name: Outcomes.of(found, sweep.truth).as_dict()
@@ -267,17 +287,19 @@ def _report(
         "environment": environment(),
         "clean": clean,
         "attacked": levels,
+        "invalid": sweep.invalid,
     }
 
 
 def _save(folder: Path, sweep: Sweep, report: dict[str, Any]) -> None:
-    """One safetensors file a radius: ``index``, ``truth``, and the images by surrogate, in [0, 1]."""
+    """One safetensors file a radius: ``index``, ``truth``, the images by surrogate and by worst case, in [0, 1]."""
     from safetensors.torch import save as safetensors_bytes
 
     from neuralsde_ito.checkpoints import write_atomically
 
     for level, entry in enumerate(report["attacked"]):
         tensors = {name: images.contiguous() for name, images in sweep.images[level].items()}
+        tensors |= {"denial": sweep.denial[level].images, "evasion": sweep.evasion[level].images}
         tensors |= {"index": sweep.index, "truth": sweep.truth}
         name = f"{entry['attack']['norm']}-{entry['written'].replace('/', 'of')}.safetensors"
         about = {"command": report["command"], "attack": json.dumps(entry["attack"]), "data": report["data"]}

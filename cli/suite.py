@@ -222,7 +222,7 @@ def _fingerprint(ensemble: ItoEnsemble) -> str:
 
 
 def _entry(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> dict[str, Any]:
-    """One model at one radius: both worst cases, and what each attack did."""
+    """One model at one radius: what denial leaves, what evasion leaves, and what each attack did."""
     from neuralsde_ito.outcomes import Outcomes
 
     attacks = [
@@ -238,8 +238,8 @@ def _entry(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> dict[s
         }
         for i, (goal, step) in enumerate(itertools.product(("denial", "evasion"), steps))
     ]
-    cases = {"denial": reached.denial, "evasion": reached.evasion}
-    return {goal: Outcomes.of(case.labels, truth).as_dict() for goal, case in cases.items()} | {"steps": attacks}
+    evasion = Outcomes.of(reached.evasion.labels, truth).as_dict()
+    return Outcomes.of(reached.denial.labels, truth).as_dict() | {"evasion": evasion, "steps": attacks}
 
 
 def _step_rows(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> list[list[str]]:

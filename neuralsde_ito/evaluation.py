@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from .attacks import PGD
 from .data import Split
 from .ensemble import ItoEnsemble, evaluating
-from .outcomes import ABSTAIN, Outcomes, Paired
+from .outcomes import Outcomes, Paired, WorstCase
+from .selection import Selection, invalid, joined_cases
 from .validation import ItoError, nearest
+from .votes import winners
 
 SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 Tick = Callable[[int], object]
@@ -29,6 +32,7 @@ class Evaluation:
         index, truth, resnet_labels, labels: ``(N,)``.
         votes: ``(members, N, classes)``, as far as they were drawn.
         drawn: ``(N,)``, inferences made.
+        invalid: ``(N,)``, those whose logits were not finite: they voted for nobody.
     """
 
     resnet: Outcomes
@@ -40,6 +44,7 @@ class Evaluation:
     labels: Tensor
     votes: Tensor
     drawn: Tensor
+    invalid: Tensor
 
 
 def evaluate(
@@ -67,11 +72,11 @@ def evaluate(
     votes = []
     for index, x, y in data.batches(batch_size, device):
         prediction = ensemble.predict(x, seed, index, full=full, confidence=confidence)
-        found = (prediction.labels.cpu(), prediction.drawn.cpu())
+        found = (prediction.labels.cpu(), prediction.drawn.cpu(), prediction.invalid.cpu())
         parts.append((index.cpu(), y.cpu(), classify(resnet, x).cpu(), *found))
         votes.append(prediction.votes.cpu())
         tick(len(y))
-    index, truth, base, labels, drawn = (torch.cat(column) for column in zip(*parts, strict=True))
+    index, truth, base, labels, drawn, odd = (torch.cat(column) for column in zip(*parts, strict=True))
     return Evaluation(
         Outcomes.of(base, truth),
         Outcomes.of(labels, truth),
@@ -82,14 +87,15 @@ def evaluate(
         labels,
         torch.cat(votes, 1),
         drawn,
+        odd,
     )
 
 
 @torch.no_grad()
 def classify(net: nn.Module, x: Tensor) -> Tensor:
-    """A plain network's labels ``(N,)``, in eval mode."""
+    """A plain network's labels ``(N,)``, in eval mode; `ABSTAIN` where its logits are not finite."""
     with evaluating(net):
-        return net(x).argmax(1)
+        return winners(net(x))
 
 
 class NoiseFree(nn.Module):
@@ -130,10 +136,14 @@ class Sweep:
     Attributes:
         truth, index: ``(N,)``; ``clean``: labels without attack, of ``resnet`` and ``ito``.
         eps: the radii, rising, in pixel units.
-        labels: for every radius, the ensemble's labels by surrogate.
-        resnet: for every radius, the ResNet's labels under the attack on itself.
+        labels: for every radius, the ensemble's labels by surrogate, each on the images of that attack.
+        resnet: for every radius, the ResNet's worst labels under the attack on itself and the images of all surrogates.
         images: for every radius and surrogate, the adversarial images ``(N, C, H, W)``.
         cost: for every radius and surrogate, inferences (with a gradient, without).
+        denial, evasion: for every radius the worst cases over all surrogates up to it; the report votes on them once.
+        evasion_cost, resnet_cost: for every radius, inferences (with a gradient, without) of the attacks that went on
+            for evasion, and of those on the ResNet.
+        invalid: inferences of the report whose logits were not finite.
     """
 
     eps: list[float]
@@ -144,27 +154,27 @@ class Sweep:
     resnet: list[Tensor]
     images: list[dict[str, Tensor]]
     cost: list[dict[str, tuple[int, int]]] = field(default_factory=list)
+    denial: list[WorstCase] = field(default_factory=list)
+    evasion: list[WorstCase] = field(default_factory=list)
+    evasion_cost: list[tuple[int, int]] = field(default_factory=list)
+    resnet_cost: list[tuple[int, int]] = field(default_factory=list)
+    invalid: int = 0
 
     def worst(self, level: int) -> Tensor:
-        """Labels under the strongest attack on each image: any surrogate, at this radius or a smaller one.
-
-        An example for a smaller radius lies in the larger ball too, so the curve falls by construction.
-        A wrong answer counts before an abstention, an abstention before a right answer.
-        """
-        worst = self.clean["ito"].clone()
-        for labels in self.labels[: level + 1]:
-            for found in labels.values():
-                answered = (found != self.truth) & (found != ABSTAIN)
-                refused = (found == ABSTAIN) & (worst == self.truth)
-                worst = torch.where((answered & ((worst == self.truth) | (worst == ABSTAIN))) | refused, found, worst)
-        return worst
+        """The ensemble's labels under denial, on the images that selection votes chose up to this radius."""
+        return self.denial[level].labels
 
     def worst_resnet(self, level: int) -> Tensor:
-        """The ResNet's labels under attacks on itself up to this radius."""
-        worst = self.clean["resnet"].clone()
-        for found in self.resnet[: level + 1]:
-            worst = torch.where((worst == self.truth) & (found != self.truth), found, worst)
-        return worst
+        """The ResNet's labels under the attacks on it up to this radius: of a network without noise they are final."""
+        return _worst_of(self.truth, [self.clean["resnet"], *self.resnet[: level + 1]])
+
+
+def _worst_of(truth: Tensor, labels: Sequence[Tensor]) -> Tensor:
+    """The first label of each image that is not the true one."""
+    worst = truth.clone()
+    for found in labels:
+        worst = torch.where(worst == truth, found, worst)
+    return worst
 
 
 def attack_sweep(
@@ -177,9 +187,14 @@ def attack_sweep(
     batch_size: int = 100,
     tick: Tick = lambda n: None,
 ) -> Sweep:
-    """Attack the ensemble through each surrogate, and the ResNet through itself, at each radius.
+    """Attack the ensemble through each surrogate, and the ResNet as often, at each radius.
 
-    Labels are the ensemble's votes on the report panel, which no attack has seen.
+    The images of all surrogates and of smaller radii compete, by votes of the selection, for the two worst cases of an
+    image. What falls without a wrong answer is attacked on, through each surrogate, with evasion as the goal. The
+    report votes once on what was chosen, and on the images of each surrogate for a row of their own.
+
+    The ResNet meets the attack on itself, with as many attempts as the surrogates have together, and all images that
+    were made for the ensemble.
 
     Args:
         ensemble, resnet: on one device.
@@ -193,40 +208,75 @@ def attack_sweep(
     attacks = sorted(attacks, key=lambda attack: attack.eps)
     models = surrogate_models(ensemble, resnet, surrogates)
     device = next(ensemble.parameters()).device
-    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    labels: list[dict[str, list[Tensor]]] = [{name: [] for name in models} for _ in attacks]
-    images: list[dict[str, list[Tensor]]] = [{name: [] for name in models} for _ in attacks]
-    own: list[list[Tensor]] = [[] for _ in attacks]
-    cost = [dict.fromkeys(models, (0, 0)) for _ in attacks]
-    for index, x, y in data.batches(batch_size, device):
-        clean = ensemble.predict(x, seed, index).labels
-        columns.append((index.cpu(), y.cpu(), classify(resnet, x).cpu(), clean.cpu()))
-        for level, attack in enumerate(attacks):
-            for name, model in models.items():
-                # What fools a surrogate by a hair seldom fools the ensemble: a transfer goes on to the end.
-                own_gradients = name in ("ensemble", "member")
-                found = (attack if own_gradients else replace(attack, stop=False)).run(model, x, y, seed, index)
-                decided = ensemble.predict(found.images, seed, index).labels
-                labels[level][name].append(decided.cpu())
-                images[level][name].append(found.images.cpu())
-                backwards, forwards = cost[level][name]
-                cost[level][name] = (backwards + found.backwards, forwards + found.forwards)
-                tick(1)
-            # The attack on the ResNet is the one that was transferred from it.
-            adversarial = (
-                images[level]["resnet"][-1].to(device)
-                if "resnet" in models
-                else attack.run(resnet, x, y, seed, index).images
-            )
-            own[level].append(classify(resnet, adversarial).cpu())
-    index, truth, base, clean = (torch.cat(column) for column in zip(*columns, strict=True))
-    return Sweep(
-        [attack.eps for attack in attacks],
-        truth,
-        index,
-        {"resnet": base, "ito": clean},
-        [{name: torch.cat(parts) for name, parts in level.items()} for level in labels],
-        [torch.cat(parts) for parts in own],
-        [{name: torch.cat(parts) for name, parts in level.items()} for level in images],
-        cost,
-    )
+    parts = [
+        _sweep_batch(ensemble, resnet, batch, attacks, models, seed, tick) for batch in data.batches(batch_size, device)
+    ]
+    whole = {column.name: _joined([getattr(part, column.name) for part in parts]) for column in fields(Sweep)}
+    return Sweep(**whole | {"eps": parts[0].eps})
+
+
+def _sweep_batch(
+    ensemble: ItoEnsemble,
+    resnet: nn.Module,
+    batch: tuple[Tensor, Tensor, Tensor],
+    attacks: Sequence[PGD],
+    models: dict[str, nn.Module],
+    seed: int,
+    tick: Tick,
+) -> Sweep:
+    """A sweep of one batch."""
+    index, x, y = batch
+    chosen = Selection(ensemble, x, y, index, seed)
+    chosen.begin()
+    clean = ensemble.predict(x, seed, index)
+    labels = {"resnet": classify(resnet, x).cpu(), "ito": clean.labels.cpu()}
+    sweep = Sweep([attack.eps for attack in attacks], y.cpu(), index.cpu(), labels, [], [], [])
+    sweep.invalid += int(clean.invalid.sum())
+    for level, attack in enumerate(attacks):
+        # What fools a surrogate by a hair seldom fools the ensemble: a transfer goes on to the end.
+        through = {name: attack if name in ("ensemble", "member") else replace(attack, stop=False) for name in models}
+        own = replace(attack, restarts=attack.restarts * len(models)).run(resnet, x, y, seed, index)
+        fooled = [classify(resnet, own.images)]
+        sweep.resnet_cost.append((own.backwards, own.forwards + len(models) * len(x)))
+        since, every = 2 * len(models) * level, torch.arange(len(x), device=x.device)
+        sweep.labels.append({})
+        sweep.images.append({})
+        sweep.cost.append({})
+        for number, (name, model) in enumerate(models.items()):
+            found = through[name].run(model, x, y, seed, index)
+            chosen.meet(every, found.images, since + number, since)
+            decided = ensemble.predict(found.images, seed, index)
+            fooled.append(classify(resnet, found.images))
+            sweep.labels[level][name], sweep.images[level][name] = decided.labels.cpu(), found.images.cpu()
+            sweep.cost[level][name] = (found.backwards, found.forwards)
+            sweep.invalid += int(decided.invalid.sum())
+            tick(1)
+        sweep.resnet.append(_worst_of(y, fooled).cpu())
+        backwards = forwards = 0
+        for number, (name, model) in enumerate(models.items(), len(models)):
+            rows = chosen.standing("evasion")
+            if len(rows):
+                evade, start = replace(through[name], goal="evasion"), chosen.held["evasion"].images[rows]
+                found = evade.run(model, x[rows], y[rows], seed, index[rows], start)
+                chosen.meet(rows, found.images, since + number, since)
+                backwards, forwards = backwards + found.backwards, forwards + found.forwards
+        sweep.evasion_cost.append((backwards, forwards))
+        votes = chosen.vote()
+        sweep.invalid += sum(invalid(vote, ensemble.inferences) for vote in votes.values())
+        for cases, case in zip((sweep.denial, sweep.evasion), chosen.worst_cases(votes), strict=True):
+            cases.append(WorstCase(*(value.cpu() for value in vars(case).values())))
+    return sweep
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """What several batches gave as one: tensors and worst cases end to end, counts added, in lists and dicts alike."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, WorstCase):
+        return joined_cases(parts)
+    if isinstance(first, dict):
+        return {name: _joined([part[name] for part in parts]) for name in first}
+    if isinstance(first, list | tuple):
+        return type(first)(_joined(column) for column in zip(*parts, strict=True))
+    return sum(parts)

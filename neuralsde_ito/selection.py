@@ -6,6 +6,7 @@ claimed 55 to 57 correct where the chosen images had 62 to 70 on fresh noise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +57,14 @@ def worst_labels(votes: Tensor, truth: Tensor, rule: str, inferences: int) -> Te
 def invalid(votes: Tensor, inferences: int) -> int:
     """How many inferences of full votes ``(repeat, members, N, classes)`` voted for nobody."""
     return int((inferences - votes.sum(-1)).sum())
+
+
+def joined_cases(parts: Sequence[WorstCase]) -> WorstCase:
+    """The worst cases of several batches as those of one, on the CPU."""
+    images, source, labels = (
+        torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("images", "source", "labels")
+    )
+    return WorstCase(images, source, labels, torch.cat([part.votes.cpu() for part in parts], -2))
 
 
 @dataclass
@@ -145,21 +154,22 @@ class Selection:
             votes = [(self.seed, "report")]  # the attacker has them
         else:
             votes = [(self.seed + 1 + again, "selection") for again in range(3)]
-        right = torch.zeros(len(rows), device=images.device)
-        wrong, denied = torch.zeros_like(right), torch.ones_like(y, dtype=torch.bool)
-        evaded = denied.clone()
-        for turn, (seed, purpose) in enumerate(votes):
+        denied, evaded = torch.ones_like(y, dtype=torch.bool), torch.ones_like(y, dtype=torch.bool)
+        count, drawn = None, torch.zeros_like(y)
+        for seed, purpose in votes:
             ask = denied.nonzero()[:, 0]
             if not len(ask):
                 break
             found = self.ensemble.predict(images[ask], seed, index[ask], purpose)
             denied[ask] = found.labels != y[ask]
             evaded[ask] &= denied[ask] & (found.labels != ABSTAIN)
-            if turn == 0:
-                share = found.votes.sum(0) / found.drawn.clamp_min(1)[:, None]  # (K, classes)
-                right = share.gather(1, y[:, None])[:, 0]
-                wrong = share.masked_fill(F.one_hot(y, share.shape[1]).bool(), 0).amax(1)
-        return right, wrong, denied, evaded & denied
+            count = torch.zeros_like(found.votes[0]) if count is None else count  # the first vote is on all images
+            count[ask] += found.votes.sum(0)
+            drawn[ask] += found.drawn
+        assert count is not None
+        share = count / drawn[:, None]  # (K, classes)
+        right = share.gather(1, y[:, None])[:, 0]
+        return right, share.masked_fill(F.one_hot(y, share.shape[1]).bool(), 0).amax(1), denied, evaded
 
     def state(self) -> dict[str, Tensor]:
         """All that is held, by name; `restore` takes it back."""

@@ -25,7 +25,7 @@ from .attacks.panels import GOALS
 from .checkpoints import write_atomically
 from .ensemble import ItoEnsemble
 from .outcomes import WorstCase
-from .selection import NOISES, Selection, report_votes, worst_labels
+from .selection import NOISES, Selection, joined_cases, report_votes, worst_labels
 from .validation import ItoError, nearest, whole_number
 
 _COUNTS = ("met", "felled", "forwards", "backwards", "blind")  # of each attack
@@ -246,17 +246,11 @@ class Suite:
 def joined(parts: Sequence[SuiteResult]) -> SuiteResult:
     """Batches of one radius as one."""
 
-    def case(goal: str) -> WorstCase:
-        cases = [getattr(part, goal) for part in parts]
-        images, source, labels = (
-            torch.cat([getattr(c, name).cpu() for c in cases]) for name in ("images", "source", "labels")
-        )
-        return WorstCase(images, source, labels, torch.cat([c.votes.cpu() for c in cases], -2))
-
     def sums(what: str) -> tuple[int, ...]:
         return tuple(map(sum, zip(*(getattr(part, what) for part in parts), strict=True)))
 
-    return SuiteResult(parts[0].eps, case("denial"), case("evasion"), *map(sums, _COUNTS))
+    denial, evasion = joined_cases([part.denial for part in parts]), joined_cases([part.evasion for part in parts])
+    return SuiteResult(parts[0].eps, denial, evasion, *map(sums, _COUNTS))
 
 
 def least_norm(

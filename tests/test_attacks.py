@@ -7,10 +7,12 @@ import copy
 import itertools
 import math
 import sys
+import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import foolbox
 import pytest
@@ -23,10 +25,12 @@ import neuralsde_ito as ito
 from neuralsde_ito import ABSTAIN, ItoEnsemble, Outcomes, make_keys
 from neuralsde_ito import ensemble as ensemble_module
 from neuralsde_ito.attacks import APGD, BALLS, OBJECTIVES, PGD, PRESETS, Square, fgsm, parse_eps, pgd
-from neuralsde_ito.attacks.objective import AIMED
+from neuralsde_ito.attacks.objective import AIMED, margin
+from neuralsde_ito.attacks.panels import right_share, wrong_share
 from neuralsde_ito.config import Fit
 from neuralsde_ito.data import InMemory
 from neuralsde_ito.evaluation import SURROGATES, NoiseFree, Sweep, attack_sweep, classify, evaluate, surrogate_models
+from neuralsde_ito.selection import Selection
 from neuralsde_ito.training import Trainer
 
 # `neuralsde_ito.attacks.pgd` is the function; the module of that name has to be asked for.
@@ -844,62 +848,13 @@ def test_an_unknown_surrogate_meets_the_nearest_name(net):
         surrogate_models(make_ensemble(net, 0.5), net, ["noisefree"])
 
 
-def make_sweep(truth: Tensor, ito: Tensor, resnet: Tensor, labels: list[dict[str, Tensor]], own: list[Tensor]) -> Sweep:
-    eps = [0.1 * (level + 1) for level in range(len(labels))]
-    return Sweep(eps, truth, torch.arange(len(truth)), {"ito": ito, "resnet": resnet}, labels, own, [])
-
-
-def test_the_worst_case_by_hand():
-    a = ABSTAIN
-    truth = torch.zeros(7, dtype=torch.int64)
-    #                      stands, refused, wrong, refused later, wrong later, back, both
-    clean = torch.tensor([0, a, 3, 0, 0, 0, 0])
-    low = {"one": torch.tensor([0, 0, 0, 0, 0, 5, a]), "two": torch.tensor([0, 0, 0, a, 0, 0, 6])}
-    high = {"one": torch.tensor([0, 0, 0, 0, 2, 0, 0]), "two": torch.tensor([0, 4, 0, 0, 0, 0, 0])}
-    sweep = make_sweep(truth, clean, clean, [low, high], [low["one"], high["one"]])
-    assert sweep.worst(0).tolist() == [0, a, 3, a, 0, 5, 6]
-    assert sweep.worst(1).tolist() == [0, 4, 3, a, 2, 5, 6]
-    assert sweep.clean["ito"].tolist() == clean.tolist()  # unchanged
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_worst_case_is_worse_than_every_row_and_falls_with_eps(seed):
-    gen = torch.Generator().manual_seed(seed)
-
-    def random_labels() -> Tensor:
-        # Mostly right, or with four levels of two surrogates nothing would be left standing.
-        labels = torch.randint(ABSTAIN, 3, (300,), generator=gen)
-        return torch.where(torch.rand(300, generator=gen) < 0.7, torch.zeros_like(labels), labels)
-
-    truth, clean, base = torch.zeros(300, dtype=torch.int64), random_labels(), random_labels()
-    levels = [{"one": random_labels(), "two": random_labels()} for _ in range(4)]
-    own = [random_labels() for _ in range(4)]
-    sweep = make_sweep(truth, clean, base, levels, own)
-    harm = {0: 0, ABSTAIN: 1}  # anything else is a wrong answer: 2
-
-    def harms(labels: Tensor) -> list[int]:
-        return [harm.get(label, 2) for label in labels.tolist()]
-
-    before = None
-    for level in range(4):
-        rows = [clean, *(found for labels in levels[: level + 1] for found in labels.values())]
-        worst = sweep.worst(level)
-        assert harms(worst) == [max(column) for column in zip(*map(harms, rows), strict=True)]
-        # Each label is one that was really given.
-        assert all(label in column for label, *column in zip(worst.tolist(), *(r.tolist() for r in rows), strict=True))
-        outcomes = Outcomes.of(worst, truth)
-        for row in rows:
-            assert outcomes.correct <= Outcomes.of(row, truth).correct
-            assert outcomes.wrong >= Outcomes.of(row, truth).wrong
-        worst_resnet = sweep.worst_resnet(level)
-        stands = torch.stack([base == truth, *(labels == truth for labels in own[: level + 1])]).all(0)
-        assert torch.equal(worst_resnet == truth, stands)
-        if before is not None:
-            assert outcomes.correct <= before.correct
-            assert outcomes.wrong >= before.wrong
-        before = outcomes
-    assert before is not None
-    assert before.correct > 0
+def test_the_resnets_worst_case_by_hand():
+    truth, clean = torch.zeros(5, dtype=torch.int64), torch.tensor([0, 3, 0, 0, 0])
+    own = [torch.tensor([0, 0, 5, 0, 0]), torch.tensor([0, 0, 6, 2, ABSTAIN])]
+    sweep = Sweep([0.1, 0.2], truth, torch.arange(5), {"resnet": clean, "ito": clean}, [], own, [])
+    assert sweep.worst_resnet(0).tolist() == [0, 3, 5, 0, 0]
+    assert sweep.worst_resnet(1).tolist() == [0, 3, 5, 2, ABSTAIN]
+    assert sweep.clean["resnet"].tolist() == clean.tolist()  # unchanged
 
 
 class Doubled:
@@ -948,10 +903,90 @@ def test_a_sweep_from_end_to_end(exact, digits):
             paths = 2 if name in ("ensemble", "member") else 1
             assert 9 * paths <= backwards <= 2 * 9 * paths
             assert forwards >= 9
-        assert torch.equal(sweep.resnet[level], classify(exact, sweep.images[level]["resnet"]))
+        # The ResNet is right where it is under every attack: the one on itself, and the images of all surrogates.
+        met = torch.stack([classify(exact, sweep.images[level][name]) == y for name in SURROGATES]).all(0)
+        assert (met | (sweep.resnet[level] != y)).all()
+        for case in (sweep.denial[level], sweep.evasion[level]):
+            assert (case.images - x).abs().max() <= eps + 1e-6
+            decided = ensemble.predict(case.images, 4, index, full=True)
+            assert torch.equal(case.labels, decided.labels)
+            assert torch.equal(case.votes[0], decided.votes)
     right = [Outcomes.of(sweep.worst(level), y).correct for level in range(2)]
     assert right == sorted(right, reverse=True)
     assert right[-1] < Outcomes.of(sweep.clean["ito"], y).correct
+
+
+def test_what_the_report_says_chooses_nothing(exact, digits, monkeypatch):
+    split = Doubled(digits.first(12))
+    wanted, _ = sweep_of(exact, split, 0.05, 0.1)
+    predict = ItoEnsemble.predict
+
+    def contrary(self, x, seed=0, index=None, purpose="report", **settings):
+        found = predict(self, x, seed, index, purpose, **settings)
+        if purpose == "report":  # nobody may listen to it
+            return replace(found, labels=(found.labels + 1) % 10, votes=found.votes.roll(1, -1))
+        return found
+
+    monkeypatch.setattr(ItoEnsemble, "predict", contrary)
+    found, _ = sweep_of(exact, split, 0.05, 0.1)
+    for level in range(2):
+        for one, two in zip((wanted.denial, wanted.evasion), (found.denial, found.evasion), strict=True):
+            assert torch.equal(one[level].images, two[level].images)
+            assert torch.equal(one[level].source, two[level].source)
+            assert not torch.equal(one[level].labels, two[level].labels)
+    assert found.evasion_cost == wanted.evasion_cost
+
+
+def test_images_that_abstain_are_attacked_on_for_evasion(exact, digits, monkeypatch):
+    met, run = [], PGD.run
+
+    def record(self, model, x, y, seed, index, start=None):
+        met.append((self.goal, index.tolist()))
+        return run(self, model, x, y, seed, index, start)
+
+    monkeypatch.setattr(PGD, "run", record)
+    split, ensemble = Doubled(digits.first(20)), make_ensemble(exact, 2.0, 2.5, inferences=9)
+    attacks = [PGD(eps=eps, steps=3, eot=4, selection=8) for eps in (0.02, 0.1)]
+    sweep = attack_sweep(ensemble, exact, split, attacks, seed=1)
+    ((index, x, y),) = split.batches(20)
+    clean = Selection(ensemble, x, y, index, seed=1)
+    clean.begin()
+    refused = set(index[clean.standing("evasion")].tolist())
+    assert refused  # abstained on already without attack
+    evaded = [set(names) for goal, names in met if goal == "evasion"]
+    assert len(evaded) == 8  # through every source, at both radii
+    assert refused <= evaded[0]
+    assert evaded[0] & evaded[4]  # and again at the larger radius
+    assert all(first >= then for first, then in itertools.pairwise(evaded[:4]))  # whom it fooled is left alone
+    assert all(backwards > 0 for backwards, _ in sweep.evasion_cost)
+
+    def wrong(labels: Tensor) -> int:
+        return int(((labels != y) & (labels != ABSTAIN)).sum())
+
+    assert wrong(sweep.evasion[1].labels) > wrong(sweep.denial[1].labels)
+    assert wrong(sweep.evasion[1].labels) > wrong(sweep.evasion[0].labels)
+
+
+def test_the_resnet_meets_as_much_as_the_ensemble(exact, digits, monkeypatch):
+    own, run = [], PGD.run
+    split = Doubled(digits.first(6))
+    ((_, x, y),) = split.batches(6)
+    fooling = PGD(eps=0.3, steps=10).run(exact, x, y).images
+    assert (classify(exact, fooling) != y).all()
+
+    def weak(self, model, x, y, seed, index, start=None):
+        found = run(self, model, x, y, seed, index, start)
+        if model is exact and self.stop:  # the attack on itself finds nothing
+            own.append(self)
+            return replace(found, images=x)
+        return replace(found, images=fooling) if isinstance(model, NoiseFree) and self.goal == "denial" else found
+
+    monkeypatch.setattr(PGD, "run", weak)
+    ensemble = make_ensemble(exact, 0.5, 0.8, inferences=3)
+    sweep = attack_sweep(ensemble, exact, split, [PGD(eps=1e-6, steps=2, eot=2, restarts=2)])
+    assert [attack.restarts for attack in own] == [2 * len(SURROGATES)]
+    assert (sweep.worst_resnet(0) != y).all()  # what was made for the ensemble fools the ResNet
+    assert sweep.resnet_cost[0][1] >= len(SURROGATES) * 6
 
 
 def test_the_batch_size_changes_no_label(exact, digits):
@@ -968,12 +1003,12 @@ def test_the_batch_size_changes_no_label(exact, digits):
 
 
 def test_the_resnets_row_does_not_depend_on_the_surrogates(exact, digits, monkeypatch):
-    # With and without the transfer from the ResNet, the attack on the ResNet itself is one and the same.
+    # With and without the transfer from the ResNet, which goes on to the end, the attack on itself is one and the same.
     run, found = PGD.run, []
 
     def record(self, model, *args):
         result = run(self, model, *args)
-        if model is exact:
+        if model is exact and self.stop:
             found.append(result.images)
         return result
 
@@ -1097,3 +1132,218 @@ def test_a_start_is_where_the_first_attempt_begins(net, x, y):
     begin = (x + 0.01).clamp(0, 1)
     found = PGD("linf", 0.02, steps=1, step_size=1e-6, keep="last").run(network, x[:4], y[:4], start=begin[:4])
     torch.testing.assert_close(found.images, begin[:4], rtol=0, atol=2e-6)
+
+
+# --- two goals ------------------------------------------------------------------------------------------
+
+
+class Refuses(nn.Module):
+    """Between 0.4 and 0.6 every path names another class; above 0.7 all name class 2, below class 0. In noise."""
+
+    classes = 5
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.flatten(1).mean(1)
+        named = torch.randint(0, self.classes, t.shape)
+        named = torch.where(t < 0.4, 0, torch.where(t > 0.7, 2, named))
+        # A slope leads upward from class 0 to class 2; a little noise shows in every answer.
+        slope = torch.stack([-t, 0 * t, t, 0 * t, 0 * t], 1)
+        return 10 * F.one_hot(named, self.classes) + slope + 1e-3 * torch.rand(len(x), 1)
+
+
+@pytest.mark.parametrize("attack", [PGD, APGD], ids=lambda a: a.__name__)
+def test_denial_ends_at_an_abstention_and_evasion_goes_on(attack):
+    torch.manual_seed(0)
+    x, y = torch.full((6, 1, 4, 4), 0.35), torch.zeros(6, dtype=torch.int64)
+    settings: dict = {"eps": 0.5, "steps": 40, "eot": 10}
+    if attack is PGD:
+        settings |= {"step_size": 0.02, "random_start": False}
+    if attack is APGD:
+        settings |= {"objective": "mean-loss"}
+    refused, wrong = (attack(**settings, goal=goal).run(Refuses(), x, y) for goal in ("denial", "evasion"))
+    assert refused.fooled.all()
+    assert wrong.fooled.all()
+
+    def share(images: Tensor, label: int) -> Tensor:
+        return (torch.stack([Refuses()(images) for _ in range(200)]).argmax(-1) == label).float().mean(0)
+
+    assert (share(refused.images, 0) < 0.5).all()
+    assert (share(wrong.images, 2) > 0.5).all()
+    if attack is PGD:  # APGD's first step is so long that it jumps across
+        assert (share(refused.images, 2) < 0.5).all()
+
+
+@pytest.mark.parametrize("attack", [PGD(eps=0.1, steps=6), APGD(eps=0.1, steps=6), Square(eps=0.1, steps=20)])
+def test_on_one_path_both_goals_are_one(exact, x, y, attack):
+    x, y = x[:20].double(), y[:20]
+    one, two = (replace(attack, goal=goal).run(exact, x, y) for goal in ("denial", "evasion"))
+    assert torch.equal(one.images, two.images)
+    assert torch.equal(one.fooled, two.fooled)
+    assert (one.forwards, one.backwards) == (two.forwards, two.backwards)
+
+
+def test_several_attempts_at_evasion_keep_the_one_with_the_likeliest_wrong_class(net, x, y):
+    ensemble = make_ensemble(net, 1.0, 1.4)
+    settings: dict = {"eps": 0.03, "steps": 2, "eot": 4, "selection": 20, "goal": "evasion"}
+    once, often = (PGD(**settings, restarts=n).run(ensemble, x[:20], y[:20]) for n in (1, 4))
+
+    def likeliest(images: Tensor) -> Tensor:
+        logits = ensemble.paths(images, 0, 20, 0, "selection")  # the paths that all candidates meet
+        return logits.softmax(-1).mean(0).scatter(1, y[:20, None], 0).amax(1)
+
+    with torch.no_grad():
+        first, best = likeliest(once.images), likeliest(often.images)
+    assert (best >= first)[~often.fooled].all()
+    assert (best > first).any()
+
+
+def test_an_unknown_goal_meets_the_nearest_name():
+    with pytest.raises(ito.ItoError, match="'evason'; did you mean 'evasion'"):
+        PGD(goal="evason")
+
+
+# --- logits and gradients that are not finite -----------------------------------------------------------
+
+
+class Holes(nn.Module):
+    """Class 0 everywhere; above a mean of 0.55 the logits are not finite."""
+
+    def __init__(self, value: float = math.nan) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.flatten(1).mean(1)
+        logits = torch.stack([2 - t, t - 1, 0 * t], 1)
+        return torch.where(t[:, None] < 0.55, logits, logits * 0 + self.value)
+
+
+STRONGER = [PGD(eps=0.1, steps=8), APGD(eps=0.1, steps=8, objective="mean-loss"), Square(eps=0.1, steps=200)]
+
+
+@pytest.mark.filterwarnings("ignore:The gradient is not finite")
+@pytest.mark.parametrize("stop", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("attack", STRONGER, ids=["pgd", "apgd", "square"])
+def test_logits_that_are_not_finite_are_a_denial_and_no_evasion(attack, value, stop):
+    x, y = torch.full((4, 1, 4, 4), 0.5), torch.zeros(4, dtype=torch.int64)
+    found = replace(attack, stop=stop).run(Holes(value), x, y)
+    assert found.fooled.all()
+    assert (found.images.flatten(1).mean(1) >= 0.55).all()
+    assert not replace(attack, stop=stop, goal="evasion").run(Holes(value), x, y).fooled.any()
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_a_path_without_an_answer_neither_hides_the_others_nor_wins(name):
+    y = torch.tensor([[0, 1], [0, 1]]) if name in AIMED else torch.tensor([0, 0])
+    logits = torch.tensor([[4.0, 1, 0, 0], [1, 4, 0, 0]]).expand(5, -1, -1).clone()  # one right, one wrong
+    logits[2, :, 1] = math.nan
+    logits.requires_grad_()
+    loss = OBJECTIVES[name](logits, y)
+    assert loss.isfinite().all()
+    assert loss[1] > loss[0]
+    loss.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[2] == 0).all()
+
+
+def test_no_class_wins_where_logits_are_not_finite():
+    logits = torch.tensor([[[3.0, 1], [math.nan, 1], [math.inf, 1], [1, -math.inf]]])
+    y = torch.zeros(4, dtype=torch.int64)
+    assert right_share(logits, y).tolist() == [1, 0, 0, 0]
+    assert wrong_share(logits, y).tolist() == [0, 0, 0, 0]
+    assert (margin(logits, y)[0] > 0).tolist() == [False, True, True, True]
+
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return logits[0]
+
+    assert classify(Fixed(), torch.rand(4, 1, 2, 2)).tolist() == [0, ABSTAIN, ABSTAIN, ABSTAIN]
+
+
+class Blind(nn.Module):
+    """A network whose gradient is not finite, in some pixels, at the images whose first pixel is dark."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        dark = (x[:, :, :1, :1] == 0).to(x)
+        # The root of 0 has no slope: infinite, and NaN times 0. The value does not change.
+        return self.network(x + 0 * (x * dark + 1 - dark).abs().sqrt())
+
+
+@pytest.mark.parametrize("attack", [PGD(eps=0.15, steps=6), APGD(eps=0.15, steps=6)], ids=["pgd", "apgd"])
+def test_a_gradient_that_is_not_finite_aborts_nothing_and_is_told(net, x, y, attack):
+    x, y = x[:20].clone(), y[:20]
+    x[:, :, 0, 0] = 0.5
+    x[:5, :, 0, 0] = 0
+    x[:5, :, 1, 1] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = attack.run(net, x, y)
+    assert not whole.blind.any()
+    with pytest.warns(UserWarning, match=r"not finite at \d+ of 20 images.*\d+ of them survive.*no sign of robustness"):
+        found = attack.run(Blind(net), x, y)
+    assert found.blind.any()
+    assert not found.blind[5:].any()
+    torch.testing.assert_close(found.images[5:], whole.images[5:])
+    assert torch.equal(found.fooled[5:], whole.fooled[5:])
+    assert whole.fooled[5:].any()
+
+
+# --- every draw has one use -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("goal", ["denial", "evasion"])
+@pytest.mark.parametrize("name", sorted(STRONG))
+def test_no_two_uses_share_a_draw(net, x, y, monkeypatch, name, goal):
+    # A use: the attempt, and the functions of the attack from which paths are asked for.
+    uses: dict[tuple[str, int, int], list[tuple[object, ...]]] = defaultdict(list)
+    attempts = 0
+    attack = replace(STRONG[name]("linf", 0.15), restarts=3, goal=goal, steps=4)
+    paths, climb = ItoEnsemble.paths, type(attack)._climb
+
+    def count(self, *args):
+        nonlocal attempts
+        attempts += 1
+        return climb(self, *args)
+
+    def record(self, x, first, count, seed, purpose, index):
+        here = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).parent.name == "attacks"]
+        uses[purpose, first, count].append((attempts if "_climb" in here else None, *here))
+        return paths(self, x, first, count, seed, purpose, index)
+
+    monkeypatch.setattr(type(attack), "_climb", count)
+    monkeypatch.setattr(ItoEnsemble, "paths", record)
+    attack.run(make_ensemble(net, 1.0, 1.0), x[:8], y[:8])
+    assert attempts == (9 if "targets" in name else 3)
+    taken = sorted(uses)
+    for (one, first, count), (two, start, _) in itertools.pairwise(taken):
+        assert one != two or first + count <= start
+    for draw, found in uses.items():
+        assert len(set(found)) == 1, draw
+        # Again and again: the candidates of all attempts; within one of them APGD's iterates and Square's queries.
+        compared, repeated = "_climb" not in found[0], not isinstance(attack, PGD) and "beaten" not in found[0]
+        assert len(found) == 1 or compared or (repeated and "ascend" not in found[0]), draw
+
+
+# --- Square climbs the margin ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - {"margin"}))
+def test_square_refuses_an_objective_that_it_does_not_climb(objective):
+    with pytest.raises(ito.ItoError, match=f"Square climbs the margin and no other objective, got {objective!r}"):
+        Square(objective=objective)
+
+
+def test_square_ends_or_goes_on_as_it_is_told(exact, x, y):
+    x, y = x[:10].double(), y[:10]
+    ended, whole = (Square(eps=0.3, steps=30, stop=stop).run(exact, x, y) for stop in (True, False))
+    assert whole.forwards == 10 * (31 + 1)  # the start, each query, and the candidate
+    assert ended.forwards < whole.forwards
+    with torch.no_grad():
+        assert (margin(exact(whole.images), y) >= margin(exact(ended.images), y)).all()
+        assert (margin(exact(whole.images), y) > margin(exact(ended.images), y)).any()

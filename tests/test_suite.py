@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import neuralsde_ito as ito
 from neuralsde_ito.attacks import APGD, BALLS, PGD, Square
 from neuralsde_ito.attacks.peers import PEERS, OnePath, check_peer, peer_attack
 from neuralsde_ito.evaluation import NoiseFree
+from neuralsde_ito.selection import Selection, invalid, report_votes, worst_labels
 from neuralsde_ito.suite import Step, Suite, SuiteResult, joined, least_norm, standard
 
 N = 12
@@ -127,6 +128,59 @@ def test_no_vote_of_the_report_chooses(ensemble, x, y, monkeypatch):
     assert sum(size for purpose, size in asked if purpose == "report") < 4 * N  # what was carried keeps its votes
 
 
+def test_what_the_report_says_chooses_nothing(ensemble, x, y, alone, monkeypatch):
+    predict = ito.ItoEnsemble.predict
+
+    def contrary(self, x, seed=0, index=None, purpose="report", **settings):
+        found = predict(self, x, seed, index, purpose, **settings)
+        return replace(found, votes=found.votes.roll(1, -1)) if purpose == "report" else found
+
+    monkeypatch.setattr(ito.ItoEnsemble, "predict", contrary)
+    again = last(suite(ensemble).run(ensemble, x, y, torch.arange(N), RADII), RADII)
+    for one, two in zip(alone, again, strict=True):
+        assert (one.met, one.felled, one.backwards) == (two.met, two.felled, two.backwards)
+        for goal in CASES:
+            assert torch.equal(getattr(one, goal).images, getattr(two, goal).images)
+            assert not torch.equal(getattr(one, goal).labels, getattr(two, goal).labels)
+
+
+def test_what_abstains_is_attacked_on_for_evasion_at_every_radius(ensemble, x, y, monkeypatch):
+    met, run = [], PGD.run
+
+    def record(self, model, x, y, seed, index, start=None):
+        met.append((self.goal, self.eps, index.tolist(), start))
+        return run(self, model, x, y, seed, index, start)
+
+    monkeypatch.setattr(PGD, "run", record)
+    found = last(suite(ensemble).run(ensemble, x, y, torch.arange(N), RADII), RADII)
+    attacked = {eps: set() for eps in RADII}
+    for goal, eps, names, start in met:
+        if goal == "evasion":
+            attacked[eps] |= set(names)
+            assert start is not None  # from the best candidate
+            assert float(BALLS["linf"].length(start - x[names]).max()) <= eps + 1e-6
+    clean = Selection(ensemble, x, y, torch.arange(N))
+    clean.begin()
+    refused = set(clean.standing("evasion").tolist())
+    assert refused  # abstained on without attack
+    assert refused <= attacked[RADII[0]]
+    assert attacked[RADII[0]] & attacked[RADII[1]] & attacked[RADII[2]]
+    # Who fell to a wrong answer is left alone for good.
+    wrong = [((r.evasion.labels != y) & (r.evasion.labels != ito.ABSTAIN)).sum() for r in found]
+    assert wrong[0] < wrong[2]
+    assert sum(found[2].felled[4:]) > 0
+
+
+def test_evasion_at_one_radius_is_no_weaker_after_smaller_ones(ensemble, x, y, alone):
+    # An abstention that is carried upward and never attacked again raised "correct + abstained".
+    (only,) = last(suite(ensemble).run(ensemble, x, y, torch.arange(N), RADII[2:]), RADII[2:])
+
+    def wrong(found: SuiteResult) -> int:
+        return int(((found.evasion.labels != y) & (found.evasion.labels != ito.ABSTAIN)).sum())
+
+    assert wrong(alone[2]) >= wrong(only) - 1
+
+
 def equal(one: SuiteResult, two: SuiteResult) -> bool:
     """Of all fields, and of all of theirs."""
     return all(
@@ -185,6 +239,24 @@ def test_radii_that_print_alike_are_not_taken_for_one_another(ensemble, x, y, tm
     radii = [0.1, 0.1 + 1e-9]
     first, second = last(suite(ensemble, state=tmp_path).run(ensemble, x, y, torch.arange(N), radii), radii)
     assert first.met[0] - sum(first.felled[:4]) == second.met[0]
+
+
+def test_the_worst_of_several_votes_by_hand():
+    a, truth = ito.ABSTAIN, torch.zeros(6, dtype=torch.int64)
+    decided = torch.tensor([[0, a, 3, 0, a, 2], [0, 0, 0, a, 2, 3]])
+    votes = torch.where(decided[..., None] == torch.arange(4), 5, 0) + (decided == a)[..., None].long()
+    assert worst_labels(votes[:, None], truth, "hierarchical", 5).tolist() == [0, a, 3, a, 2, 2]
+    assert worst_labels(votes[:1, None], truth, "flat", 5).tolist() == decided[0].tolist()
+    assert invalid(votes[:, None], 5) == 3  # 4 of 5 voted where there is no majority
+
+
+def test_the_reports_votes_are_full_and_repeated_by_seed(ensemble, x):
+    names = torch.arange(N) + 7
+    votes = report_votes(ensemble, x, 3, names, 2)
+    assert votes.shape == (2, 3, N, 4)
+    assert (votes.sum(-1) == 5).all()
+    for again in range(2):
+        assert torch.equal(votes[again], ensemble.predict(x, 3 + again, names, full=True).votes)
 
 
 def test_batches_are_joined(ensemble, x, y, alone):
