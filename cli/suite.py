@@ -43,7 +43,7 @@ def run(
     """Attack the ensemble and the ResNet at every radius, and print what is left after each step."""
     import torch
 
-    from neuralsde_ito.bundle import evidence_of, save_bundle
+    from neuralsde_ito.bundle import evidence_of, fingerprint, save_bundle
     from neuralsde_ito.ensemble import ItoEnsemble
     from neuralsde_ito.evaluation import NoiseFree
     from neuralsde_ito.outcomes import Outcomes, Paired
@@ -68,7 +68,7 @@ def run(
         "data": data.name,
         "images": len(data.test),
         "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
-        "weights": _fingerprint(ensemble),
+        "weights": fingerprint(ensemble),
     }
     state = opened.folder / f"suite-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
     if not resume:
@@ -211,14 +211,6 @@ def _peers(
             | {"gradients": backwards, "seconds": round(time.monotonic() - begun, 1), **outcomes.as_dict()}
         )
     return rows
-
-
-def _fingerprint(ensemble: ItoEnsemble) -> str:
-    """Of all weights: a state of other members must not be gone on with."""
-    digest = hashlib.sha256()
-    for name, value in sorted(ensemble.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _entry(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> dict[str, Any]:
