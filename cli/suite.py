@@ -170,7 +170,7 @@ def run(
                 originals,
                 truth,
                 index,
-                report["command"],
+                command_line(),
                 config,
             )
             bundles.append(bundle / f"{norm}-{labels[eps].replace('/', 'of')}")

@@ -121,7 +121,7 @@ def _suite(evidence: Evidence, opened: options.Opened) -> Suite | None:
     settings = evidence.config.get("suite")
     settings = settings if isinstance(settings, dict) else {}
     name, effort = settings.get("name"), settings.get("effort")
-    if name != "standard" or type(effort) not in (int, float) or not 0 < effort < float("inf"):
+    if name != "standard" or not isinstance(effort, int | float) or not 0 < effort < float("inf"):
         click.echo("Warning: the attack is not made again: the bundle names no suite with its effort.", err=True)
         return None
     steps = partial(standard, evidence.norm, noisy=opened.ensemble.noisy, effort=effort)

@@ -217,8 +217,13 @@ def _order(evidence: Evidence) -> Claim:
         (_wrong(evasion, truth), _wrong(denial, truth)),
     )
     gains = [_excess(low, high) for high, low in pairs]
-    found = ", ".join(f"{against}:{for_}" for for_, against, _ in gains)
-    note = "Images against : for the order, for denial below clean, denial below evasion, evasion above denial."
+    against, for_ = zip(*((one, two) for one, two, _ in gains), strict=True)
+    note = (
+        f"Images right under denial and not clean: {against[0]} (the other way round {for_[0]}); right under denial "
+        f"and not under evasion: {against[1]} ({for_[1]}); wrong under denial and not under evasion: "
+        f"{against[2]} ({for_[2]})."
+    )
+    found = f"{', '.join(map(str, against))} against it"
     return Claim("worst cases in order", "no right answer gained", found, min(p for *_, p in gains) >= _EACH, note)
 
 
@@ -229,7 +234,7 @@ def _wrong(labels: Tensor, truth: Tensor) -> Tensor:
 def _excess(first: Tensor, second: Tensor) -> tuple[int, int, float]:
     """McNemar's exact test to one side, of bool ``(N,)``: only the first, only the second, p of so many first ones."""
     one, two = int((first & ~second).sum()), int((second & ~first).sum())
-    return two, one, float(binom.sf(one - 1, one + two, 0.5)) if one + two else 1.0
+    return one, two, float(binom.sf(one - 1, one + two, 0.5)) if one + two else 1.0
 
 
 def _radii(evidence: Evidence) -> list[float]:
@@ -359,7 +364,6 @@ def _fresh(
     evidence: Evidence, ensemble: ItoEnsemble, seed: int, batch_size: int, tick: Callable[[int], object]
 ) -> Iterator[Claim]:
     """The figures on paths that nobody has met: interchangeable with the claimed ones, image by image."""
-    note = "McNemar's exact test, images that only the bundle and only fresh noise has: "
     pictures = {"clean": (evidence.originals, evidence.clean)}
     pictures |= {name: (case.images, case.labels) for name, case in cases_of(evidence).items()}
     for name, (images, labels) in pictures.items():
@@ -375,8 +379,11 @@ def _fresh(
         again = worst_labels(votes, evidence.truth, evidence.rule, evidence.inferences)
         found = _good(name, again, evidence.truth)
         paired = Paired.of(good, found)
-        test = f"{note}{paired.only_first}, {paired.only_second}; p = {paired.p:.2g}."
-        yield Claim(title, f"{_text(good)} {what}", _text(found), paired.p >= _EACH, test)
+        note = (
+            f"McNemar's exact test: {paired.only_first} images are so only in the bundle, {paired.only_second} only on "
+            f"fresh noise; p = {paired.p:.2g}."
+        )
+        yield Claim(title, f"{_text(good)} {what}", _text(found), paired.p >= _EACH, note)
 
 
 def _good(case: str, labels: Tensor, truth: Tensor) -> Tensor:
@@ -435,9 +442,12 @@ def _attacked(
         votes = votes_of(ensemble, x, evidence.seed, evidence.names[chosen], evidence.repeat, batch_size)
         labels = worst_labels(votes, evidence.truth[chosen], evidence.rule, evidence.inferences)
         left = _good(name, labels, evidence.truth[chosen])
-        gained, lost, p = _excess(good, left)
-        note = f"The same suite with another seed, on a sample: {lost} fell that the bundle has not, {gained} did not; "
-        yield Claim(title, _text(good), _text(left), p >= _EACH, f"{note}p = {p:.2g} to one side.")
+        lost, kept, p = _excess(good, left)
+        note = (
+            f"The same suite with another seed, on a sample: {lost} fell that have not in the bundle, {kept} the other "
+            f"way round; p = {p:.2g} to one side."
+        )
+        yield Claim(title, _text(good), _text(left), p >= _EACH, note)
 
 
 def _sweep(

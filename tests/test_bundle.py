@@ -637,6 +637,11 @@ def votes_and_labels_forged_together(world, e):
     return certain(e, torch.ones(N, dtype=torch.bool))
 
 
+@forgery("worst cases in order", "denial's votes", "denial, fresh noise")
+def more_right_under_attack_than_without(world, e):
+    return replace(e, denial=certain(e, torch.ones(N, dtype=torch.bool)).denial)
+
+
 @forgery("denial's votes")
 def votes_and_labels_of_three_images_forged_together(world, e):
     three = torch.zeros(N, dtype=torch.bool)
@@ -907,6 +912,13 @@ def test_a_forgery_is_found(name, world, evidence, tmp_path):
     save_bundle(tmp_path / "forged", make(world, evidence))
     found = fallen(world.verify(load_bundle(tmp_path / "forged")))
     assert found >= claims
+
+
+def test_another_attack_fells_what_was_never_attacked():
+    """A clean image in an attacked one's place is right, and falls: more than an honest attack would have lost."""
+    world = world_of(defender(omega=0.01, inferences=3))
+    forged = clean_images_for_the_fallen_with_their_own_votes(world, attacked(world))
+    assert "denial, another attack" in fallen(world.verify(forged, sample=N))
 
 
 def test_images_outside_the_ball_or_the_range_are_found(world, evidence):
