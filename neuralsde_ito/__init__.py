@@ -60,9 +60,10 @@ _PLACE = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [  # noqa: RUF022  (in the order of reading)
     "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule", "SCHEDULES",
     "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "ItoEnsemble", "Prediction", "decide",
-    "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks", "Suite", "standard", "least_norm", "audit", "Audit", "Check",
-    "Evidence", "save_bundle", "load_bundle", "verify_bundle", "Verification", "load_data", "Config", "load_config",
-    "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison", "read_depths", "Reading", "ItoError",
+    "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks", "Suite", "standard", "least_norm", "audit",
+    "Audit", "Check", "Evidence", "save_bundle", "load_bundle", "verify_bundle", "Verification", "load_data", "Config",
+    "load_config", "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison", "read_depths", "Reading",
+    "ItoError",
 ]  # fmt: skip
 
 

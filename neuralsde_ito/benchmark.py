@@ -90,10 +90,10 @@ def torchsde_inference(model: ItoResNet, x: Tensor) -> Tensor:
     for sde in model.sdes:
         if sde.jump:
             state = sde.block(state)  # type: ignore[operator]
-        sde.shape = tuple(state.shape[1:])  # type: ignore[assignment]
         t0, t1 = float(sde.t0), float(sde.t1)  # type: ignore[arg-type]
         ts = torch.tensor([t0, t1], device=x.device)
-        flat = torchsde.sdeint(sde, rearrange(state, "n ... -> n (...)"), ts, method="euler", dt=t1 - t0)
+        view = sde.view("ito", tuple(state.shape[1:]))  # type: ignore[operator]
+        flat = torchsde.sdeint(view, rearrange(state, "n ... -> n (...)"), ts, method="euler", dt=t1 - t0)
         state = flat[-1].view(state.shape)
     return model.head(state)
 
@@ -103,7 +103,7 @@ def bench_inference(net: nn.Module, model: ItoResNet, x: Tensor, repeats: int, c
     """One inference of a batch: the plain network, torchsde's defaults, the reference, and the engine."""
     index = torch.arange(len(x), device=x.device)
     keys = make_keys(0, "report", index=index)
-    quick = quicken(model)
+    quick = quicken(model, x)
     cases: dict[str, Callable[[], object]] = {
         "plain network, eager": lambda: net(x),
         "Itô, torchsde with its own Brownian interval": lambda: torchsde_inference(model, x),
@@ -214,13 +214,13 @@ def bench_attack(ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float]
         return torchattacks.EOTPGD(paused, eps=eps, alpha=2.5 * eps / steps, steps=steps, eot_iter=eot)(x, y).detach()
 
     def ours(eps: float, pause: Pause, **settings) -> Attacked:
-        target = _PausedTarget(EnsembleTarget(one, x.device), pause)
+        target = _PausedTarget(EnsembleTarget(one), pause)
         return PGD(eps=eps, steps=steps, eot=eot, **settings).run(target, x, y)
 
     for eps in radii:
         cases: dict[str, Callable[[Pause], Tensor | Attacked]] = {
             "torchattacks EOTPGD, reference": partial(peer, member, eps),
-            "torchattacks EOTPGD, our engine": partial(peer, quicken(member), eps),
+            "torchattacks EOTPGD, our engine": partial(peer, quicken(member, x), eps),
             "ours, every image to the end": partial(ours, eps, stop=False, keep="last"),
             "ours": partial(ours, eps),
         }

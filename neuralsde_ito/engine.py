@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -14,9 +13,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .frozen import FrozenResNet
-from .recast import ItoResNet
-from .sde import BlockSDE
+from .noise import make_keys
+from .recast import ItoResNet, copied
+from .sde import BlockSDE, mixes_images, untouched, well_known
 from .threads import spread, workers
+from .validation import ItoError
 
 Result = TypeVar("Result")
 
@@ -25,31 +26,81 @@ _NARROW = 128
 # Elements of the state that go through a network at a time. On a CPU a few MiB, as larger pieces leave its caches
 # and smaller ones are all overhead; on a GPU enough to fill it.
 _PIECE = {"cpu": 1 << 21}
+# Largest difference from the reference, relative to its largest logit. TF32, which torch uses in a GPU's convolutions
+# unless told otherwise, keeps three digits: two orders of the same sums differ by that.
+_TOLERANCE, _TOLERANCE_TF32 = 1e-4, 1e-2
 
 
-def quicken(model: ItoResNet) -> ItoResNet:
+def quicken(model: ItoResNet, x: Tensor | None = None) -> ItoResNet:
     """A frozen copy for inference and for first derivatives in the images, in eval mode.
 
     BatchNorm is folded into the convolution before it (in torchvision's blocks, and in any ``nn.Sequential``, where
     it is certain which that is), parameters want no gradient, and narrow networks on a CPU are channels_last.
+
+    The copy is compared with the reference on two images. Where they differ by more than 1e-4 of the largest logit
+    (1e-2 where a GPU computes in TF32), nothing is folded: the copy is the reference's own code. The same holds for a
+    subclass of `ItoResNet` and for a model with hooks of its own. Hooks are shared with the model, not copied.
+
+    Args:
+        model: the reference.
+        x: images ``(N, C, H, W)``, of which the first two are compared; default random ones of the shape that `recast`
+            was given.
+
+    Raises:
+        ItoError: a BatchNorm without running statistics, with which an image's logits depend on its batch.
     """
-    own = copy.deepcopy(model)
+    own = _reference(model)
+    if type(model) not in (ItoResNet, FrozenResNet) or not model.plain:
+        return own
+    if x is None:
+        x = torch.rand(2, *model.image_shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        x = x.to(next((p for p in own.parameters() if p.is_floating_point()), x))
+    x = x[:1].repeat(2, 1, 1, 1) if len(x) == 1 else x[:2]
+    keys = make_keys(0, "selection", index=torch.arange(len(x), device=x.device))
+    with torch.inference_mode(False), torch.no_grad():
+        x = x.clone() if x.is_inference() else x
+        wanted = own(x, keys)
+        quick = _folded(own)
+        return quick if _close(quick(x, keys), wanted) else _reference(model)
+
+
+def _reference(model: ItoResNet) -> ItoResNet:
+    """A copy that computes as the model does in eval mode; its parameters want no gradient."""
+    own = copied(model).eval().requires_grad_(False)
+    if mixes_images(own):
+        raise ItoError(
+            "A BatchNorm keeps no running statistics (track_running_stats=False), so that an image's votes would "
+            "depend on the other images in its batch; give it running statistics."
+        )
+    return own
+
+
+def _folded(own: ItoResNet) -> FrozenResNet:
+    """The quick form of a model that nobody else holds."""
     sdes: list[BlockSDE] = list(own.sdes)  # type: ignore[arg-type]
-    quick = FrozenResNet(own.stem, sdes, own.head, own.solver, own.steps, own.checkpoint).eval().requires_grad_(False)
-    for sde in quick.sdes:
-        sde.in_place = True  # type: ignore[assignment]
+    quick = FrozenResNet(own.stem, sdes, own.head, own.solver, own.steps, own.checkpoint, own.image_shape)
+    quick.eval().requires_grad_(False)
+    for sde in sdes:
+        sde.in_place = well_known(sde.block)
     for module in list(quick.modules()):
-        if isinstance(module, (BasicBlock, Bottleneck)):
+        # Exactly these classes, and as they are: what derives from them, or has a hook, may do something else.
+        if not untouched(module):
+            continue
+        if type(module) in (BasicBlock, Bottleneck):
             pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(module, f"conv{i}")]
         elif type(module) is nn.Sequential:
-            names = list(module._modules)
-            pairs = list(itertools.pairwise(names))
+            pairs = list(itertools.pairwise(module._modules))
         else:
             continue
         for conv_name, norm_name in pairs:
             conv, norm = module._modules[conv_name], module._modules[norm_name]
-            # Exactly these classes: what derives from them may do something else.
-            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
+            if (
+                type(conv) is nn.Conv2d
+                and type(norm) is nn.BatchNorm2d
+                and untouched(conv)
+                and untouched(norm)
+                and norm.running_mean is not None
+            ):
                 module._modules[conv_name] = fuse_conv_bn_eval(conv, norm)
                 module._modules[norm_name] = nn.Identity()
     device = next((p.device for p in quick.parameters()), torch.device("cpu"))
@@ -59,59 +110,83 @@ def quicken(model: ItoResNet) -> ItoResNet:
     return quick
 
 
-def piece_of(model: ItoResNet, device: torch.device, gradient: bool = False) -> int:
-    """How many states go through a model at a time."""
-    largest = max(math.prod(sde.shape) for sde in model.sdes)  # type: ignore[union-attr, arg-type]
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    tf32 = found.device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    scale = max(1.0, float(wanted.nan_to_num().abs().amax()))
+    tolerance = (_TOLERANCE_TF32 if tf32 else _TOLERANCE) * scale
+    return torch.allclose(found, wanted, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def piece_of(model: ItoResNet, x: Tensor, gradient: bool = False) -> int:
+    """How many states go through a model at a time, for images of the size of ``x`` ``(N, C, H, W)``."""
+    largest: float = max(math.prod(sde.shape) for sde in model.sdes)  # type: ignore[union-attr, arg-type]
+    # States grow with the images, as those of convolutions do.
+    largest *= max(1.0, math.prod(x.shape[1:]) / math.prod(model.image_shape))
     if gradient and not (isinstance(model, FrozenResNet) and model.by_hand):
         largest *= 2  # autograd keeps twice as many tensors: half as many states fit the caches
-    return max(2, _PIECE.get(device.type, 1 << 27) // max(1, largest))
+    return max(2, int(_PIECE.get(x.device.type, 1 << 27) / max(1, largest)))
 
 
-def in_pieces(work: Callable[[slice], Result], total: int, size: int, device: torch.device) -> list[Result]:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU an error of its own, on a CPU a plain ``RuntimeError``."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc", "out of memory")
+    )
+
+
+def in_pieces(
+    work: Callable[[slice], Result], total: int, size: int, device: torch.device, side_by_side: bool = True
+) -> list[Result]:
     """``work`` on slices of ``range(total)``, each at most ``size`` long and all about equally long.
 
-    On a CPU they run side by side, elsewhere one after another. Where memory runs out, all begins again with
-    pieces half as long.
+    On a CPU they run ``side_by_side``, elsewhere one after another. Where memory runs out, all begins again with
+    pieces half as long. An empty range is one empty piece.
 
     Raises:
-        torch.OutOfMemoryError: a piece of one does not fit.
+        torch.cuda.OutOfMemoryError, RuntimeError: a piece of one does not fit.
     """
     while True:
-        at_once = workers() if device.type == "cpu" else 1
+        at_once = workers() if side_by_side and device.type == "cpu" else 1
         least = math.ceil(total / size)
         even = math.ceil(least / at_once) * at_once  # so that nobody waits for another's last piece
-        count = min(total, max(least, min(even, total // 2), 1))
+        count = max(1, min(total, max(least, min(even, total // 2))))
         pieces = [slice(a, b) for a, b in itertools.pairwise(total * i // count for i in range(count + 1))]
         try:
             return spread(work, pieces) if at_once > 1 else [work(piece) for piece in pieces]
-        except torch.OutOfMemoryError:
-            if size <= 1:
+        except (RuntimeError, MemoryError) as error:
+            if size <= 1 or not out_of_memory(error):
                 raise
             size = max(1, min(size, total) // 2)
-        torch.cuda.empty_cache()  # outside of the except clause, whose traceback holds on to the tensors
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # outside of the except clause, whose traceback holds on to the tensors
 
 
 def infer(model: ItoResNet, x: Tensor, rows: Tensor, keys: Tensor, size: int | None = None) -> Tensor:
     """Inferences without a gradient: logits ``(K, classes)`` of images ``x[rows]`` along paths ``keys``, both ``(K,)``.
 
     What the inferences of an image have in common runs once, where there are several. A single state is doubled, as a
-    batch of one takes other convolution kernels, with other last bits.
+    batch of one takes other convolution kernels, with other last bits. A model that is not plain is called whole.
     """
-    size = size or piece_of(model, x.device)
+    size, side_by_side = size or piece_of(model, x), well_known(model)
     state = None
 
     def begin(part: slice) -> Tensor:
         images = x[part]
         return model.start(images) if len(images) > 1 else model.start(torch.cat([images, images]))[:1]
 
-    if len(rows) > len(x):
-        state = torch.cat(in_pieces(begin, len(x), size, x.device))
+    if model.plain and len(rows) > len(x):
+        state = torch.cat(in_pieces(begin, len(x), size, x.device, side_by_side))
 
     def piece(part: slice) -> Tensor:
         one, these = rows[part], keys[part]
         if single := len(one) == 1:
             one, these = one.repeat(2), these.repeat(2)
-        logits = model.propagate(model.start(x[one]) if state is None else state[one], these)
+        if state is not None:
+            logits = model.propagate(state[one], these)
+        else:
+            logits = model(x[one], these)
         return logits[:1] if single else logits
 
-    return torch.cat(in_pieces(piece, len(rows), size, x.device))
+    return torch.cat(in_pieces(piece, len(rows), size, x.device, side_by_side))

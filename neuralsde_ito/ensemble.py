@@ -15,8 +15,9 @@ from .data import check_images
 from .engine import infer, piece_of, quicken
 from .noise import fresh_keys, make_keys
 from .recast import ItoResNet
-from .validation import ItoError
-from .votes import Poll, check_rule, decide
+from .sde import mixes_images
+from .validation import ItoError, whole_number
+from .votes import Poll, check_rule, decide, winners
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,8 @@ class ItoEnsemble(nn.Module):
         self.members = nn.ModuleList(members)
         if not len(self.members):
             raise ItoError("An ensemble needs at least one member, got 0.")
-        for name, count in (("inferences", inferences), ("paths_per_call", paths_per_call)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ItoError(f"{name} must be a whole number of at least 1, got {count!r}.")
-        self.inferences, self.rule, self.paths_per_call = inferences, check_rule(rule), paths_per_call
+        self.inferences, self.rule = whole_number("inferences", inferences), check_rule(rule)
+        self.paths_per_call = whole_number("paths_per_call", paths_per_call)
 
     @property
     def noisy(self) -> bool:
@@ -93,7 +92,8 @@ class ItoEnsemble(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Log mean probability over fresh paths, ``(N, C, H, W) -> (N, classes)``.
 
-        Differentiable; whoever attacks it attacks the average over ``members * paths_per_call`` paths.
+        Differentiable; whoever attacks it attacks the average over ``members * paths_per_call`` paths. In train mode
+        every path is a forward pass of its own over the whole batch, as BatchNorm's statistics are the batch's.
         """
         keys = fresh_keys(len(self.members) * self.paths_per_call * len(x), x.device)
         keys = rearrange(keys, "(m p n) -> m p n", m=len(self.members), n=len(x))
@@ -127,19 +127,28 @@ class ItoEnsemble(nn.Module):
     def _infer(self, member: int, x: Tensor, keys: Tensor) -> Tensor:
         """Logits ``(P, N, classes)`` of one member for keys ``(P, N)``; what they have in common runs once."""
         model: ItoResNet = self.members[member]  # type: ignore[assignment]
+        if mixes_images(model) or any(module.training for module in model.modules()):
+            return torch.stack([model(x, path) for path in keys])
         if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in model.parameters()))):
             rows = torch.arange(len(x), device=x.device).repeat(len(keys))
             return infer(model, x, rows, keys.flatten(), self.chunk).view(*keys.shape, -1)
+        size = self.chunk or piece_of(model, x)
+        groups = keys.split(max(1, size // max(1, len(x))))
+        if not model.plain:
+            return torch.cat([model(x.repeat(len(g), 1, 1, 1), g.flatten()).unflatten(0, g.shape) for g in groups])
         state = model.start(x)
-        out = []
-        size = self.chunk or piece_of(model, x.device)
-        for group in keys.split(max(1, size // max(1, len(x)))):
-            out.append(model.propagate(state, group))
-        return torch.cat(out)
+        return torch.cat([model.propagate(state, group) for group in groups])
 
-    def quick(self) -> ItoEnsemble:
-        """A frozen copy whose members `quicken` has made: for inference, and for gradients of the input."""
-        return ItoEnsemble([quicken(m) for m in self.members], self.inferences, self.rule, self.paths_per_call)  # type: ignore[arg-type]
+    def quick(self, x: Tensor | None = None) -> ItoEnsemble:
+        """A frozen copy whose members `quicken` has made: for inference, and for gradients of the input.
+
+        Args:
+            x: the images at hand ``(N, C, H, W)``, on which the copies are compared with the members.
+        """
+        members = [quicken(member, x) for member in self.members]  # type: ignore[arg-type]
+        quick = ItoEnsemble(members, self.inferences, self.rule, self.paths_per_call)
+        quick.chunk = self.chunk
+        return quick
 
     @torch.no_grad()
     def predict(
@@ -153,7 +162,8 @@ class ItoEnsemble(nn.Module):
     ) -> Prediction:
         """Vote on every image, in eval mode, until no inference that is still out could change the label.
 
-        The labels are exactly those of the full vote; `Prediction.drawn` says how many inferences they took.
+        The labels are exactly those of the full vote; `Prediction.drawn` says how many inferences they took. An
+        inference whose logits are not finite votes for nobody; `Prediction.invalid` counts them.
 
         Args:
             x: images ``(N, C, H, W)`` in [0, 1].
@@ -172,7 +182,7 @@ class ItoEnsemble(nn.Module):
         index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
         if index.shape != (len(x),):
             raise ItoError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
-        quick = self.quick()
+        quick = self.quick(x)
         first = quick.members[0](x[:1].repeat(2, 1, 1, 1), make_keys(seed, purpose, index=index[:1].repeat(2)))
         poll = Poll(len(self.members), len(x), first.shape[1], self.inferences, self.rule, confidence, x.device)
         while bool((wanted := self.inferences - poll.drawn if full else poll.wanted()).any()):
@@ -187,7 +197,7 @@ class ItoEnsemble(nn.Module):
                 keys = make_keys(seed, purpose, m, before[m][rows] + run, index[rows])
                 place = torch.zeros_like(counts).index_put_((images,), torch.arange(len(images), device=x.device))
                 logits = infer(quick.members[m], x[images], place[rows], keys, self.chunk)  # type: ignore[arg-type]
-                poll.count(m, rows, logits.argmax(-1))
+                poll.count(m, rows, winners(logits))
         drawn = poll.drawn.sum(0)
         labels = decide(poll.votes, self.rule, self.inferences) if full else poll.labels()[0]
         return Prediction(labels, poll.votes, drawn, drawn - poll.votes.sum((0, 2)))

@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock
 
 from . import fused
 from .recast import ItoResNet
-from .sde import BlockSDE
+from .sde import BlockSDE, untouched
 from .solvers import diffuse
 
 
@@ -38,8 +38,7 @@ class FrozenResNet(ItoResNet):
 
 def _is_plain(block: nn.Module) -> bool:
     """Whether a block is torchvision's, with nothing between its convolutions and its ReLUs."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if type(block) is not BasicBlock or any(getattr(m, name) for m in block.modules() for name in hooks):
+    if type(block) is not BasicBlock or not all(untouched(m) for m in block.modules()):
         return False
     convs = (block.conv1, block.conv2)
     # Exactly these classes: what derives from them may do something else.

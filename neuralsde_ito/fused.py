@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def _load() -> ctypes.CDLL | None:
@@ -34,9 +35,24 @@ def _load() -> ctypes.CDLL | None:
 kernel = _load()
 
 
+def ordinary(x: Tensor) -> bool:
+    """Whether a tensor is memory and nothing else: not batched, dual, traced or fake.
+
+    Only then may a pass over its memory stand for an operation.
+    """
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
 def takes(x: Tensor) -> bool:
     """Whether `fused.c` is there, and for such a tensor."""
-    return kernel is not None and type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
+    return (
+        kernel is not None and type(x) is Tensor and ordinary(x) and x.device.type == "cpu" and x.dtype == torch.float32
+    )
 
 
 def layout(x: Tensor, out: Tensor) -> int:

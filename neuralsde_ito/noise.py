@@ -27,6 +27,10 @@ from . import fused
 from .threads import spread
 from .validation import ItoError
 
+# torch.compile breaks its graph here: it would take every field of an address for a symbol, and work for minutes on
+# expressions as long as the hash.
+_outside_of_graphs = torch.compiler.disable
+
 # The multipliers of SplitMix64's finaliser and its increment, as signed 64-bit integers.
 _M1, _M2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
 
@@ -54,21 +58,25 @@ def _absorb(state: Tensor, field: Tensor | int) -> Tensor:
     return _mix_(state * _M1 + _mixed(field))
 
 
-@lru_cache(maxsize=4096)
 def _mixed(field: int) -> int:
-    # Any 64 bits, signed or not: seeds from elsewhere are often unsigned.
-    return int(_mix_(torch.tensor((field + _GOLDEN + 2**63) % 2**64 - 2**63)))
+    """`_mix_` of ``field`` plus the increment, in Python's integers: any 64 bits, signed or not."""
+    z = (int(field) + _GOLDEN) % 2**64
+    for shift, factor in ((30, _M1), (27, _M2)):
+        z = (z ^ z >> shift) * factor % 2**64
+    z ^= z >> 31
+    return z - 2**64 if z >= 2**63 else z
 
 
 @lru_cache(maxsize=4096)
 def _fold(address: tuple[int, ...]) -> int:
-    """One number for an address: the fields mixed in one after the other, as in a key, with Python's integers."""
+    """One number for an address: the fields mixed in one after the other, as in a key."""
     state = len(address)
     for field in address:
-        state = int(_absorb(torch.tensor(state), field))
+        state = _mixed(state * _M1 + _mixed(field) - _GOLDEN)
     return state
 
 
+@_outside_of_graphs
 def make_keys(
     seed: int | Tensor,
     purpose: str,
@@ -79,7 +87,7 @@ def make_keys(
     """Keys that name inferences: a mixed hash of all the fields.
 
     Args:
-        seed: any integer of 64 bits.
+        seed: any integer of 64 bits, Python's or numpy's.
         purpose: one of `PURPOSES`; separates training, gradient, selection and report.
         member, inference, index: integers or int64 tensors that broadcast together; ``index`` names the image.
 
@@ -95,18 +103,34 @@ def make_keys(
     return state
 
 
+@_outside_of_graphs
 def fresh_keys(n: int, device: torch.device | str | None = None) -> Tensor:
-    """Keys ``(n,)`` that nobody can foretell: from the operating system, not from a generator one can reseed."""
+    """Keys ``(n,)`` that nobody can foretell: from the operating system, not from a generator one can reseed.
+
+    Raises:
+        ItoError: under ``torch.jit.trace``, which would keep them for ever.
+    """
+    if torch.jit.is_tracing():
+        raise ItoError("Fresh noise cannot be traced: the traced model would repeat it for ever; trace model(x, keys).")
     seed = secrets.randbits(63)
     return make_keys(seed, "fresh", index=torch.arange(n, device=device))
 
 
-@lru_cache(maxsize=64)
 def _elements(words: int, device: torch.device, channels: int = 1) -> Tensor:
     """The mixed elements ``(1, C)``, where a state is channels_last in the order in which `fused.c` meets them."""
-    elements = _mix_(torch.arange(1, words + 1, device=device) * _GOLDEN)[None]
-    # Sizes and angles, each of `channels / 2` channels.
-    return elements if channels == 1 else rearrange(elements, "1 (a c s) -> 1 (a s c)", a=2, c=channels // 2)
+    held = _ELEMENTS.get((words, device, channels))
+    if held is None:
+        held = _mix_(torch.arange(1, words + 1, device=device) * _GOLDEN)[None]
+        if channels > 1:  # sizes and angles, each of `channels / 2` channels
+            held = rearrange(held, "1 (a c s) -> 1 (a s c)", a=2, c=channels // 2)
+        if fused.ordinary(held):  # what a transform or a fake mode has made is of no use outside of it
+            if len(_ELEMENTS) >= 64:
+                _ELEMENTS.clear()
+            _ELEMENTS[words, device, channels] = held
+    return held
+
+
+_ELEMENTS: dict[tuple[int, torch.device, int], Tensor] = {}
 
 
 def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -122,8 +146,11 @@ def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.f
     return _draw(_absorb(keys, _fold(address)), size, dtype)
 
 
+@_outside_of_graphs
 def _draw(base: Tensor, size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Normals ``(N, size)``, times ``scale`` (not negative), of keys ``(N,)`` that hold their address already."""
+    if not fused.ordinary(base):
+        return _transformable(base, size, dtype) * scale
     half = (size + 1) // 2
     work = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty(base.shape[0], 2 * half, dtype=work, device=base.device)
@@ -134,14 +161,35 @@ def _draw(base: Tensor, size: int, dtype: torch.dtype, scale: float = 1.0) -> Te
     return out[:, :size].to(dtype).contiguous()
 
 
+@_outside_of_graphs
 def add_normals(x: Tensor, keys: Tensor, scale: float, *address: int, in_place: bool = False) -> Tensor:
     """``x + scale * normals``, for states ``(N, ...)`` and keys ``(N,)``, without ever holding all the normals.
 
-    With ``in_place``, and where nothing is recorded for a gradient, ``x`` itself is changed.
+    With ``in_place``, and where nothing is recorded for a gradient, ``x`` itself is changed. Under the transforms of
+    ``torch.func``, forward-mode derivatives, tracing and export the sum is written with operations that they know.
     """
+    if not (fused.ordinary(x) and fused.ordinary(keys)):
+        _check(keys)
+        draws = _transformable(_absorb(keys, _fold(address)), math.prod(x.shape[1:]), x.dtype)
+        return x + scale * draws.reshape(x.shape)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Shift.apply(x, keys, scale, address)
     return _add(x, keys, scale, address, x if in_place else torch.empty_like(x))
+
+
+def _transformable(base: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Normals ``(N, size)`` of keys ``(N,)`` that hold their address, as `_Scratch.fill` computes them.
+
+    Nothing is written into memory that is there already, so that batched, dual, traced and fake tensors pass.
+    """
+    half, work = (size + 1) // 2, torch.float64 if dtype == torch.float64 else torch.float32
+    words = (base[:, None] ^ _mix_(torch.arange(1, half + 1, device=base.device) * _GOLDEN)) * _M1
+    words = (words ^ words >> 32) * _M2
+    numbers = torch.stack([words << 32 >> 32, words >> 32], -1).flatten(-2).to(work)  # two signed integers a word
+    radius, angle = numbers.split(half, -1)
+    radius = (-2 * (0.5 / (2**31 + 1) + radius.abs() / (2**31 + 1)).log()).sqrt()
+    angle = angle * (math.pi * 2.0**-31)
+    return torch.cat([angle.cos() * radius, angle.sin() * radius], -1)[:, :size].to(dtype)
 
 
 def _check(keys: Tensor) -> None:
@@ -328,6 +376,8 @@ class BrownianPath(torchsde.BaseBrownian):
         Raises:
             ItoError: an end that is not on the grid, or ``return_A`` (a diagonal SDE needs no Lévy area).
         """
+        if torch.jit.is_tracing():
+            raise ItoError("Only Euler with one step a block can be traced; recast with solver='euler', steps=1.")
         if return_A:
             raise ItoError("BrownianPath has no space-space Lévy area; diagonal noise does not need it.")
         ta, tb = (self.t0, float(ta)) if tb is None else (float(ta), float(tb))
@@ -369,6 +419,8 @@ class BrownianPath(torchsde.BaseBrownian):
 
     def increment(self, level: int, index: int) -> Tensor:
         """``W`` over cell ``index`` of ``2**level``: ``(N, size)``. Skips the normals that only ``H`` needs."""
+        if torch.jit.is_tracing():
+            raise ItoError("Only Euler with one step a block can be traced; recast with solver='euler', steps=1.")
         return self._descend(level, index, with_area=False).w
 
     def cell(self, level: int, index: int) -> tuple[Tensor, Tensor]:

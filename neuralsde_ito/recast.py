@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .noise import fresh_keys
 from .schedules import Schedule
-from .sde import BlockSDE
+from .sde import BlockSDE, untouched
 from .solvers import check_solver, diffuse, integrate
 from .validation import ItoError
 
+Module = TypeVar("Module", bound=nn.Module)
 _BLOCKS = (BasicBlock, Bottleneck)
 
 
@@ -85,6 +87,7 @@ class ItoResNet(nn.Module):
         stem, head: as in the network.
         sdes: the blocks, each a torchsde module.
         solver, steps, checkpoint: how blocks are solved; may be set at any time.
+        image_shape: of the images that `recast` looked at the network with.
     """
 
     def __init__(
@@ -95,10 +98,12 @@ class ItoResNet(nn.Module):
         solver: str,
         steps: int,
         checkpoint: bool,
+        image_shape: tuple[int, ...] = (3, 32, 32),
     ) -> None:
         super().__init__()
         self.stem, self.sdes, self.head = stem, nn.ModuleList(sdes), head
         self.solver, self.steps, self.checkpoint = solver, steps, checkpoint
+        self.image_shape = tuple(image_shape)
 
     @property
     def schedule(self) -> Schedule:
@@ -121,6 +126,14 @@ class ItoResNet(nn.Module):
             Logits ``(N, classes)``.
         """
         return self.propagate(self.start(x), fresh_keys(len(x), x.device) if keys is None else keys)
+
+    @property
+    def plain(self) -> bool:
+        """Whether ``model(x, keys)`` is `start` and then `propagate`: no subclass's ``forward`` and no hooks on it."""
+        own = (ItoResNet.forward, ItoResNet.start, ItoResNet.propagate)
+        kind = type(self)
+        changed = vars(self).keys() & {"forward", "start", "propagate", "solve"}
+        return (kind.forward, kind.start, kind.propagate) == own and untouched(self) and not changed
 
     @property
     def drifts_once(self) -> bool:
@@ -153,6 +166,30 @@ class ItoResNet(nn.Module):
         for sde in rest:
             state = integrate(sde, state, keys, self.solver, self.steps, self.checkpoint)  # type: ignore[arg-type]
         return state
+
+
+def copied(module: Module) -> Module:
+    """A copy that shares the hooks of the original, so that what a hook records is found where its owner looks.
+
+    Tensors that the last forward pass has left in a module (the old ``spectral_norm`` does so) are copied detached.
+    """
+    memo: dict[int, object] = {}
+
+    def detach(value: object) -> None:
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+        elif isinstance(value, (tuple, list, dict)):
+            for part in value.values() if isinstance(value, dict) else value:
+                detach(part)
+
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name.endswith("_hooks"):
+                memo.update((id(hook), hook) for hook in value.values())
+            elif name != "_modules":
+                detach(value)
+    with torch.inference_mode(False):
+        return copy.deepcopy(module, memo)
 
 
 def recast(
@@ -188,7 +225,7 @@ def recast(
     """
     diffusion = Schedule(omega, schedule)
     check_solver(solver, omega, steps)
-    source = copy.deepcopy(net.base if isinstance(net, ItoResNet) else net)
+    source = copied(net.base if isinstance(net, ItoResNet) else net)
     chain = as_chain(source)
     n = len(chain.blocks)
     if n == 0:
@@ -197,7 +234,11 @@ def recast(
         horizon = float(n)
     if not (math.isfinite(horizon) and horizon > 0):
         raise ItoError(f"horizon must be a positive number, got {horizon}.")
-    shapes = _probe(source, chain, image_shape)
+    if image_shape is None:
+        conv = next((m for m in chain.stem.modules() if isinstance(m, nn.Conv2d)), None)
+        image_shape = (conv.in_channels if conv else 3, 32, 32)
+    with torch.inference_mode(False):
+        shapes = _probe(source, chain, image_shape)
     # Boundaries on multiples of 2**-20, so that steps add up to them exactly in float64.
     times = [round(horizon * i / n * 2**20) / 2**20 for i in range(n + 1)]
     if any(b <= a for a, b in itertools.pairwise(times)):
@@ -206,7 +247,7 @@ def recast(
         BlockSDE(block, diffusion, i, times[i], times[i + 1], shapes[i + 1], jump=shapes[i + 1] != shapes[i])
         for i, block in enumerate(chain.blocks)
     ]
-    model = ItoResNet(chain.stem, sdes, chain.head, solver, steps, checkpoint)
+    model = ItoResNet(chain.stem, sdes, chain.head, solver, steps, checkpoint, image_shape)
     own = set(source.modules())
     for module in model.modules():
         if module not in own:  # the network's modules keep their modes: a frozen BatchNorm stays frozen
@@ -215,13 +256,10 @@ def recast(
 
 
 @torch.no_grad()
-def _probe(net: nn.Module, chain: Chain, image_shape: tuple[int, int, int] | None) -> list[tuple[int, ...]]:
+def _probe(net: nn.Module, chain: Chain, image_shape: tuple[int, int, int]) -> list[tuple[int, ...]]:
     """Shapes of the state before the blocks and after each, found on one random image; checks the chain on it."""
-    if image_shape is None:
-        conv = next((m for m in chain.stem.modules() if isinstance(m, nn.Conv2d)), None)
-        image_shape = (conv.in_channels if conv else 3, 32, 32)
-    like = next((p for p in net.parameters() if p.is_floating_point()), torch.zeros(()))
-    x = torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0)).to(like)
+    x = torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    x = x.to(next((p for p in net.parameters() if p.is_floating_point()), x))
     modes = {module: module.training for module in net.modules()}
     net.eval(), chain.eval()
     try:

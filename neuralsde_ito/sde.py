@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from .schedules import Schedule
-from .validation import ItoError
+from .validation import ItoError, nearest
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether calling the module is calling its class's ``forward``: no hooks, and no method set on the object."""
+    return not (vars(module).get("forward") or any(getattr(module, name) for name in _HOOKS))
+
+
+def well_known(module: nn.Module) -> bool:
+    """Whether all of its code is torch's, torchvision's or ours, without hooks: it keeps nothing from call to call.
+
+    Only then may two threads call it at a time, and may its output be overwritten.
+    """
+    known = ("torch.", "torchvision.", "neuralsde_ito.")
+    return all(type(m).__module__.startswith(known) and untouched(m) for m in module.modules())
+
+
+def mixes_images(module: nn.Module) -> bool:
+    """Whether one image's output depends on the others: BatchNorm with the statistics of the batch."""
+    norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return any(m.training or m.running_mean is None for m in norms)
 
 
 class BlockSDE(nn.Module):
@@ -20,15 +44,14 @@ class BlockSDE(nn.Module):
       ``f = 0``.
 
     It follows torchsde's protocol on flat states ``(N, D)``, so ``torchsde.sdeint(sde, y0, ts)`` works on it;
-    for a jump block ``y0`` is the state after the jump.
+    for a jump block ``y0`` is the state after the jump. States of another ``shape`` go through ``view("ito", shape)``.
 
     Args:
         block: the module ``B``, on states of any shape ``(N, ...)``.
         schedule: the diffusion.
         index: its number in the network, from 0; part of the noise's address.
         t0, t1: its interval.
-        shape: of one state without the batch, ``(C, H, W)``, after the jump if there is one; follows the
-            last state that the network was given.
+        shape: of one state without the batch, ``(C, H, W)``, after the jump if there is one.
         jump: whether the block changes the shape.
     """
 
@@ -58,32 +81,65 @@ class BlockSDE(nn.Module):
 
     def f(self, t: float | Tensor, y: Tensor) -> Tensor:
         """Drift ``(N, D) -> (N, D)``; it does not depend on ``t`` inside the block."""
+        return self.drift(y, self.shape)
+
+    def drift(self, y: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """`f` for states of any ``shape``, flat: ``(N, D) -> (N, D)``.
+
+        Raises:
+            ItoError: ``D`` is not the number of elements of ``shape``.
+        """
         if self.jump:
             return torch.zeros_like(y)
-        x = y.reshape(y.shape[0], *self.shape)  # (N, D) -> (N, C, H, W)
+        if math.prod(y.shape[1:]) != math.prod(shape):
+            raise ItoError(
+                f"The states have {math.prod(y.shape[1:])} elements, and block {self.index} expects {tuple(shape)}; "
+                'for images of another size take sde.view("ito", shape).'
+            )
+        x = y.reshape(y.shape[0], *shape)  # (N, D) -> (N, C, H, W)
         return rearrange(self.block(x) - x, "n ... -> n (...)") / (self.t1 - self.t0)
 
     def g(self, t: float | Tensor, y: Tensor) -> Tensor:
         """Diagonal of the diffusion ``(N, D) -> (N, D)``."""
         return self.schedule.g(t, y)
 
-    def view(self, form: str) -> nn.Module:
-        """The same SDE in the form that another solver needs.
+    def view(self, form: str, shape: tuple[int, ...] | None = None) -> nn.Module:
+        """The same SDE in the form that another solver needs, or for states of another shape.
 
         Args:
-            form: ``"additive"`` (noise that does not depend on the state; makes torchsde's SRK the cheap SRA1)
-                or ``"stratonovich"`` (drift minus ``sigma(t)^2 x / 2`` where the noise is multiplicative).
+            form: ``"ito"`` (as it is), ``"additive"`` (noise that does not depend on the state; makes torchsde's SRK
+                the cheap SRA1) or ``"stratonovich"`` (drift minus ``sigma(t)^2 x / 2`` where the noise is
+                multiplicative).
+            shape: of one state without the batch; default `shape`. The view holds it, and the block stays as it is,
+                so that several threads may solve one block for images of different sizes.
 
         Raises:
             ItoError: unknown form, or ``"additive"`` for multiplicative noise.
         """
-        if form == "additive":
-            if self.schedule.multiplicative:
-                raise ItoError(f"Schedule {self.schedule.name!r} is multiplicative: it has no additive view.")
-            return AdditiveView(self)
-        if form == "stratonovich":
-            return StratonovichView(self)
-        raise ItoError(f"Unknown view {form!r}. Known: additive, stratonovich.")
+        if form not in _VIEWS:
+            raise ItoError(nearest("view", form, _VIEWS))
+        if form == "additive" and self.schedule.multiplicative:
+            raise ItoError(f"Schedule {self.schedule.name!r} is multiplicative: it has no additive view.")
+        return _VIEWS[form](self, self.shape if shape is None else tuple(shape))
+
+
+class ItoView(nn.Module):
+    """A `BlockSDE` for states of a shape of its own."""
+
+    noise_type = "diagonal"
+    sde_type = "ito"
+
+    def __init__(self, sde: BlockSDE, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sde, self.shape = sde, shape
+
+    def f(self, t: float | Tensor, y: Tensor) -> Tensor:
+        """Drift ``(N, D) -> (N, D)``."""
+        return self.sde.drift(y, self.shape)
+
+    def g(self, t: float | Tensor, y: Tensor) -> Tensor:
+        """Diagonal of the diffusion ``(N, D) -> (N, D)``."""
+        return self.sde.g(t, y)
 
 
 class AdditiveView(nn.Module):
@@ -92,35 +148,33 @@ class AdditiveView(nn.Module):
     noise_type = "additive"
     sde_type = "ito"
 
-    def __init__(self, sde: BlockSDE) -> None:
+    def __init__(self, sde: BlockSDE, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.sde = sde
+        self.sde, self.shape = sde, shape
 
     def f(self, t: float | Tensor, y: Tensor) -> Tensor:
         """Drift ``(N, D) -> (N, D)``."""
-        return self.sde.f(t, y)
+        return self.sde.drift(y, self.shape)
 
     def g_prod(self, t: float | Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Diffusion times ``v``: ``(N, D), (N, D) -> (N, D)``."""
         return self.sde.g(t, y) * v
 
 
-class StratonovichView(nn.Module):
+class StratonovichView(ItoView):
     """The Stratonovich form: ``f - (1/2) g g'``, which for ``g = sigma x`` is ``f - sigma^2 x / 2``."""
 
-    noise_type = "diagonal"
     sde_type = "stratonovich"
-
-    def __init__(self, sde: BlockSDE) -> None:
-        super().__init__()
-        self.sde = sde
 
     def f(self, t: float | Tensor, y: Tensor) -> Tensor:
         """Corrected drift ``(N, D) -> (N, D)``."""
-        drift = self.sde.f(t, y)
+        drift = super().f(t, y)
         schedule = self.sde.schedule
         return drift - 0.5 * schedule.sigma(float(t)) ** 2 * y if schedule.multiplicative else drift
 
-    def g(self, t: float | Tensor, y: Tensor) -> Tensor:
-        """Diagonal of the diffusion ``(N, D) -> (N, D)``."""
-        return self.sde.g(t, y)
+
+_VIEWS: dict[str, type[ItoView | AdditiveView]] = {
+    "ito": ItoView,
+    "additive": AdditiveView,
+    "stratonovich": StratonovichView,
+}

@@ -59,6 +59,52 @@ def invalid(votes: Tensor, inferences: int) -> int:
     return int((inferences - votes.sum(-1)).sum())
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What votes of the selection say of ``N`` candidates: shares of them, and which goals all of them find reached.
+
+    Attributes:
+        right, wrong: ``(N,)``, shares for the right class and for the best wrong one.
+        denial, evasion: bool ``(N,)``: no vote is right; all are wrong answers.
+    """
+
+    right: Tensor
+    wrong: Tensor
+    denial: Tensor
+    evasion: Tensor
+
+
+def judge(ensemble: ItoEnsemble, x: Tensor, y: Tensor, index: Tensor, seed: int, noise: str = "fresh") -> Judged:
+    """Up to three votes on noise of the selection; one, the report's, where there is no other or the attacker knows it.
+
+    Args:
+        ensemble: the defender.
+        x, y, index: candidates ``(N, C, H, W)``, true labels and names in the noise's address ``(N,)``.
+        seed: of the report; these votes have seeds of their own.
+        noise: a name in `NOISES`.
+    """
+    if noise == "known" or not ensemble.noisy:
+        votes = [(seed, "report")]
+    else:
+        votes = [(seed + 1 + again, "selection") for again in range(3)]
+    denial, evasion = torch.ones_like(y, dtype=torch.bool), torch.ones_like(y, dtype=torch.bool)
+    count, drawn = None, torch.zeros_like(y)
+    for seed, purpose in votes:
+        ask = denial.nonzero()[:, 0]  # one right vote is enough to stand
+        if count is not None and not len(ask):
+            break
+        found = ensemble.predict(x[ask], seed, index[ask], purpose)
+        denial[ask] = found.labels != y[ask]
+        evasion[ask] &= denial[ask] & (found.labels != ABSTAIN)
+        count = torch.zeros_like(found.votes[0]) if count is None else count  # the first vote is on all candidates
+        count[ask] += found.votes.sum(0)
+        drawn[ask] += found.drawn
+    assert count is not None
+    share = count / drawn.clamp_min(1)[:, None]  # (N, classes)
+    wrong = share.masked_fill(F.one_hot(y, share.shape[1]).bool(), 0).amax(1)
+    return Judged(share.gather(1, y[:, None])[:, 0], wrong, denial, evasion)
+
+
 def joined_cases(parts: Sequence[WorstCase]) -> WorstCase:
     """The worst cases of several batches as those of one, on the CPU."""
     images, source, labels = (
@@ -71,7 +117,8 @@ def joined_cases(parts: Sequence[WorstCase]) -> WorstCase:
 class _Held:
     """What is kept for one goal: images, the number of the attack that made each, and a score.
 
-    The score ``(N,)`` is the share of a vote that the attack has won, and more where all votes of the selection agree.
+    The score ``(N,)`` is the share of votes that the attack has won; `_FALLEN` more where all votes of the selection
+    find the goal reached, and for denial as much again where they are wrong answers.
     """
 
     images: Tensor
@@ -136,40 +183,17 @@ class Selection:
             since: the number of the first attack at this radius. Of equal scores the first at this radius is kept: a
                 candidate in the larger ball, not yet fallen, is the better one to go on from.
         """
-        right, wrong, denied, evaded = self._vote(images, rows)
-        lost = _FALLEN * evaded
-        for goal, score in (("denial", 1 - right + _FALLEN * denied + lost), ("evasion", wrong + lost)):
+        found = judge(self.ensemble, images, self.y[rows], self.index[rows], self.seed, self.noise)
+        evaded = _FALLEN * found.evasion
+        scores = {"denial": 1 - found.right + _FALLEN * found.denial + evaded, "evasion": found.wrong + evaded}
+        for goal, score in scores.items():
             held = self.held[goal]
             before = held.score[rows]
             renewed = (score == before) & (score < _FALLEN) & (held.source[rows] < since)
             better = (score > before) | renewed
             won = rows[better]
             held.images[won], held.score[won], held.source[won] = images[better], score[better], source
-        return {"denial": denied, "evasion": evaded}
-
-    def _vote(self, images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Shares of votes for the right and for the best wrong class, and which goals are reached, ``(K,)`` each."""
-        y, index = self.y[rows], self.index[rows]
-        if self.noise == "known" or not self.ensemble.noisy:
-            votes = [(self.seed, "report")]  # the attacker has them
-        else:
-            votes = [(self.seed + 1 + again, "selection") for again in range(3)]
-        denied, evaded = torch.ones_like(y, dtype=torch.bool), torch.ones_like(y, dtype=torch.bool)
-        count, drawn = None, torch.zeros_like(y)
-        for seed, purpose in votes:
-            ask = denied.nonzero()[:, 0]
-            if not len(ask):
-                break
-            found = self.ensemble.predict(images[ask], seed, index[ask], purpose)
-            denied[ask] = found.labels != y[ask]
-            evaded[ask] &= denied[ask] & (found.labels != ABSTAIN)
-            count = torch.zeros_like(found.votes[0]) if count is None else count  # the first vote is on all images
-            count[ask] += found.votes.sum(0)
-            drawn[ask] += found.drawn
-        assert count is not None
-        share = count / drawn[:, None]  # (K, classes)
-        right = share.gather(1, y[:, None])[:, 0]
-        return right, share.masked_fill(F.one_hot(y, share.shape[1]).bool(), 0).amax(1), denied, evaded
+        return {"denial": found.denial, "evasion": found.evasion}
 
     def state(self) -> dict[str, Tensor]:
         """All that is held, by name; `restore` takes it back."""

@@ -7,17 +7,21 @@ block: the drift jumps to the next block's weights at the integers, which no ste
 from __future__ import annotations
 
 import math
+import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torchdiffeq
 import torchsde
 from einops import rearrange
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
+from . import fused
 from .noise import BrownianPath
-from .sde import BlockSDE
+from .sde import BlockSDE, mixes_images, well_known
 from .validation import ItoError, nearest
 
 
@@ -126,23 +130,32 @@ def integrate(
         steps: solver steps in the block, a power of two.
         checkpoint: recompute in the backward pass instead of storing activations. The memory of the block is
             then that of one step and of a few states, for three to four times the forward evaluations. A
-            second derivative is not offered then.
+            second derivative is not offered then. The block must compute the same again: a block that draws random
+            numbers is refused, and so is a backward pass after its weights or modes have changed.
 
     Returns:
         States at ``t1``. Their gradient is autograd's through every step as it was taken, never the
         adjoint's: with unit steps and block weights that has a relative error of 70 %.
+
+    Raises:
+        ItoError: unknown solver; with ``checkpoint`` also a block that cannot be repeated.
     """
     method = find_solver(solver)
     if not (checkpoint and torch.is_grad_enabled()):
         return _Block(sde, keys, method, steps)(x, 0, steps)
-    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training for m in sde.block.modules()):
+    if not fused.ordinary(x):
+        raise ItoError(
+            "Checkpointing does not go with forward-mode derivatives and the transforms of torch.func; "
+            "use checkpoint=False."
+        )
+    if any(_draws(module) for module in sde.block.modules()):
         raise ItoError(
             f"Block {sde.index} drops out at random, which checkpointing cannot repeat; use checkpoint=False."
         )
     parameters = [p for p in sde.block.parameters() if p.requires_grad]
     # Images that know nothing of each other go one slice after another: all that is transient shrinks with the slice.
     limit = _SLICE.get(x.device.type, 1 << 27)
-    slices = 1 if method.adaptive or _mixes_images(sde.block) else math.ceil(x.numel() / limit)
+    slices = 1 if method.adaptive or mixes_images(sde.block) else math.ceil(x.numel() / limit)
     pairs = zip(x.tensor_split(min(slices, len(x))), keys.tensor_split(min(slices, len(x))), strict=True)
     parts = [_Recomputed.apply(_Block(sde, k, method, steps), part, *parameters) for part, k in pairs]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -150,19 +163,12 @@ def integrate(
 
 def diffuse(sde: BlockSDE, x: Tensor, keys: Tensor, in_place: bool = False) -> Tensor:
     """The end of an Euler step over a whole block with additive noise: from ``B(x)``, which many paths may share."""
-    sde.shape = tuple(x.shape[1:])
     sigma = sde.schedule.sigma(sde.t0)
-    path = BrownianPath(keys, math.prod(sde.shape), sde.index, sde.t0, sde.t1, dtype=x.dtype)
+    path = BrownianPath(keys, math.prod(x.shape[1:]), sde.index, sde.t0, sde.t1, dtype=x.dtype)
     return path.add_to(x, sigma, in_place) if sigma else x
 
 
 _SLICE = {"cpu": 1 << 19}  # elements of the state that are checkpointed at a time: on a CPU what its caches hold
-
-
-def _mixes_images(block: nn.Module) -> bool:
-    """Whether one image's output depends on the others: BatchNorm with the statistics of the batch."""
-    norms = (m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
-    return any(m.training or m.running_mean is None for m in norms)
 
 
 class _Block:
@@ -180,9 +186,8 @@ class _Block:
         sde = self.sde
         if sde.jump and first == 0:
             x = sde.block(x)
-        sde.shape = tuple(x.shape[1:])
         if self.path is None:
-            size = math.prod(sde.shape)
+            size = math.prod(x.shape[1:])
             self.path = BrownianPath(self.keys, size, sde.index, sde.t0, sde.t1, dtype=x.dtype)
         if self.solver.library == "native" and only_slope and not sde.schedule.multiplicative:
             return _euler(sde, None, self.solver, self.steps, x, first, last)
@@ -224,26 +229,33 @@ class _Unchecked(nn.Module):
         super().__init__()
         self.sde, self.checked = sde, False
         self.noise_type, self.sde_type = sde.noise_type, sde.sde_type
-        for name in ("g", "g_prod"):
-            if hasattr(sde, name):
-                setattr(self, name, getattr(sde, name))
+        self.state: Tensor | None = None
+        if hasattr(sde, "g"):
+            self.g = sde.g
+        if hasattr(sde, "g_prod"):
+            self.g_prod = self._product
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         if not self.checked:
             self.checked = True
+            self.state = torch.get_rng_state()
             return torch.zeros_like(y)
         return self.sde.f(t, y)  # type: ignore[operator]
+
+    def _product(self, t: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        if self.state is not None:  # torchsde has drawn a vector, only to see the product's shape
+            torch.set_rng_state(self.state)
+            self.state = None
+        return self.sde.g_prod(t, y, v)  # type: ignore[operator]
 
 
 def solve_torchsde(
     sde: BlockSDE, path: torchsde.BaseBrownian, solver: Solver, steps: int, x: Tensor, first: int, last: int
 ) -> Tensor:
     """Steps ``first`` to ``last`` of a block by torchsde, on any path in its protocol."""
-    form: nn.Module = sde
-    if solver.stratonovich:
-        form = sde.view("stratonovich")
-    elif solver.method == "srk" and not sde.schedule.multiplicative:
-        form = sde.view("additive")
+    additive = solver.method == "srk" and not sde.schedule.multiplicative
+    kind = "stratonovich" if solver.stratonovich else "additive" if additive else "ito"
+    form = sde.view(kind, tuple(x.shape[1:]))
     h = (sde.t1 - sde.t0) / steps
     # float64 times: in float32 their sum may miss the end, and torchsde then adds a step.
     ts = torch.tensor([sde.t0 + first * h, sde.t0 + last * h], dtype=torch.float64, device=x.device)
@@ -286,6 +298,40 @@ def _frozen_statistics(block: nn.Module):
             norm.track_running_stats = True  # type: ignore[assignment]
 
 
+def _draws(module: nn.Module) -> bool:
+    """Whether a module of torch's or torchvision's draws random numbers, in the mode in which it is."""
+    kinds = (nn.modules.dropout._DropoutNd, nn.RReLU, StochasticDepth)
+    attention = isinstance(module, nn.MultiheadAttention) and module.dropout > 0
+    return module.training and (attention or isinstance(module, kinds))
+
+
+def _versions(block: nn.Module) -> list[object]:
+    """What the block's output depends on beside its input: weights and buffers by version, and modes.
+
+    The running statistics of a BatchNorm in train mode are left out: it writes them and does not read them.
+    """
+    found: list[object] = []
+    for module in block.modules():
+        found.append(module.training)
+        own: list[Tensor] = list(module.parameters(recurse=False))
+        if not (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training):
+            own += module.buffers(recurse=False)
+        found += [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in own]
+    return found
+
+
+def _random_states(block: nn.Module, device: torch.device) -> list[object]:
+    """The generators that a block of unknown code may draw from without naming one."""
+    if well_known(block):
+        return []  # `_draws` knows; and other threads may draw meanwhile
+    states: list[object] = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
+    name, key, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  (a block may use the old interface)
+    states += [name, key.tobytes(), *rest]  # type: ignore[union-attr]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return states
+
+
 class _Recomputed(torch.autograd.Function):
     """A block that keeps its first state only, and goes through its steps again in the backward pass.
 
@@ -298,12 +344,25 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(x)
         kind = x.device.type
         ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        return run(x, 0, run.steps)
+        before = _versions(run.sde.block), _random_states(run.sde.block, x.device)
+        y = run(x, 0, run.steps)
+        ctx.versions = _versions(run.sde.block)
+        if (ctx.versions, _random_states(run.sde.block, x.device)) != before:
+            raise ItoError(
+                f"Block {run.sde.index} draws random numbers or changes its own weights at every call (dropout, "
+                "stochastic depth, spectral norm), which checkpointing cannot repeat; use checkpoint=False."
+            )
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         run = ctx.run
+        if _versions(run.sde.block) != ctx.versions:
+            raise ItoError(
+                f"The weights or the mode of block {run.sde.index} changed between the forward and the backward pass, "
+                "so that checkpointing would compute another gradient; go backward first, or use checkpoint=False."
+            )
         sums: list[Tensor | None] = [None] * len(ctx.parameters)
         whole = run.solver.starts or run.solver.adaptive  # cannot be cut between steps
 

@@ -25,7 +25,7 @@ from .attacks.panels import GOALS
 from .checkpoints import write_atomically
 from .ensemble import ItoEnsemble
 from .outcomes import WorstCase
-from .selection import NOISES, Selection, joined_cases, report_votes, worst_labels
+from .selection import NOISES, Selection, joined_cases, judge, report_votes, worst_labels
 from .validation import ItoError, nearest, whole_number
 
 _COUNTS = ("met", "felled", "forwards", "backwards", "blind")  # of each attack
@@ -122,7 +122,7 @@ class KnownPaths:
     """A target whose attacker has the defender's paths: every panel is the report's own."""
 
     def __init__(self, ensemble: ItoEnsemble, x: Tensor, seed: int) -> None:
-        self.target, self.seed = EnsembleTarget(ensemble, x.device), seed
+        self.target, self.seed = EnsembleTarget(ensemble), seed
         self.count = self.target.distinct or len(ensemble.members) * ensemble.inferences
         self.distinct: int | None = self.count
 
@@ -266,6 +266,7 @@ def least_norm(
     """The least radius at which each image was made to fall, by bisection: ``(N,)``, in pixel units.
 
     0 where it is wrong without attack, infinite where it stands at ``most``. An upper bound on the true least radius.
+    An image has fallen where votes on the selection's noise agree that it has, see `judge`.
 
     Args:
         ensemble, x, y, seed, index: as in `Attack.run`.
@@ -284,6 +285,6 @@ def least_norm(
         for eps in middle[rows].unique().tolist():
             here = rows[middle[rows] == eps]
             images = attack(eps).run(ensemble, x[here], y[here], seed, index[here]).images
-            fell = ensemble.predict(images, seed, index[here]).labels != y[here]
+            fell = judge(ensemble, images, y[here], index[here], seed).denial  # the report must not choose a radius
             found[here[fell]], high[here[fell]], low[here[~fell]] = eps, eps, eps
     return found

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
-import numpy as np
 import torch
-from scipy.stats import betabinom
 from torch import Tensor
 
 from .outcomes import ABSTAIN
@@ -59,10 +58,11 @@ class Poll:
 
     Exact: `labels` are those that `decide` finds when all inferences are made, whatever the rest of them say.
 
-    With ``confidence`` a member's label counts as found sooner, as soon as that is its label in the end with
-    this probability, shared out among the members that a majority takes. It assumes that a member's inferences are
-    exchangeable (they are: independent paths) and, before the first of them, that every share of the leading
-    class is as likely as any other (a prior): the votes still out are then beta-binomial.
+    With ``confidence`` a member's label counts as found sooner, as soon as that is its label in the end with a
+    probability that leaves all members together this confidence (all, as an abstention rests on each of them). It
+    assumes that a member's inferences are exchangeable (they are: independent paths) and, before the first of them,
+    that every share of the leading class is as likely as any other (a prior): the votes still out are then
+    beta-binomial.
 
     Args:
         members, n, classes: the size of the vote.
@@ -86,24 +86,26 @@ class Poll:
         self.flat, self.inferences = check_rule(rule) == "flat", inferences
         self.votes = torch.zeros(members, n, classes, dtype=torch.int64, device=device)
         self.voters, self.each = (1, members * inferences) if self.flat else (members, inferences)
-        level = None if confidence is None else 1 - (1 - confidence) / (self.voters // 2 + 1)
-        self._sure, self._steps = (table.to(self.votes.device) for table in _tables(self.each, level))
+        self.invalid = self.votes.new_zeros(members, n)  # inferences that voted for nobody
+        level = None if confidence is None else 1 - (1 - confidence) / self.voters
+        self._least = torch.tensor(_least_votes(self.each, level), device=self.votes.device)
 
     @property
     def drawn(self) -> Tensor:
         """Inferences made so far: ``(members, n)``."""
-        return self.votes.sum(-1)
+        return self.votes.sum(-1) + self.invalid
 
     def count(self, member: int, images: Tensor, classes: Tensor) -> None:
-        """Enter inferences of one member: for image ``images[k]`` the class ``classes[k]``."""
-        one = torch.ones_like(images)
-        self.votes[member].index_put_((images, classes), one, accumulate=True)
+        """Enter inferences of one member: for image ``images[k]`` the class ``classes[k]``, `ABSTAIN` for nobody."""
+        one, cast = torch.ones_like(images), classes != ABSTAIN
+        self.invalid[member].index_put_((images[~cast],), one[~cast], accumulate=True)
+        self.votes[member].index_put_((images[cast], classes[cast]), one[cast], accumulate=True)
 
     def _standing(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """By voter: votes ``(voters, n, classes)``, draws ``(voters, n)``; classes it surely has, and may still get."""
         votes = self.votes.sum(0, keepdim=True) if self.flat else self.votes
-        drawn = votes.sum(-1)
-        sure = self._sure[drawn[..., None], votes]
+        drawn = self.drawn.sum(0, keepdim=True) if self.flat else self.drawn
+        sure = votes >= self._least[drawn][..., None]
         can = (2 * (votes + (self.each - drawn)[..., None]) > self.each) & ~(sure.any(-1, keepdim=True) & ~sure)
         return votes, drawn, sure, can
 
@@ -127,7 +129,7 @@ class Poll:
         missing = self.voters // 2 + 1 - sure.sum(0).gather(-1, ahead[:, None])[:, 0]
         undecided = can.any(-1) & ~sure.any(-1)  # (voters, n)
         turn = undecided & (undecided.cumsum(0) <= missing)
-        steps = self._steps[drawn, votes.amax(-1)]
+        steps = self._steps(drawn, votes.amax(-1))
         wanted = torch.where(turn & ~settled, torch.minimum(steps, self.each - drawn), 0)
         if not self.flat:
             return wanted
@@ -136,18 +138,44 @@ class Poll:
         before = left.cumsum(0) - left
         return (wanted - before).clamp(min=0).minimum(left)
 
+    def _steps(self, drawn: Tensor, votes: Tensor) -> Tensor:
+        """How many draws make a class sure if all are for it: of ``votes`` among ``drawn``, both ``(voters, n)``."""
+        # After k draws: votes + k >= least[drawn + k]. With m = drawn + k that is m - least[m] >= drawn - votes, whose
+        # left side never falls.
+        numbers = torch.arange(len(self._least), device=drawn.device) - self._least
+        return (torch.searchsorted(numbers, drawn - votes) - drawn).clamp_min(1)
+
 
 @lru_cache(maxsize=64)
-def _tables(inferences: int, level: float | None) -> tuple[Tensor, Tensor]:
-    """For ``n`` draws with ``v`` votes for a class: whether it is sure to win, and draws that would make it so."""
-    n, v = (table.numpy() for table in torch.meshgrid(*[torch.arange(inferences + 1)] * 2, indexing="ij"))
-    lacking, rest = inferences // 2 + 1 - v, inferences - n
-    sure = lacking <= 0
-    if level is not None:
-        possible = (v <= n) & (n > 0) & (lacking > 0) & (lacking <= rest)
-        share = betabinom.sf(lacking - 1, rest, v + 1, (n - v).clip(0) + 1)
-        sure |= possible & (share >= level)
-    steps = np.ones_like(n)
-    for row in range(inferences - 1, -1, -1):  # along v and n rising together
-        steps[row, :-1] = np.where(sure[row + 1, 1:], 1, 1 + steps[row + 1, 1:])
-    return torch.from_numpy(sure), torch.from_numpy(np.minimum(steps, rest.clip(1)))
+def _least_votes(inferences: int, level: float | None) -> list[int]:
+    """For every number of draws the least votes with which a class is sure to win: a list of ``inferences + 1``.
+
+    Exact: more than half of all. With a ``level``: so many that it wins with this probability. If every number of
+    votes in the end is equally likely beforehand, ``v`` of ``n`` draws leave at least ``K`` of ``S`` in the end with
+    probability ``P(X <= v)``, where ``X`` is hypergeometric: of ``S + 1`` balls ``K`` are marked, ``n + 1`` are drawn
+    (the ``v``-th order statistic of a sample without replacement lies at or above ``K``).
+    """
+    marked, balls = inferences // 2 + 1, inferences + 1
+    if level is None:
+        return [marked] * balls
+
+    def chance(v: int, n: int) -> float:
+        """``P(X = v)``."""
+        if not max(0, n + 1 - (balls - marked)) <= v <= min(marked, n + 1):
+            return 0.0
+        ways = _log_choose(marked, v) + _log_choose(balls - marked, n + 1 - v) - _log_choose(balls, n + 1)
+        return math.exp(ways)
+
+    v, below, found = 0, chance(0, 0), []  # below: P(X <= v)
+    for n in range(inferences + 1):
+        while v < marked and below < level:
+            v += 1
+            below += chance(v, n)
+        found.append(v)
+        if n < inferences:  # one more ball: X passes v where it stood at v and the ball is marked
+            below -= chance(v, n) * (marked - v) / (balls - n - 1)
+    return found
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

@@ -132,10 +132,10 @@ def test_bottlenecks_float64_and_autocast_are_autograd_s():
 def test_without_the_compiled_pass_results_stay(monkeypatch):
     quick = frozen(PADDED)
     x, keys = torch.rand(3, 3, 16, 16), torch.arange(3)
-    wanted, largest = quick(x, keys), piece_of(quick, x.device, gradient=True)
+    wanted, largest = quick(x, keys), piece_of(quick, x, gradient=True)
     monkeypatch.setattr(fused, "kernel", None)
     assert not quick.by_hand
-    assert piece_of(quick, x.device, gradient=True) == largest // 2
+    assert piece_of(quick, x, gradient=True) == largest // 2
     assert torch.allclose(quick(x, keys), wanted, rtol=0, atol=1e-4)
 
 

@@ -14,6 +14,7 @@ from neuralsde_ito.recast import Chain, recast
 from neuralsde_ito.schedules import SCHEDULES, Schedule
 from neuralsde_ito.sde import BlockSDE
 from neuralsde_ito.solvers import integrate
+from neuralsde_ito.validation import ItoError
 
 Z = 4.9  # a correct statistic lies beyond it with probability 1e-6
 
@@ -57,10 +58,20 @@ def test_drift_and_diffusion_have_the_flat_states_shape(horizon):
     assert [sde.jump for sde in model.sdes] == [False, True, False]
 
 
-def test_the_shape_follows_the_images():
+def test_the_shape_is_the_test_images_whatever_the_network_is_given():
     model, _ = model_and_states()
+    before = [sde.shape for sde in model.sdes]
     model(random_images(2, 10, channels=2, dtype=torch.float64))
-    assert [sde.shape for sde in model.sdes] == [(3, 10, 10), (4, 5, 5), (4, 5, 5)]
+    assert [sde.shape for sde in model.sdes] == before == [(3, 6, 6), (4, 3, 3), (4, 3, 3)]
+
+
+def test_states_of_another_shape_go_through_a_view_and_are_refused_elsewhere():
+    model, _ = model_and_states()
+    sde, y = model.sdes[0], torch.rand(2, 3 * 10 * 10, dtype=torch.float64)
+    wanted = (sde.block(y.view(2, 3, 10, 10)) - y.view(2, 3, 10, 10)).flatten(1)
+    assert torch.equal(sde.view("ito", (3, 10, 10)).f(0.0, y), wanted)
+    with pytest.raises(ItoError, match=r"have 300 elements, and block 0 expects \(3, 6, 6\).*view"):
+        sde.f(0.0, y)
 
 
 def test_printing_a_model_names_its_blocks():
@@ -112,8 +123,9 @@ def test_torchsde_on_a_real_block_in_float32():
     with torch.no_grad():
         x = model.stem(random_images(2, 16))
         sde = model.sdes[0]
-        integrate(sde, x, keys_of(2))  # tells the block the shape of its state
-        y = torchsde.sdeint(sde, x.flatten(1), torch.tensor([0.0, 1.0]), method="euler", dt=1.0)[-1]
+        y = torchsde.sdeint(
+            sde.view("ito", tuple(x.shape[1:])), x.flatten(1), torch.tensor([0.0, 1.0]), method="euler", dt=1.0
+        )[-1]
         noise = (y - sde.block(x).flatten(1)) / 0.2
     n = noise.numel()
     assert abs(float(noise.double().square().mean()) - 1) * math.sqrt(n / 2) < Z
@@ -163,8 +175,8 @@ def test_multiplicative_noise_has_no_additive_view(name):
 
 
 def test_unknown_views_are_refused():
-    with pytest.raises(ValueError, match=r"Unknown view 'ito'. Known: additive, stratonovich"):
-        BlockSDE(nn.Identity(), Schedule(0.5)).view("ito")
+    with pytest.raises(ValueError, match=r"Unknown view 'dense'. Known: ito, additive, stratonovich"):
+        BlockSDE(nn.Identity(), Schedule(0.5)).view("dense")
 
 
 # --- the law of the state -------------------------------------------------------------------------------

@@ -323,6 +323,20 @@ def test_least_norms_are_where_images_fall(ensemble, x, y):
     assert math.isinf(float(found.max())) or float(found.max()) <= 0.3 + 1e-6
 
 
+def test_the_report_chooses_no_least_norm(ensemble, x, y, monkeypatch):
+    asked, predict = [], ito.ItoEnsemble.predict
+
+    def record(self, x, seed=0, index=None, purpose="report", **settings):
+        asked.append(purpose)
+        return predict(self, x, seed, index, purpose, **settings)
+
+    monkeypatch.setattr(ito.ItoEnsemble, "predict", record)
+    least_norm(ensemble, x, y, lambda eps: PGD("linf", eps, steps=2, eot=4, selection=4), 0.3, rounds=2)
+    assert asked[0] == "report"  # who is wrong without attack
+    assert len(asked) > 3
+    assert set(asked[1:]) == {"selection"}
+
+
 # --- other libraries ------------------------------------------------------------------------------------
 
 

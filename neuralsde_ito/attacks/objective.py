@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine import in_pieces, piece_of
+from ..engine import in_pieces, out_of_memory, piece_of
 from ..ensemble import ItoEnsemble
 from ..recast import ItoResNet
+from ..sde import well_known
 from ..solvers import find_solver
 from ..validation import ItoError
 
@@ -170,7 +171,7 @@ class _Module:
 class EnsembleTarget:
     """An ensemble's quick copy. Few images with all their paths at a time, so that any objective can be climbed."""
 
-    def __init__(self, ensemble: ItoEnsemble, device: torch.device) -> None:
+    def __init__(self, ensemble: ItoEnsemble) -> None:
         for member in ensemble.members:
             if find_solver(str(member.solver)).adaptive:
                 raise ItoError(
@@ -178,13 +179,19 @@ class EnsembleTarget:
                     "depends on the others; attack with a solver of fixed steps."
                 )
         self.distinct = None if ensemble.noisy else len(ensemble.members)
-        self.quick = ensemble.quick()
-        self.size = ensemble.chunk or min(piece_of(m, device, gradient=True) for m in self.quick.members)  # type: ignore[arg-type]
+        self.ensemble = ensemble
+        self._quick: ItoEnsemble | None = None
+
+    def quick(self, x: Tensor) -> ItoEnsemble:
+        """The quick copy, made when the first images are at hand."""
+        if self._quick is None:
+            self._quick = self.ensemble.quick(x)
+        return self._quick
 
     @torch.no_grad()
     def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
         """See `Target`."""
-        return self.quick.paths(x, first, count, seed, purpose, index)
+        return self.quick(x).paths(x, first, count, seed, purpose, index)
 
     def ascend(
         self,
@@ -199,19 +206,23 @@ class EnsembleTarget:
     ) -> Ascent:
         """See `Target`; ``purpose`` is for an attacker who knows the defender's paths."""
 
+        quick = self.quick(x)
+        members: list[ItoResNet] = list(quick.members)  # type: ignore[arg-type]
+        size = quick.chunk or min(piece_of(member, x, gradient=True) for member in members)
+
         def piece(part: slice) -> Ascent:
             names = index[part]
-            return _ascend(
-                objective, x[part], y[part], lambda x: self.quick.paths(x, first, count, seed, purpose, names)
-            )
+            return _ascend(objective, x[part], y[part], lambda x: quick.paths(x, first, count, seed, purpose, names))
 
         try:
-            pieces = in_pieces(piece, len(x), max(1, self.size // count), x.device)
-        except torch.OutOfMemoryError:  # with a single image
-            if all(member.checkpoint for member in self.quick.members):
+            side_by_side = all(well_known(member) for member in members)
+            pieces = in_pieces(piece, len(x), max(1, size // count), x.device, side_by_side)
+        except (RuntimeError, MemoryError) as error:
+            # With a single image: what is left is to store less.
+            if not out_of_memory(error) or all(member.checkpoint for member in members):
                 raise
-            for member in self.quick.members:
-                member.checkpoint = True  # type: ignore[assignment]
+            for member in members:
+                member.checkpoint = True
             return self.ascend(objective, x, y, first, count, seed, index, purpose)
         losses, logits, gradients = zip(*pieces, strict=True)
         return Ascent(torch.cat(losses), torch.cat(logits, 1), torch.cat(gradients))
@@ -221,4 +232,4 @@ def as_target(model: nn.Module, x: Tensor) -> Target:
     """The face of a model: an `ItoEnsemble`, an `ItoResNet` (an ensemble of one), or any other module."""
     if isinstance(model, ItoResNet):
         model = ItoEnsemble([model])
-    return EnsembleTarget(model, x.device) if isinstance(model, ItoEnsemble) else _Module(model, x)
+    return EnsembleTarget(model) if isinstance(model, ItoEnsemble) else _Module(model, x)
