@@ -123,13 +123,15 @@ def verify_bundle(
     Example:
         ::
 
+            from functools import partial
+            from neuralsde_ito.checkpoints import load_base
+            from neuralsde_ito.evaluation import NoiseFree
+
             evidence = ito.load_bundle("evidence/linf-8of255")
             ensemble, config = ito.load_ensemble("runs/mine")
-            resnet = load_base("runs/mine", config)  # from neuralsde_ito.checkpoints
-            suite = Suite(
-                partial(ito.standard, evidence.norm, noisy=ensemble.noisy, effort=evidence.config["suite"]["effort"]),
-                {"resnet": resnet, "noise-free": NoiseFree(ensemble)},
-            )
+            nets = {"resnet": load_base("runs/mine", config), "noise-free": NoiseFree(ensemble)}
+            effort = evidence.config["suite"]["effort"]
+            suite = ito.Suite(partial(ito.standard, evidence.norm, noisy=ensemble.noisy, effort=effort), nets)
             found = ito.verify_bundle(evidence, ensemble, ito.load_data("digits").test, suite)
             print(found.stands)
     """

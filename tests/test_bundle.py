@@ -800,7 +800,7 @@ def the_first_of_five_reports_five_times(world, e):
     return relabelled(replace(made, **votes_again(made, lambda votes: votes[:1].repeat(5, 1, 1, 1))))
 
 
-@forgery("costs", "denial made again", "evasion made again")
+@forgery("costs")
 def effort_relabelled(world, e):
     lazy = replace(world.suite, steps=lambda eps: steps(eps, 0.01))
     return attacked(world, lazy)
