@@ -76,7 +76,7 @@ def evaluate(
         parts.append((index.cpu(), y.cpu(), classify(resnet, x).cpu(), *found))
         votes.append(prediction.votes.cpu())
         tick(len(y))
-    index, truth, base, labels, drawn, odd = (torch.cat(column) for column in zip(*parts, strict=True))
+    index, truth, base, labels, drawn, invalid = (torch.cat(column) for column in zip(*parts, strict=True))
     return Evaluation(
         Outcomes.of(base, truth),
         Outcomes.of(labels, truth),
@@ -87,7 +87,7 @@ def evaluate(
         labels,
         torch.cat(votes, 1),
         drawn,
-        odd,
+        invalid,
     )
 
 

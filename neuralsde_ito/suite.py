@@ -8,6 +8,7 @@ what was kept: an attack that is chosen by the report's own noise looks stronger
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from .checkpoints import write_atomically
 from .ensemble import ItoEnsemble
 from .outcomes import WorstCase
 from .selection import NOISES, Selection, joined_cases, judge, report_votes, worst_labels
-from .validation import ItoError, nearest, whole_number
+from .validation import ItoError, nearest, shown, whole_number
 
 _COUNTS = ("met", "felled", "forwards", "backwards", "blind")  # of each attack
 
@@ -51,8 +52,8 @@ class Step:
 def standard(norm: str, eps: float, noisy: bool, effort: float = 1.0) -> list[Step]:
     """The steps of the suite ``standard``.
 
-    For a randomised ensemble at most 1,415 gradients an image, and for a deterministic network what AutoAttack's
-    ``standard`` has in APGD and Square, in a cheaper order.
+    For a randomised ensemble at most 1,415 gradients an image, and as many again for evasion where the ensemble
+    abstains; for a deterministic network what AutoAttack's ``standard`` has in APGD and Square, in a cheaper order.
 
     Args:
         norm, eps: the ball.
@@ -188,7 +189,12 @@ class Suite:
 
         Yields:
             After every attack: the step, and how its radius stands so far.
+
+        Raises:
+            ItoError: radii that do not rise: an image found in a larger ball would compete in a smaller one.
         """
+        if any(small >= large for small, large in itertools.pairwise(radii)):
+            raise ItoError(f"Radii must rise from one to the next, got {shown(list(radii))}; sort them.")
         chosen = Selection(ensemble, x, y, index, self.seed, self.noise, self.repeat)
         chosen.restore(self._once(f"{name}-clean", chosen.begin))
         since = 0  # attacks at smaller radii

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..data import check_images
 from ..ensemble import ItoEnsemble, evaluating
 from ..recast import ItoResNet
-from ..validation import ItoError, nearest
+from ..validation import ItoError, nearest, whole_number
 from .ball import BALLS, check_eps
 from .objective import AIMED, OBJECTIVES, Objective, Target, answered, as_target
-from .panels import GOALS, Panels
+from .panels import GOALS, Panels, comparable
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ class Attack:
             raise ItoError(nearest("goal", self.goal, GOALS))
         object.__setattr__(self, "eps", check_eps(self.norm, self.eps))
         for name in ("steps", "restarts", "eot", "selection", "targets"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ItoError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
 
     def run(
         self,
@@ -164,8 +162,7 @@ class Attack:
         """By what the candidates of several attempts are compared, ``(N,)``: a class aimed at is no measure of them."""
         if self.goal == "evasion":  # the mean probability of the best wrong class
             return answered(logits).softmax(-1).mean(0).scatter(1, y[:, None], 0).amax(1)
-        loss = OBJECTIVES["mean-loss" if self.objective in AIMED else self.objective](logits, y)
-        return loss.nan_to_num(nan=torch.finfo(loss.dtype).min)
+        return comparable(OBJECTIVES["mean-loss" if self.objective in AIMED else self.objective](logits, y))
 
     def _climb(self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor) -> Tensor:
         """One attempt on images ``x`` of numbers ``rows``: from ``start`` (None: the attack's own) to what is kept."""

@@ -19,7 +19,7 @@ from ..validation import ItoError
 
 
 def answered(logits: Tensor) -> Tensor:
-    """Logits ``(..., classes)``, all 0 along a path that has none which are finite: it prefers no class.
+    """Logits ``(..., classes)``, all 0 along a path where one of them is not finite: such a path prefers no class.
 
     So one path that overflows does not turn the loss over all paths, and every comparison with it, into NaN.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..votes import winners
 from .objective import Ascent, Objective, Target, answered
@@ -31,8 +30,10 @@ def right_share(logits: Tensor, y: Tensor) -> Tensor:
 
 def wrong_share(logits: Tensor, y: Tensor) -> Tensor:
     """The share of paths on which the best wrong class wins, as `right_share`."""
-    won = F.one_hot(winners(logits) + 1, logits.shape[-1] + 1)[..., 1:].float().mean(0)  # (N, classes)
-    return won.scatter(1, (y if y.dim() == 1 else y[:, 0])[:, None], 0).amax(1)
+    won = winners(logits).T + 1  # (N, P), 0 where no class won
+    counts = torch.zeros(len(won), logits.shape[-1] + 1, device=won.device)
+    counts.scatter_add_(1, won, torch.ones_like(won, dtype=counts.dtype))
+    return counts[:, 1:].scatter(1, (y if y.dim() == 1 else y[:, 0])[:, None], 0).amax(1) / len(logits)
 
 
 class Panels:
@@ -70,11 +71,11 @@ class Panels:
         first = (self.attempt * self.draws + draw) * self.eot
         found = self.target.ascend(objective, x, self.labels[rows], first, self.eot, self.seed, self.index[rows])
         self.blind[rows] |= ~found.gradient.isfinite().flatten(1).all(1)
-        return Ascent(_comparable(found.loss), found.logits, found.gradient.nan_to_num(0, 0, 0))
+        return Ascent(comparable(found.loss), found.logits, found.gradient.nan_to_num(0, 0, 0))
 
     def loss(self, objective: Objective, logits: Tensor, rows: Tensor) -> Tensor:
-        """An objective ``(N,)`` on the ``logits`` at hand; a loss that is NaN is below all others."""
-        return _comparable(objective(logits, self.labels[rows]))
+        """An objective ``(N,)`` on the ``logits`` at hand, `comparable`."""
+        return comparable(objective(logits, self.labels[rows]))
 
     def judge(self, x: Tensor, rows: Tensor, draw: int, purpose: str = "selection") -> Tensor:
         """Logits ``(P, N, classes)`` on a draw of the attempt's paths of a panel, without a gradient."""
@@ -122,5 +123,6 @@ class Panels:
         return done
 
 
-def _comparable(loss: Tensor) -> Tensor:
+def comparable(loss: Tensor) -> Tensor:
+    """A loss ``(N,)`` in which NaN, which compares with nothing, is below all other values."""
     return loss.nan_to_num(nan=torch.finfo(loss.dtype).min)
