@@ -43,6 +43,7 @@ def run(
     """Attack the ensemble and the ResNet at every radius, and print what is left after each step."""
     import torch
 
+    from neuralsde_ito.bundle import evidence_of, fingerprint, save_bundle
     from neuralsde_ito.checkpoints import write_atomically
     from neuralsde_ito.ensemble import ItoEnsemble
     from neuralsde_ito.evaluation import NoiseFree
@@ -51,6 +52,8 @@ def run(
     from neuralsde_ito.recipes import command_line, environment
     from neuralsde_ito.selection import invalid, worst_labels
     from neuralsde_ito.suite import Suite, joined, standard
+
+    from .verify import test_split
 
     ensemble, radii = opened.ensemble, sorted(labels)
     batches = list(data.test.batches(batch_size, opened.device))
@@ -66,7 +69,7 @@ def run(
         "data": data.name,
         "images": len(data.test),
         "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
-        "weights": _fingerprint(ensemble),
+        "weights": fingerprint(ensemble),
     }
     state = opened.folder / f"suite-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
     if not resume:
@@ -153,15 +156,26 @@ def run(
     shutil.rmtree(state, ignore_errors=True)
     bundles = []
     if bundle is not None:
-        for level in range(len(radii)):
-            ran = [
-                f"{step.name}{goal}, eps {labels[eps]}"
-                for eps in radii[: level + 1]
-                for goal in ("", ", evasion")
-                for step in steps["Itô ensemble"](eps)
-            ]
-            levels = found["Itô ensemble"][: level + 1]
-            bundles.append(_bundle(bundle, report, levels, ran, clean["Itô ensemble"], truth, index, originals, opened))
+        levels = found["Itô ensemble"]
+        config = {
+            "run": report["run"],
+            "data": {"name": data.name},
+            "suite": {"name": "standard", "effort": effort, "batch_size": batch_size},
+        }
+        for level, eps in enumerate(radii):
+            evidence = evidence_of(
+                levels[: level + 1],
+                clean_votes["Itô ensemble"],
+                *defenders["Itô ensemble"],
+                test_split(opened.config),
+                originals,
+                truth,
+                index,
+                command_line(),
+                config,
+            )
+            bundles.append(bundle / f"{norm}-{labels[eps].replace('/', 'of')}")
+            save_bundle(bundles[-1], evidence)
     if as_json:
         output.print_json(report)
         return
@@ -200,14 +214,6 @@ def _peers(
     return rows
 
 
-def _fingerprint(ensemble: ItoEnsemble) -> str:
-    """Of all weights: a state of other members must not be gone on with."""
-    digest = hashlib.sha256()
-    for name, value in sorted(ensemble.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _entry(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> dict[str, Any]:
     """One model at one radius: what denial leaves, what evasion leaves, and what each attack did."""
     from neuralsde_ito.outcomes import Outcomes
@@ -227,54 +233,6 @@ def _entry(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> dict[s
     ]
     evasion = Outcomes.of(reached.evasion.labels, truth).as_dict()
     return Outcomes.of(reached.denial.labels, truth).as_dict() | {"evasion": evasion, "steps": attacks}
-
-
-def _bundle(
-    folder: Path,
-    report: dict[str, Any],
-    levels: list[SuiteResult],
-    names: list[str],
-    clean: Tensor,
-    truth: Tensor,
-    index: Tensor,
-    originals: Tensor,
-    opened: options.Opened,
-) -> Path:
-    """Evidence of one radius, with the attacks of the smaller ones, from which successes were carried upward."""
-    import torch
-
-    from neuralsde_ito.bundle import Evidence, save_bundle
-
-    reached, entry = levels[-1], report["attacked"][len(levels) - 1]
-    case = reached.denial
-    fallen = torch.where(case.source == -1, -2, case.source)
-    evidence = Evidence(
-        norm=report["norm"],
-        eps=reached.eps,
-        attacks=tuple(names),
-        index=index,
-        truth=truth,
-        clean=clean,
-        labels=case.labels,
-        winner=torch.where(case.labels == truth, -1, fallen),
-        originals=originals,
-        images=case.images,
-        forwards=tuple(n for level in levels for n in level.forwards),
-        backwards=tuple(n for level in levels for n in level.backwards),
-        votes=case.votes[0],
-        seed=report["seed"],
-        noise=report["noise"],
-        command=report["command"],
-        config={
-            "run": report["run"],
-            "data": {"name": report["data"]},
-            "vote": report["vote"],
-            "repeat": report["repeat"],
-        },
-    )
-    place = folder / output.radius_name(report["norm"], entry["written"])
-    save_bundle(place, evidence)
-    return place
 
 
 def _step_rows(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> list[list[str]]:

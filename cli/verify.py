@@ -1,8 +1,8 @@
-"""``ito-sde verify``: the claims of an evidence bundle, recomputed on fresh noise."""
+"""``ito-sde verify``: the claims of an evidence bundle, computed again."""
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,10 @@ import click
 from . import options, output
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from neuralsde_ito.bundle import Evidence
     from neuralsde_ito.config import Config
+    from neuralsde_ito.data import Split
+    from neuralsde_ito.suite import Suite
     from neuralsde_ito.verification import Verification
 
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 @click.option("--run", "run", help="Name or path of a run.  [default: the bundle's, else the newest finished one]")
 @options.runs_root
 @options.device
+@options.votes
 @click.option(
-    "--repeat",
-    "repeats",
+    "--sample",
     type=click.IntRange(1),
-    default=1,
+    default=30,
     show_default=True,
-    metavar="K",
-    help="Reports under attack; an image must be right in all.",
+    metavar="N",
+    help="Images that are attacked again, chosen at random.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
     metavar="N",
-    help="Of the fresh noise, not the bundle's.  [default: at random]",
+    help="Of the fresh noise, the sample and the second attack; not the bundle's.  [default: at random]",
 )
 @options.batch_size
 @options.as_json
@@ -45,23 +45,27 @@ def command(
     run: str | None,
     root: Path,
     device: str,
-    repeats: int,
+    inferences: int | None,
+    rule: str | None,
+    sample: int,
     seed: int | None,
     batch_size: int,
     as_json: bool,
 ) -> None:
-    """Recompute the figures of an evidence bundle, and say which claims stand.
+    """Compute again what an evidence bundle claims, and say which claims stand.
 
-    Exit code 0 if all do, 1 if one does not.
+    All votes are cast again and once more on fresh noise; a sample of the images is attacked again. What cannot be
+    compared, as its run or its data is not there, does not stand. Exit code 0 if all claims stand, 1 if one does not.
 
     \b
-    ito-sde verify evidence/
-    ito-sde verify evidence/ --run mine --repeat 10
+    ito-sde verify evidence/linf-8of255
+    ito-sde verify evidence/linf-8of255 --run mine --sample 100
     """
     from dataclasses import replace
 
     from neuralsde_ito.bundle import Altered, load_bundle
-    from neuralsde_ito.verification import Claim, Verification, verify_bundle
+    from neuralsde_ito.validation import ItoError
+    from neuralsde_ito.verification import Claim, Verification, verify_bundle, work
 
     files = Claim("files unaltered", "SHA-256 and summary", "the same", True)
     try:
@@ -69,37 +73,63 @@ def command(
     except Altered as error:
         _finish(bundle, None, Verification((replace(files, found="others", stands=False, note=str(error)),)), as_json)
         return
-    config = evidence.config
-    vote = config["vote"] if isinstance(config.get("vote"), dict) else {}
-    opened = options.open_run(root, run or config.get("run"), device, vote.get("inferences"), vote.get("rule"))
-    x, y = _data(opened.config, evidence)
-    with output.progress(len(evidence.index) * (1 + repeats), "verify", "images") as bar:
-        found = verify_bundle(evidence, opened.ensemble, seed, repeats, x, y, batch_size, bar.update)
-    _finish(bundle, opened.folder, replace(found, claims=(files, *found.claims)), as_json)
+    opened: options.Opened | None = None
+    try:
+        opened = options.open_run(root, run or _run_of(evidence), device, inferences, rule)
+    except ItoError as error:
+        if run is not None:
+            raise
+        _warn("The ensemble is not compared", error)
+    split = None if opened is None else _split(opened.config)
+    suite = None if opened is None else _suite(evidence, opened)
+    ensemble = None if opened is None else opened.ensemble
+    with output.progress(work(evidence, sample), "verify", "images") as bar:
+        found = verify_bundle(evidence, ensemble, split, suite, seed, sample, batch_size, bar.update)
+    folder = None if opened is None else opened.folder
+    _finish(bundle, folder, replace(found, claims=(files, *found.claims)), as_json)
 
 
-def _data(config: Config, evidence: Evidence) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The data set's images and labels in the bundle's order; none, and a warning, where they cannot be had."""
-    import torch
+def _run_of(evidence: Evidence) -> str | None:
+    run = evidence.config.get("run")
+    return run if isinstance(run, str) else None
 
-    from neuralsde_ito.recipes import load_dataset
+
+def test_split(config: Config) -> Split:
+    """The whole test split of a run, whatever limit its configuration has: what images are chosen from."""
+    from neuralsde_ito.data import load_data
+
+    data = config.data
+    return load_data(data.name, data.path, data.size, data.augment, train_limit=1).test
+
+
+def _split(config: Config) -> Split | None:
+    """The same; none, and a warning, where it cannot be had."""
     from neuralsde_ito.validation import ItoError
 
-    wanted = evidence.index.tolist()
-    missing = "the test split does not hold all of the bundle's images"
     try:
-        # Most likely an attack's fixed choice of so many images; else they are looked for in the whole split.
-        for limit in (len(wanted), sys.maxsize):
-            found: dict[int, tuple[Tensor, Tensor]] = {}
-            for index, x, y in load_dataset(config, train_limit=1, test_limit=limit).test.batches(250):
-                found.update(zip(index.tolist(), zip(x, y, strict=True), strict=True))
-            if found.keys() >= set(wanted):
-                images, labels = zip(*(found[i] for i in wanted), strict=True)
-                return torch.stack(images), torch.stack(labels)
+        return test_split(config)
     except ItoError as error:
-        missing = str(error).rstrip(".")
-    click.echo(f"Warning: originals and labels are not compared with the data set's: {missing}.", err=True)
-    return None, None
+        _warn("Images and labels are not compared with the data set's", error)
+        return None
+
+
+def _suite(evidence: Evidence, opened: options.Opened) -> Suite | None:
+    """The suite that the bundle names, on the run's networks; none, and a warning, if there is no such suite."""
+    from neuralsde_ito.evaluation import NoiseFree
+    from neuralsde_ito.suite import Suite, standard
+
+    settings = evidence.config.get("suite")
+    settings = settings if isinstance(settings, dict) else {}
+    name, effort = settings.get("name"), settings.get("effort")
+    if name != "standard" or not isinstance(effort, int | float) or not 0 < effort < float("inf"):
+        click.echo("Warning: the attack is not made again: the bundle names no suite with its effort.", err=True)
+        return None
+    steps = partial(standard, evidence.norm, noisy=opened.ensemble.noisy, effort=effort)
+    return Suite(steps, {"resnet": opened.resnet, "noise-free": NoiseFree(opened.ensemble)})
+
+
+def _warn(what: str, error: Exception) -> None:
+    click.echo(f"Warning: {what}: {str(error).rstrip('.')}.", err=True)
 
 
 def _finish(bundle: Path, run: Path | None, found: Verification, as_json: bool) -> None:
@@ -111,11 +141,16 @@ def _finish(bundle: Path, run: Path | None, found: Verification, as_json: bool) 
         rows = [[c.name, c.claimed, c.found, "stands" if c.stands else "DOES NOT STAND"] for c in found.claims]
         output.table(rows, ["claim", "claimed", "found", "verdict"])
         click.echo()
+        notes: dict[str, list[str]] = {}
         for claim in found.claims:
             if claim.note:
-                output.sentence(f"{claim.name[0].upper()}{claim.name[1:]}: {claim.note}")
+                notes.setdefault(claim.note, []).append(claim.name)
+        for note, names in notes.items():
+            text = f"{', '.join(names)}: {note}"
+            output.sentence(text[0].upper() + text[1:])
         fallen = [claim.name for claim in found.claims if not claim.stands]
-        seeds = f" on fresh noise (seed {found.seeds[0]})" if found.seeds else ""
+        seeds = "" if found.seed is None else f" (seed {found.seed})"
+        click.echo()
         if fallen:
             output.sentence(f"Does not stand{seeds}: {', '.join(fallen)}.")
         else:

@@ -71,6 +71,16 @@ def content_index(x: Tensor) -> Tensor:
 class Split(Protocol):
     """One split of a data set: an indexed collection of images that yields batches."""
 
+    @property
+    def labels(self) -> Tensor:
+        """True labels, int64 ``(N,)``."""
+        ...
+
+    @property
+    def names(self) -> Tensor | None:
+        """The images' numbers in the whole split, int64 ``(N,)``; None: their positions."""
+        ...
+
     def __len__(self) -> int:
         """Number of images."""
         ...

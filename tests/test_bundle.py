@@ -1,9 +1,13 @@
-"""Evidence that can be checked: bundles bit for bit, and claims that fall when somebody has been at them."""
+"""Evidence that can be checked: bundles bit for bit, an honest one stands, and each forgery is found."""
+
+from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,70 +15,158 @@ import torch
 from click.testing import CliRunner
 from neuralsde_ito.cli import cli
 from problems import random_resnet
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import neuralsde_ito as ito
-from neuralsde_ito import Evidence, ItoEnsemble, bundle, load_bundle, save_bundle, verify_bundle
-from neuralsde_ito.bundle import Altered
-from neuralsde_ito.verification import Verification
+from neuralsde_ito import (
+    Evidence,
+    ItoEnsemble,
+    WorstCase,
+    bundle,
+    load_bundle,
+    save_bundle,
+    verification,
+    verify_bundle,
+)
+from neuralsde_ito.attacks import PGD, Square
+from neuralsde_ito.bundle import (
+    Altered,
+    attack_names,
+    cases_of,
+    evidence_of,
+    fingerprint,
+    fingerprint_choice,
+    fingerprint_split,
+    votes_in,
+    votes_of,
+)
+from neuralsde_ito.data import InMemory
+from neuralsde_ito.evaluation import NoiseFree
+from neuralsde_ito.selection import worst_labels
+from neuralsde_ito.suite import Step, Suite
+from neuralsde_ito.verification import Verification, work
 
-EPS, SEED = 0.06, 7
+RADII, SEED, FRESH, N = [0.01, 0.025], 7, 1000, 40
+EPS = RADII[-1]
 
 
-@pytest.fixture(scope="module")
-def net() -> torch.nn.Module:
-    """A random ResNet-8 whose logits are centred on digits, so that it decides for many classes."""
-    net = random_resnet("resnet8", in_channels=1)
-    head = net[-1].fc
+# --- a defender, its data, a suite, and what an honest attacker writes down -------------------------------
+
+
+def network(seed: int = 0) -> ito.Chain:
+    """A small random network whose logits are centred on digits, so that it decides for many classes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        net = ito.Chain(
+            nn.Conv2d(1, 4, 3, 2), [block, nn.Identity()], nn.Sequential(nn.Flatten(), nn.Linear(36, 10))
+        ).eval()
+    linear = net.head[1]
     with torch.no_grad():
-        logits = net(next(ito.load_data("digits").test.batches(200))[1])
-        head.weight.div_(logits.std(0)[:, None])
-        head.bias.copy_((head.bias - logits.mean(0)) / logits.std(0))
+        logits = net(next(ito.load_data("digits").test.batches(500))[1])
+        linear.weight.div_(logits.std(0)[:, None])
+        linear.bias.copy_((linear.bias - logits.mean(0)) / logits.std(0))
     return net
 
 
+def defender(omega: float = 0.022, seed: int = 0, inferences: int = 7, rule: str = "hierarchical") -> ItoEnsemble:
+    """Three members whose votes on digits are neither all clear nor all chance."""
+    members = [ito.recast(network(seed), omega, image_shape=(1, 8, 8)) for _ in range(3)]
+    return ItoEnsemble(members, inferences, rule).eval()
+
+
+def steps(eps: float, effort: float = 1.0) -> list[Step]:
+    def pgd(steps: int, **settings) -> PGD:
+        return PGD("linf", eps, max(1, round(effort * steps)), eot=4, selection=8, **settings)
+
+    return [
+        Step("transfer", pgd(4, stop=False), "noise-free"),
+        Step("PGD", pgd(4, objective="mean-logits")),
+        Step("Square", Square("linf", eps, 3, eot=4, selection=8), warm=True),
+    ]
+
+
+@dataclass
+class World:
+    """What a verifier has."""
+
+    ensemble: ItoEnsemble
+    split: InMemory
+    suite: Suite
+
+    def verify(self, evidence: Evidence, **settings) -> Verification:
+        return verify_bundle(
+            evidence, self.ensemble, self.split, self.suite, **{"seed": FRESH, "sample": 20} | settings
+        )
+
+
+def world_of(ensemble: ItoEnsemble, **settings) -> World:
+    """Digits whose "true" labels are what the ensemble says of them, but for every ninth."""
+    pixels = ito.load_data("digits").test.pixels[:120]
+    labels = ItoEnsemble(ensemble.members, 15).predict(pixels.float() / 255, seed=99).labels.clamp_min(0)
+    labels[::9] = (labels[::9] + 1) % 10
+    return World(ensemble, InMemory(pixels, labels), Suite(steps, {"noise-free": NoiseFree(ensemble)}, **settings))
+
+
+def attacked(
+    world: World,
+    suite: Suite | None = None,
+    split: InMemory | None = None,
+    n: int = N,
+    seed: int = SEED,
+    **words,
+) -> Evidence:
+    """What an honest attacker writes down."""
+    suite, split = replace(suite or world.suite, seed=seed), split or world.split
+    index, x, y = next(split.first(n).batches(n))
+    results = {result.eps: result for _, result in suite.run(world.ensemble, x, y, index, RADII)}
+    words.setdefault("config", {"run": "runs/x", "data": {"name": "digits"}, "suite": {"name": "own", "effort": 1.0}})
+    votes = suite.votes(world.ensemble, x, index)
+    return evidence_of([results[eps] for eps in RADII], votes, world.ensemble, suite, split, x, y, index, **words)
+
+
 @pytest.fixture(scope="module")
-def ensemble(net) -> ItoEnsemble:
-    return ItoEnsemble([ito.recast(net, omega=0.01, image_shape=(1, 8, 8)) for _ in range(2)], inferences=3)
-
-
-def attacked(ensemble: ItoEnsemble, index: Tensor, x: Tensor, truth: Tensor, **also) -> Evidence:
-    """What an honest attacker writes down, of one attack."""
-    clean = ensemble.predict(x, SEED, index).labels
-    found = ito.attacks.PGD(norm="linf", eps=EPS, steps=3, eot=2, selection=4).run(ensemble, x, truth, SEED, index)
-    images = torch.where((clean == truth)[:, None, None, None], found.images, x)
-    report = ensemble.predict(images, SEED, index, full=True)
-    winner = torch.where(report.labels == truth, -1, 0).where(clean == truth, torch.tensor(-2))
-    return Evidence(
-        norm="linf",
-        eps=EPS,
-        attacks=("pgd",),
-        index=index,
-        truth=truth,
-        clean=clean,
-        labels=report.labels,
-        winner=winner,
-        originals=x,
-        images=images,
-        forwards=(found.forwards,),
-        backwards=(found.backwards,),
-        votes=report.votes,
-        seed=SEED,
-        command="ito-sde attack --norm linf",
-        **also,
-    )
+def world() -> World:
+    return world_of(defender())
 
 
 @pytest.fixture(scope="module")
-def evidence(ensemble) -> Evidence:
-    """80 digits under other numbers; "true" is what the ensemble says of them, but for three of them."""
-    index, x, _ = next(ito.load_data("digits").test.batches(200))
-    own = ensemble.predict(x, seed=99, index=index, full=True)
-    sure = (own.votes.sum(0).amax(-1) == 6).nonzero()[:80, 0]
-    truth = own.labels[sure].clone()
-    truth[:3] = (truth[:3] + 1) % 10
-    return attacked(ensemble, index[sure], x[sure], truth, config={"data": "digits", "note": {"π": [1, 0.1, None]}})
+def evidence(world) -> Evidence:
+    return attacked(world, command="ito-sde attack --suite standard")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered():
+    """Votes and attacks of the verifier that many forgeries have in common are made once."""
+    patch, known = pytest.MonkeyPatch(), {}
+
+    def once(name: str) -> None:
+        function = getattr(verification, name)
+
+        def call(*words):
+            key = name + "".join(map(_digest, words))
+            if key not in known:
+                known[key] = function(*words)
+            return known[key]
+
+        patch.setattr(verification, name, call)
+
+    once("votes_of")
+    once("_sweep")
+    yield
+    patch.undo()
+
+
+def _digest(word: object) -> str:
+    if isinstance(word, Tensor):
+        return hashlib.sha256(word.contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(word, ItoEnsemble):
+        return f"{fingerprint(word)} {word.inferences} {word.rule}"
+    if isinstance(word, Evidence):
+        return "".join(map(_digest, (word.originals, word.truth, word.index)))
+    if isinstance(word, Suite):
+        return f"{word.seed} {word.noise} {word.repeat} {word.steps(0.1)}"
+    return "" if callable(word) else repr(word)
 
 
 @pytest.fixture
@@ -83,17 +175,17 @@ def saved(evidence, tmp_path) -> Path:
     return tmp_path / "evidence"
 
 
-def alike(one: Evidence, two: Evidence) -> bool:
-    pairs = [(getattr(one, f.name), getattr(two, f.name)) for f in fields(Evidence)]
-    return all(
-        a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, Tensor) else a == b and type(a) is type(b)
-        for a, b in pairs
-    )
+def alike(one: object, two: object) -> bool:
+    if is_dataclass(one):
+        return all(alike(getattr(one, f.name), getattr(two, f.name)) for f in fields(one))
+    if isinstance(one, Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    return one == two and type(one) is type(two)
 
 
-def fallen(verification: Verification) -> set[str]:
-    assert verification.stands == all(claim.stands for claim in verification.claims)
-    return {claim.name for claim in verification.claims if not claim.stands}
+def fallen(found: Verification) -> set[str]:
+    assert found.stands == all(claim.stands for claim in found.claims)
+    return {claim.name for claim in found.claims if not claim.stands}
 
 
 def edit(path: Path, change) -> None:
@@ -106,68 +198,95 @@ def edit(path: Path, change) -> None:
 
 
 def test_a_bundle_is_read_back_bit_for_bit(evidence, saved):
-    assert (evidence.images != evidence.originals).any()
-    assert set(evidence.winner.tolist()) == {-2, -1, 0}  # the fixture has all fates
+    assert {*evidence.clean.tolist(), *evidence.denial.labels.tolist()} >= {-1, 0, 1}  # the fixture has all fates
+    assert (evidence.evasion.source == -1).any() and (evidence.evasion.source > 0).any()  # noqa: PT018
     assert alike(load_bundle(saved), evidence)
     assert sorted(path.name for path in saved.iterdir()) == ["images.safetensors", "records.json", "summary.json"]
     assert [path.name for path in saved.parent.iterdir()] == ["evidence"]
-    two = replace(evidence, attacks=("a", "b"), forwards=(1, 2), backwards=(3, 4), norm="l2", eps=9.5, seed=2**64 - 1)
-    save_bundle(saved.parent / "deep" / "er", replace(two, winner=evidence.winner.where(evidence.winner != 0, 1)))
-    again = load_bundle(saved.parent / "deep" / "er")
-    assert (again.attacks, again.backwards, again.eps, again.seed) == (("a", "b"), (3, 4), 9.5, 2**64 - 1)
-    assert set(again.winner.tolist()) == {-2, -1, 1}
+    two = replace(evidence, norm="l2", eps=9.5, seed=2**63 - 1, noise="known", rule="flat", command="π")
+    save_bundle(saved.parent / "deep" / "er", two)
+    assert alike(load_bundle(saved.parent / "deep" / "er"), two)
+    often = replace(evidence, repeat=2, **votes_again(evidence, lambda votes: votes.repeat(2, 1, 1, 1)))
+    save_bundle(saved.parent / "often", often)
+    assert alike(load_bundle(saved.parent / "often"), often)
+
+
+def votes_again(evidence: Evidence, change: Callable[[Tensor], Tensor]) -> dict[str, object]:
+    """All votes of a bundle, changed."""
+    cases = {name: replace(case, votes=change(case.votes)) for name, case in cases_of(evidence).items()}
+    return {"clean_votes": change(evidence.clean_votes), **cases}
 
 
 def test_records_and_summary_say_what_was_done(evidence, saved):
     records = json.loads((saved / "records.json").read_text())
+    assert records["format"] == 2
     assert records["sha256"] == hashlib.sha256((saved / "images.safetensors").read_bytes()).hexdigest()
     assert records["versions"]["torch"] == torch.__version__
-    assert records["attacks"] == [{"name": "pgd", "forwards": evidence.forwards[0], "backwards": evidence.backwards[0]}]
-    assert records["command"] == "ito-sde attack --norm linf"
+    assert records["attacks"][0] == {
+        "name": "transfer, eps 0.01",
+        "images": evidence.met[0],
+        "forwards": evidence.forwards[0],
+        "backwards": evidence.backwards[0],
+    }
+    assert records["attacks"][4]["name"] == "PGD, evasion, eps 0.01"
+    assert records["config"]["suite"]["radii"] == RADII
     rows = records["images"]
-    delta = (evidence.images.double() - evidence.originals.double()).abs().flatten(1).amax(1)
-    assert [row["norm"] for row in rows] == delta.tolist()
-    assert {row["winner"] for row in rows} == {"pgd", "(survived)", "(wrong without attack)"}
-    assert all(sum(sum(counts.values()) for counts in row["votes"]) == 6 for row in rows)
+    delta = (evidence.denial.images.double() - evidence.originals.double()).abs().flatten(1).amax(1)
+    assert [row["denial"]["norm"] for row in rows] == delta.tolist()
+    assert "(the clean image)" in {row["evasion"]["source"] for row in rows}
+    assert all(sum(sum(counts.values()) for counts in row["evasion"]["votes"][0]) == 21 for row in rows)
     summary = json.loads((saved / "summary.json").read_text())
     assert summary["dataset"] == "digits"
     assert summary["threat_model"] == "Linf"
-    right, refused = int((evidence.clean == evidence.truth).sum()), int((evidence.clean == ito.ABSTAIN).sum())
-    assert right >= 70
-    assert summary["clean_counts"] == {"correct": right, "wrong": 80 - right - refused, "abstained": refused}
-    assert summary["clean_acc"] == round(100 * right / 80, 2)
+    for name, labels in (("clean", evidence.clean), ("robust", evidence.denial.labels)):
+        right, refused = int((labels == evidence.truth).sum()), int((labels == ito.ABSTAIN).sum())
+        counts = {"correct": right, "wrong": N - right - refused, "abstained": refused}
+        assert summary[f"{name}_counts"] == counts
+        assert summary[f"{name}_acc"] == round(100 * right / N, 2)
     low, high = summary["clean_acc_interval"]
-    assert low == round(100 * ito.Rate.of(right, 80).low, 2) < summary["clean_acc"] < high
-    assert summary["robust_counts"]["correct"] == int((evidence.labels == evidence.truth).sum())
+    assert low < summary["clean_acc"] < high
+    wrong = summary["evasion_counts"]["wrong"]
+    assert summary["correct_or_abstained"] == round(100 * (N - wrong) / N, 2)
     assert "autoattack_acc" not in summary
-    assert "pgd" in summary["robust_acc_attack"]
+    assert "PGD, evasion" in summary["robust_acc_attack"]
 
 
-BAD = {
-    "norm above eps": ({"eps": EPS - 1e-4}, "more than eps"),
-    "unknown norm": ({"norm": "linff"}, "linf"),
-    "eps no number": ({"eps": float("nan")}, "eps"),
-    "two attacks of one name": ({"attacks": ("pgd", "pgd"), "forwards": (1, 1), "backwards": (1, 1)}, "one name"),
-    "no attacks": ({"attacks": (), "forwards": (), "backwards": ()}, "needs attacks"),
-    "a cost too many": ({"forwards": (1, 2)}, "each of the 1 attacks"),
-    "labels too short": ({"labels": torch.zeros(79, dtype=torch.int64)}, r"labels must be int64 \(80,\)"),
-    "labels as floats": ({"labels": torch.zeros(80)}, "labels must be int64"),
-    "a label of no class": ({"truth": torch.full((80,), 10)}, "truth must be from 0 to below 10"),
-    "an unknown winner": ({"winner": torch.full((80,), 1)}, "winner must be from -2 to below 1"),
-    "an image twice": ({"index": torch.zeros(80, dtype=torch.int64)}, "twice"),
-    "images of another shape": ({"images": torch.zeros(80, 1, 8, 9)}, "images must be float32"),
-    "images in float64": ({"images": torch.zeros(80, 1, 8, 8, dtype=torch.float64)}, "images must be float32"),
-    "images out of range": ({"images": torch.full((80, 1, 8, 8), 1.1), "eps": 1.0}, r"in \[0, 1\]"),
-    "votes of fewer images": ({"votes": torch.zeros(2, 79, 10, dtype=torch.int64)}, "votes must be"),
-    "config no JSON": ({"config": {"path": Path("x")}}, "JSON"),
+def other(evidence: Evidence, case: str, **change) -> dict[str, object]:
+    return {case: replace(getattr(evidence, case), **change)}
+
+
+BAD: dict[str, tuple[Callable[[Evidence], dict[str, object]], str]] = {
+    "norm above eps": (lambda e: {"eps": EPS - 1e-4}, "more than eps"),
+    "unknown norm": (lambda e: {"norm": "linff"}, "linf"),
+    "unknown rule": (lambda e: {"rule": "flatt"}, "flat"),
+    "unknown noise": (lambda e: {"noise": "fres"}, "fresh"),
+    "eps no number": (lambda e: {"eps": float("nan")}, "eps"),
+    "two attacks of one name": (lambda e: {"attacks": ("pgd",) * len(e.attacks)}, "one name"),
+    "no attacks": (lambda e: {"attacks": (), "forwards": (), "backwards": ()}, "needs attacks"),
+    "a cost too many": (lambda e: {"forwards": (1, 2)}, "forwards must be a count for each of the 12 attacks"),
+    "a negative cost": (lambda e: {"met": (-1, *e.met[1:])}, "met must be a count"),
+    "no repeats": (lambda e: {"repeat": 0}, "repeat must be"),
+    "inferences no number": (lambda e: {"inferences": 7.0}, "inferences must be"),
+    "labels too short": (lambda e: other(e, "denial", labels=e.truth[1:]), r"denial's labels must be int64 \(40,\)"),
+    "labels as floats": (lambda e: other(e, "evasion", labels=torch.zeros(N)), "evasion's labels must be int64"),
+    "a label of no class": (lambda e: {"truth": torch.full((N,), 10)}, "truth must be from 0 to below 10"),
+    "an unknown source": (lambda e: other(e, "denial", source=torch.full((N,), 12)), "source must be from -1 to below"),
+    "an image twice": (lambda e: {"index": torch.zeros(N, dtype=torch.int64)}, "twice"),
+    "images of another shape": (lambda e: other(e, "denial", images=torch.zeros(N, 1, 8, 9)), "images must be float32"),
+    "images in float64": (lambda e: {"originals": e.originals.double()}, "originals must be float32"),
+    "images out of range": (lambda e: other(e, "evasion", images=e.originals + 1) | {"eps": 1.0}, r"in \[0, 1\]"),
+    "votes of fewer images": (lambda e: {"clean_votes": e.clean_votes[:, :, 1:]}, "votes must be"),
+    "votes of one case": (lambda e: other(e, "denial", votes=e.denial.votes[:, 1:]), "denial votes must be"),
+    "config no JSON": (lambda e: {"config": {"path": Path("x")}}, "JSON"),
+    "no fingerprints": (lambda e: {"fingerprints": None}, "fingerprints must hold"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_does_not_fit_is_refused_and_nothing_written(case, evidence, tmp_path):
     change, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
-        save_bundle(tmp_path / "evidence", replace(evidence, **change))
+    with pytest.raises(ito.ItoError, match=message):
+        save_bundle(tmp_path / "evidence", replace(evidence, **change(evidence)))
     assert not list(tmp_path.iterdir())
 
 
@@ -233,19 +352,24 @@ def test_records_of_something_else_are_refused(saved, tmp_path):
         load_bundle(tmp_path / "nowhere")
     whole = (saved / "records.json").read_text()
     changes = {
-        "reads bundles of 1": lambda head: head.update(format=2),
+        "format 1; this version reads bundles of 2": lambda head: head.update(format=1),
         "format None": lambda head: head.clear(),
         "it has no 'seed'": lambda head: head.pop("seed"),
-        "damaged: There are 80 original images for 79": lambda head: head["images"].pop(),
+        "it has no 'fingerprints'": lambda head: head.pop("fingerprints"),
+        "damaged: There are 40 original images for 39": lambda head: head["images"].pop(),
         "damaged.*truth": lambda head: head["images"][0].update(truth=10),
-        "has no 'nobody'": lambda head: head["images"][0].update(winner="nobody"),
+        "has no 'nobody'": lambda head: head["images"][0]["denial"].update(source="nobody"),
+        "has no 'evasion'": lambda head: head["images"][0].pop("evasion"),
         "damaged.*config": lambda head: head.update(config=[]),
-        "has no 'pgd'": lambda head: head.update(attacks=[]),
+        "has no '": lambda head: head.update(attacks=[]),
         "damaged: index": lambda head: head.update(classes=0),
+        "is damaged: ": lambda head: head.update(repeat="1"),
+        "is damaged:": lambda head: head.update(members=10**12),
+        "damaged: [^:]*met must": lambda head: head["attacks"][0].update(images=10**30),
     }
     for message, change in changes.items():
         edit(saved / "records.json", change)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ito.ItoError, match=message):
             load_bundle(saved)
         (saved / "records.json").write_text(whole)
     (saved / "images.safetensors").write_bytes(b"rubbish, but with its own hash")
@@ -253,40 +377,6 @@ def test_records_of_something_else_are_refused(saved, tmp_path):
     edit(saved / "records.json", lambda head: head.update(sha256=digest))
     with pytest.raises(ValueError, match="no safetensors"):
         load_bundle(saved)
-
-
-# --- verification ---------------------------------------------------------------------------------------
-
-
-def test_an_honest_bundle_stands_on_fresh_noise(evidence, ensemble, saved):
-    read = load_bundle(saved)
-    found = verify_bundle(read, ensemble, seed=SEED - 1, repeats=3, x=evidence.originals, y=evidence.truth)
-    assert not fallen(found)
-    names = ["inside the ball", "no gain from attacks", "true labels", "original images", "clean accuracy"]
-    assert [claim.name for claim in found.claims] == [*names, "accuracy under attack", "worst of 3 reports"]
-    assert found.seeds == (6, 8, 9)  # never the bundle's
-    assert all("/80 = " in claim.found for claim in found.claims[-3:])
-    assert json.loads(json.dumps(found.as_dict()))["stands"] is True
-    done: list[int] = []
-    assert not fallen(verify_bundle(read, ensemble, seed=0, batch_size=30, tick=done.append))
-    assert done == [30, 30, 20, 30, 30, 20]
-
-
-def test_the_paths_are_not_those_of_the_report(evidence, ensemble, monkeypatch):
-    seeds = []
-    predict = ItoEnsemble.predict
-
-    def watch(self, x, seed, index):
-        seeds.append(seed)
-        return predict(self, x, seed, index)
-
-    monkeypatch.setattr(ItoEnsemble, "predict", watch)
-    verify_bundle(evidence, ensemble, repeats=2)
-    first, *rest = seeds
-    assert rest == [first, first + 1]
-    assert evidence.seed not in seeds
-    verify_bundle(evidence, ensemble)
-    assert seeds[3] != first  # nobody can foretell it
 
 
 def test_flipped_bytes_are_found(saved):
@@ -298,148 +388,685 @@ def test_flipped_bytes_are_found(saved):
         load_bundle(saved)
 
 
-def test_harmless_images_under_a_new_hash_are_found_by_the_figures(evidence, ensemble, saved):
-    """The attack's images put back to the originals: harmless, inside the ball, and not what was claimed."""
-    path = saved / "images.safetensors"
-    save_file({"originals": evidence.originals, "images": evidence.originals.clone()}, path)
-    edit(saved / "records.json", lambda head: head.update(sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
-    found = verify_bundle(load_bundle(saved), ensemble, seed=0, y=evidence.truth, x=evidence.originals)
-    assert fallen(found) == {"accuracy under attack"}
-
-
-def test_altered_originals_are_found(evidence, ensemble):
-    originals = evidence.originals.clone()
-    originals[5] = (originals[5] + 0.01).clamp(0, 1)
-    found = verify_bundle(replace(evidence, originals=originals), ensemble, seed=0, x=evidence.originals)
-    assert "original images" in fallen(found)
-    assert next(c.found for c in found.claims if c.name == "original images") == "1 differ"
-
-
-def test_images_outside_the_ball_or_the_range_are_found(evidence, ensemble):
-    images = evidence.images.clone()
-    images[3, 0, 0, 0] = evidence.originals[3, 0, 0, 0] + EPS + 1e-4
-    found = verify_bundle(replace(evidence, images=images), ensemble, seed=0)
-    assert fallen(found) == {"inside the ball"}
-    for value in (1.05, -0.05, float("nan")):
-        images = evidence.images.clone()
-        images[3, 0, 0, 0] = value
-        assert "inside the ball" in fallen(verify_bundle(replace(evidence, images=images), ensemble, seed=0))
-    long = (evidence.images - evidence.originals).flatten(1).norm(dim=1).max()
-    assert "inside the ball" in fallen(verify_bundle(replace(evidence, norm="l2", eps=float(long) - 1e-4), ensemble))
-    assert "inside the ball" not in fallen(verify_bundle(replace(evidence, norm="l2", eps=float(long)), ensemble))
-
-
-def test_swapped_labels_are_found(evidence, ensemble, saved):
-    order = evidence.truth.roll(1)
-    # With the data set's labels, one by one.
-    found = verify_bundle(replace(evidence, truth=order), ensemble, seed=0, y=evidence.truth)
-    assert "true labels" in fallen(found)
-    one = evidence.truth.clone()
-    one[10] = (one[10] + 1) % 10
-    assert "true labels" in fallen(verify_bundle(replace(evidence, truth=one), ensemble, seed=0, y=evidence.truth))
-    # Without them, where the figures no longer follow: the same claims of other labels,
-    swapped = replace(evidence, truth=order, clean=evidence.clean.roll(1), labels=evidence.labels.roll(1))
-    found = verify_bundle(swapped, ensemble, seed=0)
-    assert "clean accuracy" in fallen(found)
-    assert "swapped" in next(claim.note for claim in found.claims if claim.name == "clean accuracy")
-    # labels made to fit what the attack has led to,
-    fitted = replace(evidence, truth=evidence.labels.where(evidence.labels >= 0, evidence.truth))
-    assert "no gain from attacks" in fallen(verify_bundle(fitted, ensemble, seed=0))
-
-    # or records whose summary still speaks of the others.
+def test_records_that_the_summary_does_not_follow_from_are_found(saved):
     def swap(head: dict) -> None:
-        for row, label in zip(head["images"], order.tolist(), strict=True):
-            row["truth"] = label
+        for row in head["images"]:
+            row["denial"]["label"] = row["truth"]
 
     edit(saved / "records.json", swap)
     with pytest.raises(Altered, match="summary"):
         load_bundle(saved)
 
 
-def test_better_figures_than_the_ensemble_has_are_found(evidence, ensemble):
-    unharmed = replace(evidence, labels=evidence.clean)
-    found = verify_bundle(unharmed, ensemble, seed=0, repeats=2)
-    assert fallen(found) == {"accuracy under attack", "worst of 2 reports"}
+# --- an honest bundle ------------------------------------------------------------------------------------
+
+CLAIMS = [
+    "inside the ball", "unattacked images", "labels follow from votes", "worst cases in order", "data split",
+    "choice of images", "true labels", "original images", "ensemble", "suite", "sources", "clean votes",
+    "denial's votes", "evasion's votes", "clean, fresh noise", "denial, fresh noise", "evasion, fresh noise",
+    "denial made again", "evasion made again", "images met", "costs", "denial, another attack",
+    "evasion, another attack",
+]  # fmt: skip
 
 
-def test_who_asks_often_enough_wins(evidence, net):
-    """With much noise and one inference every report is another; no image is right in all of them."""
-    noisy = ItoEnsemble(
-        [ito.recast(net, omega=0.1, image_shape=(1, 8, 8)) for _ in range(2)], inferences=1, rule="flat"
+def test_an_honest_bundle_stands(world, saved):
+    done: list[int] = []
+    evidence = load_bundle(saved)
+    found = world.verify(evidence, tick=done.append, batch_size=25)
+    assert not fallen(found)
+    assert [claim.name for claim in found.claims] == CLAIMS
+    assert found.seed == FRESH
+    assert sum(done) == work(evidence, 20) == 6 * N + 2 * 20
+    assert json.loads(json.dumps(found.as_dict()))["stands"] is True
+    seeds = {replace(world, suite=None).verify(evidence, seed=None).seed for _ in range(2)}
+    assert len(seeds) == 2  # nobody can foretell it
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"noise": "fixed"}, "hierarchical"),
+        ({"noise": "known"}, "hierarchical"),
+        ({"noise": "fixed", "repeat": 3}, "flat"),
+        ({"repeat": 6}, "hierarchical"),
+    ],
+)
+def test_the_deciding_votes_are_in_the_bundle(settings, rule, tmp_path):
+    """Under `--noise fixed` those of the fixed paths, with `--repeat` those of all reports; and it stands."""
+    world = world_of(defender(inferences=3, rule=rule), **settings)
+    made = attacked(world, n=16)
+    save_bundle(tmp_path / "evidence", made)
+    evidence = load_bundle(tmp_path / "evidence")
+    assert len(evidence.denial.votes) == settings.get("repeat", 1)
+    for votes, labels in zip(votes_in(evidence).values(), labels_in(evidence), strict=True):
+        assert torch.equal(worst_labels(votes, evidence.truth, rule, 3), labels)
+    fixed = settings.get("noise") == "fixed"
+    names = torch.zeros_like(evidence.index) if fixed else evidence.index
+    again = world.ensemble.predict(evidence.denial.images, SEED, names, full=True).votes
+    assert torch.equal(again, evidence.denial.votes[0])
+    verifier = replace(world, suite=Suite(steps, world.suite.surrogates))  # noise and repeat are the bundle's
+    done: list[int] = []
+    found = verifier.verify(evidence, tick=done.append)
+    assert not fallen(found)
+    assert sum(done) == work(evidence, 20)
+    by = {claim.name: claim for claim in found.claims}
+    assert (by["denial, fresh noise"].found == "not asked") == ("noise" in settings)
+    assert (by["denial, another attack"].found == "not asked") == (settings.get("noise") == "known")
+
+
+HONEST_SEEDS = int(os.environ.get("HONEST_SEEDS", "0"))
+
+
+@pytest.mark.skipif(not HONEST_SEEDS, reason="takes minutes: HONEST_SEEDS=200 pytest tests/test_bundle.py -k honest")
+def test_honest_bundles_fail_in_at_most_one_seed_of_a_hundred():
+    failed = []
+    for number in range(HONEST_SEEDS):
+        noise, repeat = (("fresh", 1), ("fixed", 1), ("fresh", 20), ("fixed", 20))[number % 4]
+        world = world_of(defender(), noise=noise, repeat=repeat)
+        found = world.verify(attacked(world, seed=1000 * number), seed=10**9 + number)
+        failed += [(number, noise, repeat, claim) for claim in found.claims if not claim.stands]
+    assert len({number for number, *_ in failed}) <= HONEST_SEEDS / 100, failed
+
+
+def labels_in(evidence: Evidence) -> list[Tensor]:
+    return [evidence.clean, evidence.denial.labels, evidence.evasion.labels]
+
+
+def test_an_ensemble_without_noise_has_evidence_that_stands():
+    world = world_of(defender(omega=0.0, inferences=1))
+    assert not fallen(world.verify(attacked(world, n=16)))
+
+
+def test_a_few_votes_at_a_tie_may_come_out_otherwise(world, evidence):
+    """Last bits differ from machine to machine: one inference is not a forgery, two in a hundred are."""
+    for count, found in ((1, set()), (8, {"denial's votes"})):
+        votes = evidence.denial.votes.clone()
+        most, top = votes[0, 0].max(-1)
+        some = most.argsort(descending=True)[:count]
+        votes[0, 0, some, top[some]] -= 1
+        votes[0, 0, some, (top[some] + 1) % 10] += 1
+        forged = relabelled(replace(evidence, **other(evidence, "denial", votes=votes)))
+        assert fallen(world.verify(forged)) == found
+
+
+# --- forgeries: consistent in themselves, with hashes and summaries of their own ---------------------------
+
+
+def relabelled(evidence: Evidence) -> Evidence:
+    """Labels that follow from the votes."""
+    clean, denial, evasion = (
+        worst_labels(votes, evidence.truth, evidence.rule, evidence.inferences) for votes in votes_in(evidence).values()
     )
-    clean = noisy.predict(evidence.originals, SEED, evidence.index)
-    claims = replace(evidence, images=evidence.originals, labels=clean.labels, clean=clean.labels)
-    found = verify_bundle(claims, noisy, seed=0, repeats=12)
-    counts = [int(claim.found.split("/")[0]) for claim in found.claims[-2:]]
-    assert counts[1] < counts[0]
-    assert "worst of 12 reports" in fallen(found)
+    cases = {"denial": replace(evidence.denial, labels=denial), "evasion": replace(evidence.evasion, labels=evasion)}
+    return replace(evidence, clean=clean, **cases)
 
 
-def test_what_cannot_be_verified_is_refused(evidence, ensemble):
-    refused = {
-        "the bundle's own": {"seed": SEED},
-        "repeats": {"repeats": 0},
-        "y must be": {"y": evidence.truth[1:]},
-        "x must be": {"x": evidence.originals[1:]},
+def revoted(evidence: Evidence, ensemble: ItoEnsemble) -> Evidence:
+    """True votes of an ensemble on the images as they are, and the labels that follow."""
+
+    def votes(x: Tensor) -> Tensor:
+        return votes_of(ensemble, x, evidence.seed, evidence.names, evidence.repeat, 250)
+
+    cases = {name: replace(case, votes=votes(case.images)) for name, case in cases_of(evidence).items()}
+    return relabelled(replace(evidence, clean_votes=votes(evidence.originals), **cases))
+
+
+def rows(evidence: Evidence, keep: Tensor) -> Evidence:
+    """Some of the images, under a fingerprint of their own."""
+    cases = {
+        name: WorstCase(case.images[keep], case.source[keep], case.labels[keep], case.votes[:, :, keep])
+        for name, case in cases_of(evidence).items()
     }
-    for message, words in refused.items():
-        with pytest.raises(ValueError, match=message):
-            verify_bundle(evidence, ensemble, **words)
-    with pytest.raises(ValueError, match="2 members; this ensemble has 1"):
-        verify_bundle(evidence, ItoEnsemble([ensemble.members[0]]))
-    with pytest.raises(ValueError, match="'fixed'"):
-        verify_bundle(replace(evidence, noise="fixed"), ensemble)
+    few = {name: getattr(evidence, name)[keep] for name in ("index", "truth", "originals", "clean")}
+    return chosen(replace(evidence, clean_votes=evidence.clean_votes[:, :, keep], **few, **cases))
+
+
+def chosen(evidence: Evidence) -> Evidence:
+    """With a fingerprint of the images as they are."""
+    choice = fingerprint_choice(evidence.index, evidence.truth, evidence.originals)
+    return replace(evidence, fingerprints=evidence.fingerprints | {"choice": choice})
+
+
+def configured(evidence: Evidence, **change) -> Evidence:
+    return replace(evidence, config=evidence.config | {"suite": evidence.config["suite"] | change})
+
+
+def with_images(evidence: Evidence, change: Callable[[WorstCase], Tensor], **also) -> Evidence:
+    cases = {name: replace(case, images=change(case), **also) for name, case in cases_of(evidence).items()}
+    return replace(evidence, **cases)
+
+
+def certain(evidence: Evidence, where: Tensor) -> Evidence:
+    """All votes for the right class at some images, and the labels that follow."""
+    ballots = nn.functional.one_hot(evidence.truth, 10) * evidence.inferences
+    return relabelled(
+        replace(evidence, **votes_again(evidence, lambda votes: torch.where(where[:, None], ballots, votes)))
+    )
+
+
+FORGERIES: dict[str, tuple[Callable[[World, Evidence], Evidence], set[str]]] = {}
+
+
+def forgery(*claims: str):
+    """Registers a forgery with the claims that must fall."""
+
+    def register(make):
+        FORGERIES[make.__name__.replace("_", " ")] = (make, set(claims))
+        return make
+
+    return register
+
+
+@forgery("labels follow from votes")
+def clean_images_for_the_fallen_called_right(world, e):
+    fell = e.denial.labels != e.truth
+    cases = {
+        name: WorstCase(
+            torch.where(fell[:, None, None, None], e.originals, case.images),
+            torch.where(fell, -1, case.source),
+            torch.where(fell, e.truth, case.labels),
+            case.votes,
+        )
+        for name, case in cases_of(e).items()
+    }
+    return replace(e, **cases)
+
+
+@forgery("denial made again", "evasion made again")
+def clean_images_for_the_fallen_with_their_own_votes(world, e):
+    return revoted(clean_images_for_the_fallen_called_right(world, e), world.ensemble)
+
+
+@forgery("denial made again", "evasion made again")
+def clean_images_for_the_fallen_under_the_names_of_attacks(world, e):
+    made = clean_images_for_the_fallen_with_their_own_votes(world, e)
+    cases = {name: replace(case, source=getattr(e, name).source) for name, case in cases_of(made).items()}
+    return replace(made, **cases)
+
+
+@forgery("choice of images", "true labels")
+def fallen_images_left_out(world, e):
+    return rows(e, e.denial.labels == e.truth)
+
+
+@forgery("choice of images", "true labels", "original images")
+def copies_of_one_survivor_under_new_names(world, e):
+    survivor = int((e.denial.labels == e.truth).nonzero()[0])
+    made = rows(e, torch.where(e.denial.labels == e.truth, torch.arange(N), survivor))
+    return chosen(replace(made, index=torch.arange(N) + 10**6))
+
+
+@forgery("choice of images", "original images")
+def one_image_twice_under_two_names(world, e):
+    keep = torch.arange(N)
+    keep[5] = int((e.denial.labels == e.truth).nonzero()[-1])
+    made = rows(e, keep)
+    return chosen(replace(made, index=e.index))
+
+
+@forgery("choice of images")
+def a_choice_of_easy_images_with_their_own_attack(world, e):
+    """Nothing in it is forged, but that it is no fixed choice."""
+    easy = (world.ensemble.predict(world.split.pixels.float() / 255).labels == world.split.labels).nonzero()[:N, 0]
+    few = replace(world.split, pixels=world.split.pixels[easy], labels=world.split.labels[easy], names=easy)
+    made = attacked(world, split=few)
+    return replace(made, fingerprints=made.fingerprints | {"split": fingerprint_split(world.split)})
+
+
+@forgery("labels follow from votes")
+def five_of_twenty_one_called_right_against_their_own_votes(world, e):
+    fell = (e.denial.labels != e.truth).nonzero()[:5, 0]
+    labels = e.denial.labels.clone()
+    labels[fell] = e.truth[fell]
+    return replace(e, **other(e, "denial", labels=labels))
+
+
+@forgery("labels follow from votes")
+def votes_zeroed(world, e):
+    return replace(e, **votes_again(e, torch.zeros_like))
+
+
+@forgery("clean votes", "denial's votes", "evasion's votes")
+def votes_zeroed_and_everything_abstained(world, e):
+    return relabelled(replace(e, **votes_again(e, torch.zeros_like)))
+
+
+@forgery("clean votes", "denial's votes", "evasion's votes", "denial, fresh noise")
+def votes_and_labels_forged_together(world, e):
+    return certain(e, torch.ones(N, dtype=torch.bool))
+
+
+@forgery("worst cases in order", "denial's votes", "denial, fresh noise")
+def more_right_under_attack_than_without(world, e):
+    return replace(e, denial=certain(e, torch.ones(N, dtype=torch.bool)).denial)
+
+
+@forgery("denial's votes")
+def votes_and_labels_of_three_images_forged_together(world, e):
+    three = torch.zeros(N, dtype=torch.bool)
+    three[(e.denial.labels != e.truth).nonzero()[:3, 0]] = True
+    return certain(e, three)
+
+
+@forgery("clean votes")
+def a_better_clean_accuracy(world, e):
+    """Members one vote short of a majority are given it."""
+    sure = e.clean == e.truth
+    clean = torch.where(sure[:, None], e.clean_votes, nn.functional.one_hot(e.truth, 10) * e.inferences)
+    return relabelled(replace(e, clean_votes=clean))
+
+
+@forgery("labels follow from votes")
+def more_votes_than_inferences(world, e):
+    return relabelled(replace(e, **votes_again(e, lambda votes: 2 * votes)))
+
+
+@forgery("costs")
+def costs_divided_by_100(world, e):
+    return replace(e, **{name: tuple(n // 100 for n in getattr(e, name)) for name in ("forwards", "backwards")})
+
+
+@forgery("costs")
+def gradients_times_100(world, e):
+    return replace(e, backwards=tuple(100 * n for n in e.backwards))
+
+
+@forgery("sources", "images met")
+def images_and_costs_divided_by_100(world, e):
+    return replace(e, **{n: tuple(v // 100 for v in getattr(e, n)) for n in ("met", "forwards", "backwards")})
+
+
+@forgery("images met")
+def twice_as_many_images_met(world, e):
+    """At most all; an attack that meets all and costs more looks stronger than it is."""
+    return replace(e, met=tuple(min(N, 2 * v) for v in e.met))
+
+
+@forgery("denial made again", "sources")
+def attacks_ascribed_to_the_cheapest(world, e):
+    cheap = {name: replace(c, source=c.source.clamp(max=0)) for name, c in cases_of(e).items()}
+    return replace(e, **cheap)
+
+
+@forgery("evasion made again")
+def attacks_ascribed_to_one_another(world, e):
+    """Those of PGD for denial to PGD for evasion and back, both at the larger radius."""
+    swapped = torch.arange(13)  # the last is that of the clean image
+    swapped[[7, 10]] = swapped[[10, 7]]
+    swapped[-1] = -1
+    return replace(e, **{name: replace(c, source=swapped[c.source]) for name, c in cases_of(e).items()})
+
+
+@forgery("suite")
+def names_of_attacks_exchanged(world, e):
+    return replace(e, attacks=e.attacks[::-1])
+
+
+@forgery("sources")
+def attacks_ascribed_to_a_smaller_radius(world, e):
+    small = {
+        name: replace(c, source=torch.where(c.source >= 6, c.source - 6, c.source)) for name, c in cases_of(e).items()
+    }
+    return replace(e, **small)
+
+
+@forgery("clean votes", "denial's votes", "evasion's votes", "denial made again")
+def the_seed_changed(world, e):
+    return replace(e, seed=SEED + 100)
+
+
+@forgery("denial made again", "evasion made again")
+def the_best_of_many_reports(world, e):
+    """Another seed's votes on the same images, the seed changed with them."""
+    seeds = range(SEED + 100, SEED + 110)
+    made = [revoted(replace(e, seed=seed), world.ensemble) for seed in seeds]
+    return max(made, key=lambda one: int((one.denial.labels == one.truth).sum()))
+
+
+@forgery("ensemble", "votes on fresh noise", "attacks made again")
+def one_inference_instead_of_seven(world, e):
+    one = replace(world, ensemble=ItoEnsemble(world.ensemble.members, 1).eval())
+    return attacked(one)
+
+
+@forgery("clean votes", "denial's votes", "evasion's votes")
+def one_inference_called_seven(world, e):
+    one = one_inference_instead_of_seven(world, e)
+    return relabelled(replace(one, inferences=7))
+
+
+@forgery("suite")
+def the_norm_relabelled_l2(world, e):
+    return replace(e, norm="l2", eps=8 * EPS)
+
+
+@forgery("ensemble")
+def other_weights(world, e):
+    return attacked(replace(world, ensemble=defender(seed=1)))
+
+
+@forgery("clean votes", "denial's votes", "evasion's votes", "denial made again")
+def other_weights_under_this_ones_fingerprint(world, e):
+    made = attacked(replace(world, ensemble=defender(seed=1)))
+    return replace(made, fingerprints=e.fingerprints)
+
+
+@forgery("ensemble")
+def more_noise(world, e):
+    return attacked(replace(world, ensemble=defender(omega=0.03)))
+
+
+@forgery("denial made again", "evasion made again")
+def eps_relabelled_larger(world, e):
+    radii = [RADII[0], 0.1]
+    return replace(configured(e, radii=radii), eps=0.1, attacks=attack_names(world.suite, radii))
+
+
+@forgery("suite", "sources")
+def eps_relabelled_and_radii_not(world, e):
+    return replace(e, eps=0.1)
+
+
+@forgery("suite")
+def the_smaller_radius_left_out(world, e):
+    return configured(e, radii=[EPS])
+
+
+@forgery("ensemble")
+def the_rule_relabelled(world, e):
+    return relabelled(replace(e, rule="flat"))
+
+
+@forgery("clean votes", "denial's votes", "evasion's votes")
+def noise_relabelled_fixed(world, e):
+    return replace(e, noise="fixed")
+
+
+@forgery("denial made again", "evasion made again")
+def noise_relabelled_known(world, e):
+    return replace(e, noise="known")
+
+
+@forgery("clean votes", "denial's votes", "evasion's votes")
+def one_report_called_five(world, e):
+    return replace(e, repeat=5, **votes_again(e, lambda votes: votes.repeat(5, 1, 1, 1)))
+
+
+@forgery("clean votes", "denial's votes", "evasion's votes")
+def the_first_of_five_reports_five_times(world, e):
+    """A persistent attacker's bundle, with the figures that he began with."""
+    made = attacked(world, replace(world.suite, repeat=5))
+    return relabelled(replace(made, **votes_again(made, lambda votes: votes[:1].repeat(5, 1, 1, 1))))
+
+
+@forgery("costs")
+def effort_relabelled(world, e):
+    lazy = replace(world.suite, steps=lambda eps: steps(eps, 0.01))
+    return attacked(world, lazy)
+
+
+@forgery("denial made again", "evasion made again")
+def images_that_fool_another_ensemble(world, e):
+    """Leftovers of an attack on other weights, honestly voted on."""
+    made = attacked(replace(world, ensemble=defender(seed=1)))
+    return revoted(replace(made, fingerprints=e.fingerprints), world.ensemble)
+
+
+@forgery("denial made again")
+def survivors_replaced_by_clean_images(world, e):
+    stands = (e.denial.labels == e.truth)[:, None, None, None]
+    made = with_images(e, lambda case: torch.where(stands, e.originals, case.images))
+    return revoted(made, world.ensemble)
+
+
+@forgery("unattacked images")
+def unattacked_images_that_are_no_originals(world, e):
+    untouched = (e.denial.source == -1)[:, None, None, None]
+    moved = (e.originals + 0.001).clamp(0, 1)
+    images = torch.where(untouched, moved, e.denial.images)
+    return revoted(replace(e, **other(e, "denial", images=images)), world.ensemble)
+
+
+@forgery("denial made again", "evasion made again")
+def random_noise_for_attacks(world, e):
+    signs = torch.where(torch.rand(e.originals.shape, generator=torch.Generator().manual_seed(0)) < 0.5, -EPS, EPS)
+    noisy = (e.originals + 0.999 * signs).clamp(0, 1)
+    made = with_images(e, lambda case: torch.where((case.source >= 6)[:, None, None, None], noisy, case.images))
+    return revoted(made, world.ensemble)
+
+
+@forgery("denial made again", "evasion made again")
+def perturbations_halved(world, e):
+    return revoted(with_images(e, lambda case: (case.images + e.originals) / 2), world.ensemble)
+
+
+@forgery("data split", "choice of images", "original images")
+def another_split(world, e):
+    train = ito.load_data("digits").train
+    pixels = train.pixels[:120]
+    labels = world.ensemble.predict(pixels.float() / 255, seed=99).labels.clamp_min(0)
+    return attacked(world, split=InMemory(pixels, labels))
+
+
+@forgery("choice of images", "original images")
+def another_split_under_this_ones_fingerprints(world, e):
+    return replace(another_split(world, e), fingerprints=e.fingerprints)
+
+
+@forgery("choice of images", "true labels")
+def labels_permuted(world, e):
+    order = e.truth.roll(1)
+    return chosen(relabelled(replace(e, truth=order)))
+
+
+@forgery("choice of images", "true labels")
+def labels_made_to_fit(world, e):
+    """True labels are what the ensemble says under attack."""
+    fitted = e.denial.labels.where(e.denial.labels >= 0, e.truth)
+    return chosen(relabelled(replace(e, truth=fitted)))
+
+
+@forgery("original images", "choice of images")
+def originals_that_are_easier(world, e):
+    moved = (e.originals * 1.2).clamp(0, 1)
+    return chosen(
+        revoted(with_images(replace(e, originals=moved), lambda case: moved, source=e.truth * 0 - 1), world.ensemble)
+    )
+
+
+@forgery("evasion made again")
+def evasion_images_replaced_by_those_of_denial(world, e):
+    return replace(e, evasion=e.denial)
+
+
+@forgery("evasion made again")
+def evasion_images_replaced_by_clean_ones(world, e):
+    clean = WorstCase(e.originals, torch.full_like(e.truth, -1), e.clean, e.clean_votes)
+    return replace(e, evasion=clean)
+
+
+@forgery("denial made again", "evasion made again")
+def denial_and_evasion_exchanged(world, e):
+    return replace(e, denial=e.evasion, evasion=e.denial)
+
+
+@forgery("ensemble", "data split", "choice of images")
+def fingerprints_removed(world, e):
+    return replace(e, fingerprints={})
+
+
+@forgery("suite", "sources", "attacks made again")
+def the_config_emptied(world, e):
+    return replace(e, config={})
+
+
+@forgery("suite", "sources", "attacks made again")
+def the_radii_are_words(world, e):
+    return configured(e, radii=["0.01", "0.025"])
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forgery_is_found(name, world, evidence, tmp_path):
+    make, claims = FORGERIES[name]
+    save_bundle(tmp_path / "forged", make(world, evidence))
+    found = fallen(world.verify(load_bundle(tmp_path / "forged")))
+    assert found >= claims
+
+
+def test_another_attack_fells_what_was_never_attacked():
+    """A clean image in an attacked one's place is right, and falls: more than an honest attack would have lost."""
+    world = world_of(defender(omega=0.01, inferences=3))
+    forged = clean_images_for_the_fallen_with_their_own_votes(world, attacked(world))
+    assert "denial, another attack" in fallen(world.verify(forged, sample=N))
+
+
+def test_images_outside_the_ball_or_the_range_are_found(world, evidence):
+    """Such a bundle is not written; its files could be."""
+    images = evidence.denial.images.clone()
+    images[3, 0, 0, 0] = evidence.originals[3, 0, 0, 0] + EPS + 1e-4
+    assert "inside the ball" in fallen(world.verify(replace(evidence, **other(evidence, "denial", images=images))))
+    for value in (1.05, -0.05, float("nan")):
+        images = evidence.evasion.images.clone()
+        images[3, 0, 0, 0] = value
+        assert "inside the ball" in fallen(world.verify(replace(evidence, **other(evidence, "evasion", images=images))))
+    relabelled = replace(evidence, norm="l2")
+    assert {"inside the ball", "suite"} <= fallen(world.verify(relabelled))
+
+
+@pytest.mark.parametrize(
+    ("gone", "claims"),
+    [
+        ("split", {"data split", "choice of images", "true labels", "original images"}),
+        ("suite", {"suite", "attacks made again"}),
+        (
+            "ensemble",
+            {
+                "ensemble",
+                "clean votes",
+                "denial's votes",
+                "evasion's votes",
+                "votes on fresh noise",
+                "attacks made again",
+            },
+        ),
+    ],
+)
+def test_what_cannot_be_compared_does_not_stand(world, evidence, gone, claims):
+    assert fallen(replace(world, **{gone: None}).verify(evidence)) == claims
+
+
+def test_a_bundle_of_other_images_than_the_data_is_told_and_not_run(world, evidence):
+    wide = {name: replace(c, images=c.images.repeat(1, 1, 1, 2)) for name, c in cases_of(evidence).items()}
+    wide["originals"] = evidence.originals.repeat(1, 1, 1, 2)
+    assert {"original images", "votes and attacks"} <= fallen(world.verify(replace(evidence, **wide)))
+
+
+def test_settings_that_cannot_be_are_refused(world, evidence):
+    for words, message in (({"seed": SEED}, "the bundle's own"), ({"sample": 0}, "sample")):
+        with pytest.raises(ito.ItoError, match=message):
+            world.verify(evidence, **words)
+
+
+def test_fingerprints_know_all_that_an_ensemble_computes_with(world):
+    seen = {fingerprint(world.ensemble)}
+    assert fingerprint(defender()) in seen
+    net = network()
+    changes = [
+        {"omega": 0.023},
+        {"schedule": "constant"},
+        {"solver": "srk"},
+        {"steps": 2},
+        {"horizon": 1.0},
+    ]
+    for change in changes:
+        words = {"omega": 0.022, "image_shape": (1, 8, 8)} | change
+        seen.add(fingerprint(ItoEnsemble([ito.recast(net, **words) for _ in range(3)], 7)))
+    with torch.no_grad():
+        net.stem.bias[0] += 1e-6
+    seen.add(fingerprint(ItoEnsemble([ito.recast(net, 0.022, image_shape=(1, 8, 8)) for _ in range(3)], 7)))
+    assert len(seen) == 7
+    greys = [ito.load_resnet("resnet8", None, 10, 1, mean, (0.5,)) for mean in ((0.1,), (0.2,))]
+    greys[1][-1].load_state_dict(greys[0][-1].state_dict())
+    one, two = (fingerprint(ItoEnsemble([ito.recast(grey, 0.1)])) for grey in greys)
+    assert one != two  # the normalisation is no weight
+
+
+def test_fingerprints_of_data_know_labels_names_and_pixels(world):
+    split = world.split
+    assert fingerprint_split(split) == fingerprint_split(replace(split, names=torch.arange(120)))
+    assert fingerprint_split(split) != fingerprint_split(replace(split, labels=split.labels.roll(1)))
+    assert fingerprint_split(split) != fingerprint_split(split.first(119))
+    index, x, y = next(split.first(9).batches(9))
+    choice = fingerprint_choice(index, y, x)
+    assert choice == fingerprint_choice(index, y, x + 1e-7)  # another machine's division
+    x[0, 0, 0, 0] += 1 / 255
+    assert choice != fingerprint_choice(index, y, x)
 
 
 # --- the command line -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def user(net, tmp_path, monkeypatch) -> Path:
-    """A folder with a finished run and a bundle that names it: 30 digits, their labels, a network that never learnt."""
-    config = ito.load_config("digits", assignments=["ensemble.members=2", "ensemble.inferences=9", "sde.omega=0.01"])
-    members = [ito.recast(net, **config.sde.model_dump()) for _ in range(2)]
-    ensemble = ItoEnsemble(members, inferences=3)
-    run = Path("runs/tiny")
+def user(tmp_path, monkeypatch) -> Path:
+    """A folder with a finished run of a network that never learnt, and a bundle of the suite on 20 digits."""
+    net = random_resnet("resnet8", in_channels=1)
+    settings = ["ensemble.members=2", "ensemble.inferences=3", "sde.omega=0.01", "attack.images=20"]
+    config = ito.load_config("digits", assignments=settings)
     monkeypatch.chdir(tmp_path)
-    ito.save_ensemble(run, ensemble, config, net)
-    again = ItoEnsemble(ito.load_ensemble(run)[0].members, inferences=3)
-    index, x, y = next(ito.load_data("digits", test_limit=30).test.batches(30))
-    vote = {"members": 2, "inferences": 3, "rule": "hierarchical"}
-    save_bundle("evidence", attacked(again, index, x, y, config={"run": str(run), "vote": vote}))
+    members = [ito.recast(net, **config.sde.model_dump(), image_shape=(1, 8, 8)) for _ in range(2)]
+    ito.save_ensemble("runs/tiny", ItoEnsemble(members, inferences=3), config, net)
+    words = ["attack", "--suite", "standard", "--eps", "0.02", "--effort", "0.01", "--bundle", "evidence"]
+    done = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     return tmp_path
 
 
 def test_the_command_line_says_which_claims_stand(user):
     call = CliRunner().invoke
-    done = call(cli, ["verify", "evidence", "--seed", "1", "--repeat", "2"], catch_exceptions=False)
+    done = call(cli, ["verify", "evidence/linf-0.02", "--seed", "1"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    for word in ("files unaltered", "true labels", "original images", "worst of 2 reports", "All 8 claims stand"):
+    for word in ("files unaltered", "true labels", "standard, effort 0.01", "All 24 claims stand (seed 1)"):
         assert word in done.output, word
     assert "NOT" not in done.output
-    # Claims whose labels are not the data set's, and no longer of the whole fixed choice of so many images.
-    evidence = load_bundle("evidence")
-    few = {name: getattr(evidence, name)[:20] for name in ("index", "clean", "labels", "winner", "originals", "images")}
-    shifted = {"truth": (evidence.truth[:20] + 1) % 10, "votes": evidence.votes[:, :20]}
-    save_bundle("swapped", replace(evidence, **few, **shifted))
-    done = call(cli, ["verify", "swapped", "--run", "tiny", "--seed", "1", "--json"], catch_exceptions=False)
+    assert max(map(len, done.output.splitlines())) < 150
+    words = ["attack", "--suite", "standard", "--eps", "0.02", "--effort", "0.01", "--limit", "8"]
+    words += ["--noise", "fixed", "--repeat", "2", "--bundle", "asked"]
+    assert call(cli, words, catch_exceptions=False).exit_code == 0
+    done = call(cli, ["verify", "asked/linf-0.02", "--sample", "4"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    done = call(cli, ["verify", "evidence/linf-0.02", "--seed", "1", "--inferences", "2", "--json"])
     assert done.exit_code == 1, done.output
     report = json.loads(done.stdout)
     assert report["stands"] is False
     assert report["run"] == "runs/tiny"
-    verdicts = {claim["name"]: (claim["stands"], claim["found"]) for claim in report["claims"]}
-    assert verdicts["true labels"] == (False, "20 differ")
-    assert verdicts["original images"] == (True, "0 differ")
+    verdicts = {claim["name"]: claim["stands"] for claim in report["claims"]}
+    assert verdicts["true labels"]
+    assert not verdicts["ensemble"]
+    # What is not there cannot be compared: the bundle's run,
+    Path("runs/tiny").rename("runs/moved")
+    done = call(cli, ["verify", "evidence/linf-0.02", "--seed", "1"], catch_exceptions=False)
+    assert done.exit_code == 1, done.output
+    assert "no ensemble to compare with" in done.output
+    assert "Warning" in done.stderr
+    done = call(cli, ["verify", "evidence/linf-0.02", "--run", "tiny"])
+    assert isinstance(done.exception, ito.ItoError)  # a run that the user names must be there
+    # or its suite.
+    edit(Path("evidence/linf-0.02/records.json"), lambda head: head.update(config={}))
+    summary = Path("evidence/linf-0.02/summary.json")
+    edit(summary, lambda content: content.update(dataset=None))
+    done = call(cli, ["verify", "evidence/linf-0.02", "--run", "moved", "--seed", "1"], catch_exceptions=False)
+    assert done.exit_code == 1, done.output
+    assert "no suite to compare with" in done.output
 
 
 def test_the_command_line_finds_altered_files(user):
-    path = Path("evidence/images.safetensors")
+    path = Path("evidence/linf-0.02/images.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    done = CliRunner().invoke(cli, ["verify", "evidence"])
+    done = CliRunner().invoke(cli, ["verify", "evidence/linf-0.02"])
     assert done.exit_code == 1
     assert "DOES NOT STAND" in done.output
     assert "SHA-256" in done.output
-    assert cli.main(["verify", "evidence"], standalone_mode=False) == 1  # as `main` calls it
+    assert cli.main(["verify", "evidence/linf-0.02"], standalone_mode=False) == 1  # as `main` calls it
     done = CliRunner().invoke(cli, ["verify", "evidense"])
     assert isinstance(done.exception, ValueError)  # which `main` makes a sentence and exit code 2
     assert "no evidence bundle" in str(done.exception)
