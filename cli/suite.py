@@ -153,7 +153,6 @@ def run(
     }
     record = opened.folder / f"suite-{norm}-{datetime.now():%Y%m%d-%H%M%S}.json"
     write_atomically(record, output.json_bytes(report))
-    shutil.rmtree(state, ignore_errors=True)
     bundles = []
     if bundle is not None:
         levels = found["Itô ensemble"]
@@ -174,8 +173,9 @@ def run(
                 command_line(),
                 config,
             )
-            bundles.append(bundle / f"{norm}-{labels[eps].replace('/', 'of')}")
+            bundles.append(bundle / output.radius_name(norm, labels[eps]))
             save_bundle(bundles[-1], evidence)
+    shutil.rmtree(state, ignore_errors=True)
     if as_json:
         output.print_json(report)
         return

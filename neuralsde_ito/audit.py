@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attacks import BALLS, PGD
+from .attacks.objective import recordable
 from .checking import BESIDE, FAIL, PASS, Check
 from .checks import CHECKS
 from .outcomes import Outcomes, Rate
@@ -139,8 +140,8 @@ def audit(
     attack = PGD(norm=norm, eps=eps, steps=steps, eot=eot, **settings)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        x, y = _plain(x), _plain(y)
-        index = None if index is None else _plain(index)
+        x, y = recordable(x), recordable(y)
+        index = None if index is None else recordable(index)
         s = Subject(model, x, y, attack, seed, index, surrogates, queries, draws, batch_size)
         for net in (s.model, *s.surrogates.values()):
             stack.enter_context(frozen(net))
@@ -160,11 +161,6 @@ def audit(
             None if s.adaptive else _landscape(s),
             *(part.cpu() for part in (s.x, s.x if attacked is None else attacked.images, s.y, s.clean, after)),
         )
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one from inference mode, which could take part in no gradient."""
-    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
 
 
 def _landscape(s: Subject, size: int = 21) -> Landscape | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import foolbox
 import pytest
 import torch
+from problems import random_images, smooth_chain
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -1349,3 +1350,15 @@ def test_square_ends_or_goes_on_as_it_is_told(exact, x, y):
     with torch.no_grad():
         assert (margin(exact(whole.images), y) >= margin(exact(ended.images), y)).all()
         assert (margin(exact(whole.images), y) > margin(exact(ended.images), y)).any()
+
+
+@pytest.mark.parametrize("kind", [PGD, APGD, Square])
+def test_attacks_under_inference_mode_are_those_outside(kind):
+    model = ItoEnsemble([ito.recast(smooth_chain().float(), 0.3, image_shape=(2, 6, 6))], inferences=3)
+    settings = {"eps": 0.2, "steps": 3, "eot": 2, "selection": 4, "stop": False}
+    x, y = random_images(3, 6, channels=2), torch.tensor([0, 1, 2])
+    wanted = kind(**settings).run(model, x, y).images
+    with torch.inference_mode():
+        found = kind(**settings).run(model, x.clone(), y.clone(), index=torch.arange(3)).images
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert not torch.equal(found, x)

@@ -13,7 +13,7 @@ from ..ensemble import ItoEnsemble
 from ..recast import ItoResNet
 from ..validation import ItoError, nearest, whole_number
 from .ball import BALLS, check_eps
-from .objective import AIMED, OBJECTIVES, Objective, Target, answered, as_called, as_target
+from .objective import AIMED, OBJECTIVES, Objective, Target, answered, as_called, as_target, recordable
 from .panels import GOALS, Panels, comparable
 
 
@@ -111,10 +111,13 @@ class Attack:
         index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
         if index.shape != (len(x),):
             raise ItoError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
-        if isinstance(model, nn.Module):
-            with as_called(model):
-                return self._attempts(as_target(model, x), x, y, seed, index, start)
-        return self._attempts(model, x, y, seed, index, start)
+        with torch.inference_mode(False):  # which would record no gradient
+            x, y, index = recordable(x), recordable(y), recordable(index)
+            start = None if start is None else recordable(start)
+            if isinstance(model, nn.Module):
+                with as_called(model):
+                    return self._attempts(as_target(model, x), x, y, seed, index, start)
+            return self._attempts(model, x, y, seed, index, start)
 
     def _attempts(
         self, target: Target, x: Tensor, y: Tensor, seed: int, index: Tensor, start: Tensor | None

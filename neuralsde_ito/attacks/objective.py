@@ -208,6 +208,11 @@ def _check_norm(module: nn.Module) -> None:
         )
 
 
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one from inference mode, which could take part in no gradient."""
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
+
+
 def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two outputs are the same, NaN for NaN."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
