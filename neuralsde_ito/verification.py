@@ -104,7 +104,7 @@ def verify_bundle(
 ) -> Verification:
     """Hold every claim of a bundle against what can be computed again. What cannot be compared does not stand.
 
-    An honest bundle fails in at most 1 % of seeds, all tests together (measured: none of 200).
+    An honest bundle fails in at most 1 % of seeds, all tests together (measured on digits: 0 of 352, over 200 seeds).
 
     Args:
         evidence: as read by `load_bundle`, which has compared the images with their SHA-256.
