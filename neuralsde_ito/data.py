@@ -402,14 +402,14 @@ def load_data(
         raise ItoError(nearest("augmentation", augment, AUGMENTATIONS))
     for limit in (train_limit, test_limit):
         _spread(1, limit)  # refuse limits below 1 before anything is read
-    if name != "imagefolder" and size is not None:
-        raise ItoError(f"data.size is for image folders, {name} has a size of its own; set data.size=null.")
+    if name != "imagefolder" and size not in (None, IMAGE_SIZES[name]):
+        raise ItoError(
+            f"data.size is for image folders: {name} has {IMAGE_SIZES[name]} pixels, got {size}; set data.size=null."
+        )
     if name == "digits" and path is not None:
         raise ItoError("data.path is for CIFAR and image folders, digits come with scikit-learn; set data.path=null.")
     if name == "imagefolder":
         return _folder(path, size, augment, train_limit, test_limit)
-    if size not in (None, IMAGE_SIZES[name]):
-        raise ItoError(f"data.size is for image folders: {name} has {IMAGE_SIZES[name]} pixels, got {size}.")
     data = _digits() if name == "digits" else _cifar(name, path)
     style = augment or ("shift" if name == "digits" else "flip-crop")
     if style == "imagenet":

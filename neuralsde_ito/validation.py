@@ -15,7 +15,7 @@ class ItoError(ValueError):
     """
 
 
-def shown(value: object, width: int = 80) -> str:
+def shown(value: object, width: int = 200) -> str:
     """``repr(value)`` for a message, shortened to ``width`` characters."""
     text = repr(value)
     return text if len(text) <= width else f"{text[: width - 4]}...{text[-1]}"
