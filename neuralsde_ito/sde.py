@@ -123,10 +123,9 @@ class BlockSDE(nn.Module):
         return _VIEWS[form](self, self.shape if shape is None else tuple(shape))
 
 
-class ItoView(nn.Module):
-    """A `BlockSDE` for states of a shape of its own."""
+class _View(nn.Module):
+    """A `BlockSDE` for states of a shape of its own: what all forms have."""
 
-    noise_type = "diagonal"
     sde_type = "ito"
 
     def __init__(self, sde: BlockSDE, shape: tuple[int, ...]) -> None:
@@ -136,25 +135,22 @@ class ItoView(nn.Module):
     def f(self, t: float | Tensor, y: Tensor) -> Tensor:
         """Drift ``(N, D) -> (N, D)``."""
         return self.sde.drift(y, self.shape)
+
+
+class ItoView(_View):
+    """The SDE as it is."""
+
+    noise_type = "diagonal"
 
     def g(self, t: float | Tensor, y: Tensor) -> Tensor:
         """Diagonal of the diffusion ``(N, D) -> (N, D)``."""
         return self.sde.g(t, y)
 
 
-class AdditiveView(nn.Module):
+class AdditiveView(_View):
     """torchsde's ``additive`` noise without its dense ``(D, D)`` matrix: only the product ``g dW`` is given."""
 
     noise_type = "additive"
-    sde_type = "ito"
-
-    def __init__(self, sde: BlockSDE, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.sde, self.shape = sde, shape
-
-    def f(self, t: float | Tensor, y: Tensor) -> Tensor:
-        """Drift ``(N, D) -> (N, D)``."""
-        return self.sde.drift(y, self.shape)
 
     def g_prod(self, t: float | Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Diffusion times ``v``: ``(N, D), (N, D) -> (N, D)``."""
@@ -173,7 +169,7 @@ class StratonovichView(ItoView):
         return drift - 0.5 * schedule.sigma(float(t)) ** 2 * y if schedule.multiplicative else drift
 
 
-_VIEWS: dict[str, type[ItoView | AdditiveView]] = {
+_VIEWS: dict[str, type[_View]] = {
     "ito": ItoView,
     "additive": AdditiveView,
     "stratonovich": StratonovichView,

@@ -176,5 +176,5 @@ def test_a_folder_that_cannot_be_synced_for_another_reason_is_told(tmp_path: Pat
         really(handle)
 
     monkeypatch.setattr(os, "fsync", fail_on_the_folder)
-    with pytest.raises(OSError, match="(?i)input/output error"):
+    with pytest.raises(OSError, match=r"(?i)input/output error"):
         write_atomically(tmp_path / "file", b"content")
