@@ -121,6 +121,7 @@ def command(
     from neuralsde_ito.checkpoints import write_atomically
     from neuralsde_ito.evaluation import SURROGATES, attack_sweep, surrogate_models
     from neuralsde_ito.recipes import load_dataset
+    from neuralsde_ito.suite import standard
     from neuralsde_ito.validation import ItoError, nearest
 
     if norm not in BALLS:
@@ -135,6 +136,8 @@ def command(
     [replace(template, eps=eps) for eps in named]  # refuse a wrong radius before the run is read
     for peer in peers:
         check_peer(peer)
+    if suite:
+        standard(norm, 0.0, True, effort)  # refuse a wrong effort
     opened = options.open_run(root, run, device, inferences, rule)
     defaults = opened.config.attack
     wanted = [*(radii or defaults.eps.get(norm, ())), *(() if suite and radii else defaults.also.get(norm, ()))]  # type: ignore[call-overload]

@@ -52,6 +52,7 @@ def run(
     from neuralsde_ito.recipes import command_line, environment
     from neuralsde_ito.selection import invalid, worst_labels
     from neuralsde_ito.suite import Suite, joined, standard
+    from neuralsde_ito.validation import ItoError
 
     from .verify import test_split
 
@@ -74,6 +75,8 @@ def run(
     state = opened.folder / f"suite-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
     if not resume:
         shutil.rmtree(state, ignore_errors=True)
+    elif not state.is_dir():
+        raise ItoError("There is nothing to resume: this command was not interrupted; leave --resume out.")
     defenders: dict[str, tuple[ItoEnsemble, Suite]] = {
         "Itô ensemble": (
             ensemble,
@@ -182,8 +185,11 @@ def run(
     output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
     _tables(report, found, steps, truth, clean, labels, seconds)
     click.echo(f"\nRecord    {record}")
+    own = opened.config.ensemble
+    vote = f" --inferences {ensemble.inferences}" if ensemble.inferences != own.inferences else ""
+    vote += f" --rule {ensemble.rule}" if ensemble.rule != own.rule else ""
     for folder in bundles:
-        click.echo(f"Evidence  {folder}    (check it: ito-sde verify {folder})")
+        click.echo(f"Evidence  {folder}    (check it: ito-sde verify {folder}{vote})")
 
 
 def _peers(
@@ -318,5 +324,7 @@ def _tables(
             f"In {blind:,} attacks on an image some gradient was not finite: that an image survives them is no sign of "
             "robustness."
         )
-    output.invalid_sentence(sum(report["invalid"].values()))
+    output.invalid_sentence(
+        sum(report["invalid"].values()), "Of the report's votes (one that decides several rows counts in each): "
+    )
     output.sentence("An upper bound on robustness. Whether it can be trusted: ito-sde audit.")

@@ -117,14 +117,18 @@ def _suite(evidence: Evidence, opened: options.Opened) -> Suite | None:
     """The suite that the bundle names, on the run's networks; none, and a warning, if there is no such suite."""
     from neuralsde_ito.evaluation import NoiseFree
     from neuralsde_ito.suite import Suite, standard
+    from neuralsde_ito.validation import ItoError
 
     settings = evidence.config.get("suite")
     settings = settings if isinstance(settings, dict) else {}
-    name, effort = settings.get("name"), settings.get("effort")
-    if name != "standard" or not isinstance(effort, int | float) or not 0 < effort < float("inf"):
-        click.echo("Warning: the attack is not made again: the bundle names no suite with its effort.", err=True)
+    steps = partial(standard, evidence.norm, noisy=opened.ensemble.noisy, effort=settings.get("effort", 0.0))
+    try:
+        if settings.get("name") != "standard":
+            raise ItoError("the bundle names no suite")
+        steps(evidence.eps)
+    except ItoError as error:
+        _warn("The attack is not made again", error)
         return None
-    steps = partial(standard, evidence.norm, noisy=opened.ensemble.noisy, effort=effort)
     return Suite(steps, {"resnet": opened.resnet, "noise-free": NoiseFree(opened.ensemble)})
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attacks import BALLS, PGD
-from .attacks.objective import recordable
 from .checking import BESIDE, FAIL, PASS, Check
 from .checks import CHECKS
+from .data import recordable
 from .outcomes import Outcomes, Rate
 from .subject import Reseeded, Subject, frozen
 

@@ -438,6 +438,8 @@ def check_evidence(evidence: Evidence) -> None:
     """Refuse what does not fit together."""
     if evidence.norm not in BALLS:
         raise ItoError(nearest("norm", evidence.norm, BALLS))
+    if type(evidence.eps) not in (int, float):
+        raise ItoError(f"eps must be a number, got {shown(evidence.eps)}.")
     check_eps(evidence.norm, evidence.eps)
     check_rule(evidence.rule)
     if evidence.noise not in NOISES:

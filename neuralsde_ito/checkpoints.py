@@ -22,7 +22,7 @@ from .ensemble import ItoEnsemble, evaluating
 from .noise import make_keys
 from .recast import ItoResNet, as_chain, recast
 from .resnets import Normalize, default_normalization, load_resnet, load_weights, read_weights
-from .sde import BlockSDE
+from .sde import BlockSDE, changes_of
 from .validation import ItoError, shown
 
 RESNET = "resnet.safetensors"  # of a run: the ResNet that its members began as
@@ -147,10 +147,7 @@ def save_ensemble(path: str | Path, ensemble: ItoEnsemble, config: Config, resne
 def _refuse_changed_calls(net: nn.Module) -> None:
     """Refuse hooks, and functions that were put over a module's own, as ``forward``: no file of weights holds them."""
     for name, module in net.named_modules():
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        found = ["hook" for kind in hooks if getattr(module, kind)]
-        found += [key for key, own in vars(module).items() if callable(own) and hasattr(type(module), key)]
-        if found:
+        if found := changes_of(module):
             where = f"{name}, a {type(module).__name__}," if name else f"The {type(module).__name__}"
             raise ItoError(
                 f"{where} has a {found[0]} of its own, which cannot be stored; remove it, and add it after loading."
@@ -237,7 +234,7 @@ def _check_storable(name: str, model: ItoResNet, config: Config, template: nn.Se
     again.load_state_dict(model.state_dict())
     # What no description shows, as a function that was replaced, shows in the logits.
     channels = next(template.parameters()).shape[1]  # of the first convolution
-    x = torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     keys = make_keys(0, "report", index=torch.arange(2, device=device))
     with torch.no_grad(), evaluating(model):
         if not torch.allclose(model(x, keys), again.eval()(x, keys), 1e-4, 1e-4, equal_nan=True):
@@ -331,5 +328,5 @@ def _network(path: Path, config: Config) -> nn.Sequential:
 
 def _untrained(config: Config, classes: int, channels: int) -> nn.Sequential:
     """The configuration's network, with weights that do not matter: the global random state stays as it is."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return load_resnet(config.network.arch, None, classes, channels, config.network.mean, config.network.std)

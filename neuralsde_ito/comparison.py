@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .convergence import slope
+from .data import check_labels, image_names, recordable
 from .ensemble import evaluating
 from .live import Live
 from .noise import BrownianPath, make_keys
@@ -332,14 +333,16 @@ def compare_solvers(
         ItoError: an SDE that lacks something, a solver that does not fit (those that do are named), or a reference
             that does not stay finite (block, time and solver named).
     """
-    index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-    keys = make_keys(seed, "report", index=index)
-    if not isinstance(model, ItoResNet):
-        if y is not None:
-            raise ItoError("Labels y go with a network; an SDE has none.")
-        return _compare(_Equation(model, x, keys, interval), solvers, steps, reference, gradients)
-    with evaluating(model):
-        return _compare(_Network(model, x, y, keys), solvers, steps, reference, gradients)
+    with torch.inference_mode(False):  # which would record no gradient
+        x = recordable(x)
+        keys = make_keys(seed, "report", index=image_names(index, x))
+        if not isinstance(model, ItoResNet):
+            if y is not None:
+                raise ItoError("Labels y go with a network; an SDE has none.")
+            return _compare(_Equation(model, x, keys, interval), solvers, steps, reference, gradients)
+        with evaluating(model):
+            labels = None if y is None else check_labels(recordable(y), len(x))
+            return _compare(_Network(model, x, labels, keys), solvers, steps, reference, gradients)
 
 
 def _compare(

@@ -55,6 +55,41 @@ def check_images(x: Tensor, channels: int | None = None) -> None:
         raise ItoError(f"Images must be finite and in [0, 1], got values from {low:g} to {high:g}.")
 
 
+def check_labels(y: Tensor, n: int, classes: int | None = None) -> Tensor:
+    """True labels as int64 ``(n,)``.
+
+    Raises:
+        ItoError: not a tensor of ``n`` whole numbers, or not below ``classes``, where that is known.
+    """
+    whole = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    if not whole or y.shape != (n,):
+        kind = f"{y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ItoError(f"Labels must be a tensor of whole numbers of shape ({n},), got {kind}.")
+    if classes is not None and len(odd := y[(y < 0) | (y >= classes)]):
+        raise ItoError(f"Labels must be from 0 to {classes - 1}, got {int(odd[0])}.")
+    return y.long()
+
+
+def image_names(index: Tensor | None, x: Tensor) -> Tensor:
+    """The images' names in the noise's address, int64 ``(N,)``; by default their position in ``x``.
+
+    Raises:
+        ItoError: not one whole number for each image.
+    """
+    if index is None:
+        return torch.arange(len(x), device=x.device)
+    whole = isinstance(index, Tensor) and not (index.is_floating_point() or index.is_complex())
+    if not whole or index.shape != (len(x),):
+        kind = f"{index.dtype}, {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise ItoError(f"index names the images: {kind} for {len(x)} images, each of which needs one whole number.")
+    return index.to(x.device, torch.int64)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one from inference mode, which could take part in no gradient."""
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
+
+
 def content_index(x: Tensor) -> Tensor:
     """Names for images that no data set numbers: 63 bits of a hash of the pixels, ``(N, C, H, W) -> (N,)`` int64.
 
@@ -117,11 +152,11 @@ class Dataset:
 def _order(n: int, epoch: tuple[int, int] | None) -> tuple[Tensor, torch.Generator]:
     generator = torch.Generator()
     if epoch is None:
-        return torch.arange(n), generator
+        return torch.arange(n, device="cpu"), generator
     # A 64-bit state from two numbers: neighbouring seeds and epochs do not share a stream.
     state = np.random.SeedSequence([abs(int(epoch[0])), epoch[1]]).generate_state(1, np.uint64)[0]
     generator.manual_seed(int(state >> np.uint64(1)))
-    return torch.randperm(n, generator=generator), generator
+    return torch.randperm(n, generator=generator, device="cpu"), generator
 
 
 def batch_bounds(n: int, size: int, training: bool = False) -> list[tuple[int, int]]:
@@ -139,10 +174,10 @@ def batch_bounds(n: int, size: int, training: bool = False) -> list[tuple[int, i
 def _spread(n: int, count: int | None) -> Tensor:
     """``count`` of ``n`` places: a fixed random choice, in order, so that every class is met."""
     if count is None or count >= n:
-        return torch.arange(n)
+        return torch.arange(n, device="cpu")
     if count < 1:
         raise ItoError(f"A limit on images must be at least 1, got {count}.")
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count].sort().values
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")[:count].sort().values
 
 
 @dataclass(frozen=True)
@@ -167,7 +202,7 @@ class InMemory:
     def first(self, count: int | None) -> InMemory:
         """See `Split`."""
         keep = _spread(len(self), count)
-        names = torch.arange(len(self)) if self.names is None else self.names
+        names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         return replace(self, pixels=self.pixels[keep], labels=self.labels[keep], names=names[keep])
 
     def batches(
@@ -180,8 +215,8 @@ class InMemory:
         """See `Split`."""
         order, generator = _order(len(self), epoch)
         # Offsets for the whole epoch at once, so that skipping batches does not change the others.
-        draws = torch.rand(len(self), 3, generator=generator)
-        names = torch.arange(len(self)) if self.names is None else self.names
+        draws = torch.rand(len(self), 3, generator=generator, device="cpu")
+        names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         for start, stop in batch_bounds(len(self), size, epoch is not None)[skip:]:
             rows = order[start:stop]
             x = self.pixels[rows].to(device, non_blocking=True).float() / 255
@@ -227,7 +262,7 @@ class Streamed:
     def first(self, count: int | None) -> Streamed:
         """See `Split`."""
         keep = _spread(len(self), count)
-        names = torch.arange(len(self)) if self.names is None else self.names
+        names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         files = tuple(self.files[i] for i in keep.tolist())
         return replace(self, files=files, labels=self.labels[keep], names=names[keep])
 
@@ -240,7 +275,7 @@ class Streamed:
     ) -> Iterator[Batch]:
         """See `Split`."""
         order, _ = _order(len(self), epoch)
-        names = torch.arange(len(self)) if self.names is None else self.names
+        names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         loader = torch.utils.data.DataLoader(
             _Files(self, epoch),
             batch_sampler=[order[a:b].tolist() for a, b in batch_bounds(len(self), size, epoch is not None)[skip:]],
@@ -441,7 +476,8 @@ def _cifar(name: str, path: str | Path | None) -> Dataset:
             "or name another folder as data.path."
         ) from error
     train, test = (
-        InMemory(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits
+        InMemory(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets, device="cpu"))
+        for s in splits
     )
     return Dataset(name, tuple(splits[0].classes), (3, 32, 32), train, test)
 
@@ -472,13 +508,13 @@ def _folder(
         raise ItoError(f"The augmentation {style!r} does not fit images of {size} pixels.")
     splits: list[Split] = []
     for (_, files, labels), limit, way in zip(found, (train_limit, test_limit), (style, "none"), strict=True):
-        split = Streamed(tuple(files), torch.tensor(labels), size, way).first(limit)
+        split = Streamed(tuple(files), torch.tensor(labels, device="cpu"), size, way).first(limit)
         splits.append(_in_memory(split) if small else split)
     return Dataset(root.resolve().name, tuple(found[0][0]), (3, size, size), *splits)
 
 
 def _in_memory(split: Streamed) -> InMemory:
-    pixels = torch.empty(len(split), 3, split.size, split.size, dtype=torch.uint8)
+    pixels = torch.empty(len(split), 3, split.size, split.size, dtype=torch.uint8, device="cpu")
     count = 0
     for row, file in enumerate(split.files):
         image, transparent = _open(file, "RGB")

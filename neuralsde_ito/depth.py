@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .data import check_labels, image_names
 from .engine import infer, quicken
 from .noise import make_keys
 from .outcomes import Paired, Rate
@@ -63,8 +64,8 @@ def read_depths(
             noise-free flow stays, the noise follows the new clock.
         seed, index: name the paths.
     """
-    index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-    keys = make_keys(seed, "report", index=index)
+    y = check_labels(y, len(x))
+    keys = make_keys(seed, "report", index=image_names(index, x))
     rows = torch.arange(len(x), device=x.device)
     readings = []
     for name, model in networks.items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .data import check_images
+from .data import check_images, image_names
 from .engine import infer, piece_of, quicken
 from .noise import fresh_keys, make_keys
 from .recast import ItoResNet
@@ -111,7 +111,7 @@ class ItoEnsemble(nn.Module):
             seed, purpose, index: the rest of the address; ``index`` ``(N,)`` names the images (default: position).
         """
         total = len(self.members)
-        index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
+        index = image_names(index, x)
         out: list[Tensor | None] = [None] * count
         for m in range(total):
             places = [p for p in range(count) if (first + p) % total == m]
@@ -178,9 +178,7 @@ class ItoEnsemble(nn.Module):
             ItoError: images that are not finite, not in [0, 1] or of the wrong shape; a confidence out of range.
         """
         check_images(x, self.channels)
-        index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-        if index.shape != (len(x),):
-            raise ItoError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
+        index = image_names(index, x)
         quick = self.quick(x)
         first = quick.members[0](x[:1].repeat(2, 1, 1, 1), make_keys(seed, purpose, index=index[:1].repeat(2)))
         poll = Poll(len(self.members), len(x), first.shape[1], self.inferences, self.rule, confidence, x.device)

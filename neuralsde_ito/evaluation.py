@@ -15,7 +15,7 @@ from .attacks.objective import as_called
 from .data import Split
 from .ensemble import ItoEnsemble
 from .outcomes import Outcomes, Paired, WorstCase
-from .selection import Selection, invalid, joined_cases
+from .selection import Selection, joined_cases
 from .validation import ItoError, nearest
 from .votes import winners
 
@@ -253,7 +253,6 @@ def _sweep_batch(
             sweep.cost[level][name] = (found.backwards, found.forwards)
             sweep.invalid += int(decided.invalid.sum())
             tick(1)
-        sweep.resnet.append(_worst_of(y, fooled).cpu())
         backwards = forwards = 0
         for number, (name, model) in enumerate(models.items(), len(models)):
             rows = chosen.standing("evasion")
@@ -262,11 +261,14 @@ def _sweep_batch(
                 found = evade.run(model, x[rows], y[rows], seed, index[rows], start)
                 chosen.meet(rows, found.images, since + number, since)
                 backwards, forwards = backwards + found.backwards, forwards + found.forwards
+                fooled.append(y.clone())
+                fooled[-1][rows] = classify(resnet, found.images)
+        sweep.resnet.append(_worst_of(y, fooled).cpu())
         sweep.evasion_cost.append((backwards, forwards))
         votes = chosen.vote()
-        sweep.invalid += sum(invalid(vote, ensemble.inferences) for vote in votes.values())
         for cases, case in zip((sweep.denial, sweep.evasion), chosen.worst_cases(votes), strict=True):
             cases.append(WorstCase(*(value.cpu() for value in vars(case).values())))
+    sweep.invalid += chosen.invalid
     return sweep
 
 

@@ -28,7 +28,7 @@ def solver_gradient(s: Subject) -> tuple[str, bool]:
     gen = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen, dtype=torch.float64).to(s.x.device)
+        return torch.randn(*shape, generator=gen, dtype=torch.float64, device="cpu").to(s.x.device)
 
     # Off the kinks that real images sit on: black borders tie in every max-pooling, and meet every clamp.
     try:

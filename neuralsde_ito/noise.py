@@ -54,6 +54,8 @@ def _mix_(z: Tensor) -> Tensor:
 def _absorb(state: Tensor, field: Tensor | int) -> Tensor:
     """Mix one more field into the state. Never a plain addition: offsets of two fields could meet."""
     if isinstance(field, Tensor):
+        if field.is_floating_point() or field.is_complex():
+            raise ItoError(f"Noise is named by whole numbers, got {field.dtype}.")
         return _mix_(state * _M1 + _mix_(field.to(state.device, torch.int64) + _GOLDEN))
     return _mix_(state * _M1 + _mixed(field))
 
@@ -89,7 +91,8 @@ def make_keys(
     Args:
         seed: any integer of 64 bits, Python's or numpy's.
         purpose: one of `PURPOSES`; separates training, gradient, selection and report.
-        member, inference, index: integers or int64 tensors that broadcast together; ``index`` names the image.
+        member, inference, index: integers or tensors of whole numbers that broadcast together; ``index`` names the
+            image.
 
     Returns:
         int64 keys of the broadcast shape (at least one dimension is the caller's to give).
@@ -320,6 +323,14 @@ class _Cell:
     area: Tensor | None
 
 
+def _check_transforms(keys: Tensor) -> None:
+    if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(keys):
+        raise ItoError(
+            "Only Euler with one step a block can be traced, or mapped over keys by torch.func; recast with "
+            "solver='euler', steps=1."
+        )
+
+
 class BrownianPath(torchsde.BaseBrownian):
     """One Brownian path a key over one block ``[t0, t1]``, the same at every step size.
 
@@ -376,8 +387,7 @@ class BrownianPath(torchsde.BaseBrownian):
         Raises:
             ItoError: an end that is not on the grid, or ``return_A`` (a diagonal SDE needs no Lévy area).
         """
-        if torch.jit.is_tracing():
-            raise ItoError("Only Euler with one step a block can be traced; recast with solver='euler', steps=1.")
+        _check_transforms(self.keys)
         if return_A:
             raise ItoError("BrownianPath has no space-space Lévy area; diagonal noise does not need it.")
         ta, tb = (self.t0, float(ta)) if tb is None else (float(ta), float(tb))
@@ -419,8 +429,7 @@ class BrownianPath(torchsde.BaseBrownian):
 
     def increment(self, level: int, index: int) -> Tensor:
         """``W`` over cell ``index`` of ``2**level``: ``(N, size)``. Skips the normals that only ``H`` needs."""
-        if torch.jit.is_tracing():
-            raise ItoError("Only Euler with one step a block can be traced; recast with solver='euler', steps=1.")
+        _check_transforms(self.keys)
         return self._descend(level, index, with_area=False).w
 
     def cell(self, level: int, index: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor
 
@@ -44,8 +45,10 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:
             raise ItoError(nearest("schedule", self.name, SCHEDULES))
-        if isinstance(self.omega, bool) or not isinstance(self.omega, (int, float)):
+        if isinstance(self.omega, bool) or not isinstance(self.omega, Real):
             raise ItoError(f"omega must be a number, got {self.omega!r}.")
+        if not isinstance(self.omega, (int, float)):
+            object.__setattr__(self, "omega", float(self.omega))  # numpy's
         if not math.isfinite(self.omega) or self.omega < 0:
             raise ItoError(f"omega must be finite and at least 0, got {self.omega}.")
 

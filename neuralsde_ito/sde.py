@@ -14,9 +14,15 @@ from .validation import ItoError, nearest
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def changes_of(module: nn.Module) -> list[str]:
+    """What makes an object compute something else than its class: ``"hook"``, and methods that were set on it."""
+    found = ["hook" for hooks in _HOOKS if getattr(module, hooks)]
+    return found + [name for name, own in vars(module).items() if callable(own) and hasattr(type(module), name)]
+
+
 def untouched(module: nn.Module) -> bool:
-    """Whether calling the module is calling its class's ``forward``: no hooks, and no method set on the object."""
-    return not (vars(module).get("forward") or any(getattr(module, name) for name in _HOOKS))
+    """Whether a module computes what its class says: no hooks, and no method set on the object."""
+    return not changes_of(module)
 
 
 def well_known(module: nn.Module) -> bool:

@@ -162,6 +162,7 @@ class Selection:
         self.repeat = whole_number("repeat", repeat)
         nobody = torch.full((len(x),), -torch.inf, device=x.device)
         self.held = {goal: _Held(x.clone(), torch.full_like(y, -1), nobody.clone()) for goal in GOALS}
+        self.invalid = 0  # inferences of the report's votes that voted for nobody
         self._reported: list[tuple[Tensor, Tensor]] = []  # images and the report's votes on them
 
     def standing(self, goal: str) -> Tensor:
@@ -220,11 +221,14 @@ class Selection:
             same = ask & (images == before).flatten(1).all(1)
             votes = found if votes is None else torch.where(same[:, None], found, votes)
             ask = ask & ~same
+        if votes is not None and not bool(ask.any()):
+            return votes
+        made = report_votes(self.ensemble, images[ask], self.seed, names[ask], self.repeat)
+        self.invalid += invalid(made, self.ensemble.inferences)
         if votes is None:
-            return report_votes(self.ensemble, images, self.seed, names, self.repeat)
-        if bool(ask.any()):
-            votes = votes.clone()
-            votes[:, :, ask] = report_votes(self.ensemble, images[ask], self.seed, names[ask], self.repeat)
+            return made
+        votes = votes.clone()
+        votes[:, :, ask] = made
         return votes
 
     def worst_cases(self, votes: dict[str, Tensor] | None = None) -> tuple[WorstCase, WorstCase]:

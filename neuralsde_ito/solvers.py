@@ -7,6 +7,7 @@ block: the drift jumps to the next block's weights at the integers, which no ste
 from __future__ import annotations
 
 import math
+import operator
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def check_solver(name: str, omega: float, steps: int) -> None:
     solver = find_solver(name)
     if solver.library == "torchdiffeq" and omega != 0:
         raise ItoError(f"{name!r} solves the ODE, without noise: it needs omega = 0, got {omega}.")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or steps & (steps - 1) or steps > 1 << 20:
+    number = 0 if isinstance(steps, bool) or not hasattr(steps, "__index__") else operator.index(steps)
+    if number < 1 or number & (number - 1) or number > 1 << 20:
         raise ItoError(f"steps a block must be a power of two from 1 to {1 << 20}, got {steps!r}.")
 
 
@@ -264,6 +266,10 @@ def solve_torchsde(
         raise ItoError(
             "Milstein's correction is computed by autograd, which does not go with forward-mode derivatives and the "
             "transforms of torch.func; use another solver."
+        )
+    if kind == "additive" and torch._C._functorch.is_batchedtensor(y):
+        raise ItoError(
+            "torch.func.vmap does not go through SRK, for which torchsde draws a vector; use solver 'euler'."
         )
     if torch.is_grad_enabled() or not fused.ordinary(y):
         y = torchsde.sdeint(_Unchecked(form), y, ts, bm=path, method=solver.method, dt=h)[-1]

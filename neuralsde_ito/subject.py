@@ -28,7 +28,7 @@ from .attacks.objective import (
     replay,
 )
 from .attacks.panels import right_share
-from .data import check_images
+from .data import check_images, check_labels, image_names
 from .ensemble import ItoEnsemble
 from .evaluation import NoiseFree
 from .noise import make_keys
@@ -182,13 +182,9 @@ class Subject:
             raise ItoError(
                 f"An attack's steps are lost in {x.dtype}: give the images in float32, and let the model convert them."
             )
-        if not isinstance(y, Tensor) or y.shape != (len(x),) or y.is_floating_point() or y.is_complex():
-            kind = f"{y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise ItoError(f"Labels must be a tensor of whole numbers of shape ({len(x)},), got {kind}.")
-        self.x, self.y, self.attack, self.seed = x.detach(), y.to(x.device).long(), attack or PGD(), seed
-        self.index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-        whole = not self.index.is_floating_point()
-        if not whole or self.index.shape != (len(x),) or len(self.index.unique()) < len(x):
+        self.x, self.y, self.attack, self.seed = x.detach(), check_labels(y, len(x)).to(x.device), attack or PGD(), seed
+        self.index = image_names(index, x)
+        if len(self.index.unique()) < len(x):
             raise ItoError(f"index names the images: one whole number for each of {len(x)}, no two alike.")
         if self.attack.eps == 0:
             raise ItoError("An audit needs a ball to attack in: eps must be above 0.")

@@ -24,6 +24,7 @@ from .attacks import APGD, PGD, Attack, Square
 from .attacks.objective import Ascent, EnsembleTarget, Objective, Target
 from .attacks.panels import GOALS
 from .checkpoints import write_atomically
+from .data import image_names
 from .ensemble import ItoEnsemble
 from .outcomes import WorstCase
 from .selection import NOISES, Selection, joined_cases, judge, report_votes, worst_labels
@@ -58,8 +59,13 @@ def standard(norm: str, eps: float, noisy: bool, effort: float = 1.0) -> list[St
     Args:
         norm, eps: the ball.
         noisy: whether the model is randomised.
-        effort: scales the numbers of iterations.
+        effort: scales the numbers of iterations; above 0.
+
+    Raises:
+        ItoError: an effort that is not a positive number.
     """
+    if not (isinstance(effort, int | float) and 0 < effort < math.inf):
+        raise ItoError(f"effort must be a positive number, got {shown(effort)}.")
 
     def n(steps: int) -> int:
         return max(1, round(effort * steps))
@@ -228,6 +234,8 @@ class Suite:
 
     def _through(self, step: Step, ensemble: ItoEnsemble, x: Tensor) -> nn.Module | Target:
         if step.through != "itself":
+            if step.through not in self.surrogates:
+                raise ItoError(nearest("surrogate", step.through, self.surrogates))
             return self.surrogates[step.through]
         return KnownPaths(ensemble, x, self.seed) if self.noise == "known" else ensemble
 
@@ -280,7 +288,7 @@ def least_norm(
         most: the largest radius.
         rounds: bisections; the result is exact to ``most / 2**rounds``, as far as the attack is.
     """
-    index = torch.arange(len(x), device=x.device) if index is None else index
+    index = image_names(index, x)
     low = torch.zeros(len(x), device=x.device)
     found = torch.full((len(x),), math.inf, device=x.device)
     found[ensemble.predict(x, seed, index).labels != y] = 0

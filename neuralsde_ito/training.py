@@ -84,7 +84,7 @@ class Trainer:
                     f"The training state {str(self.state_file)!r} is {step} batches into an epoch of {steps}: the data "
                     "have changed since; delete it, and resume."
                 )
-        else:  # an earlier attempt of which nothing is left may have written rows
+        else:  # an attempt whose state was lost may have written rows
             self.rows[:] = [row for row in self.rows if row["phase"] != phase]
         saved = time.monotonic()
         order = member_seed(seed, member)

@@ -254,13 +254,13 @@ def _sources(evidence: Evidence, radii: list[float]) -> Claim:
     name, n = "sources", len(evidence.index)
     claimed = "attacks that met the image, at its radius"
     if not radii or len(evidence.attacks) % (2 * len(radii)):
-        return Claim(name, claimed, "no radii of which attacks could be", False)
+        return Claim(name, claimed, "the config names no radii that fit the attacks", False)
     goals = len(evidence.attacks) // (2 * len(radii))  # steps of one goal at one radius
     reached = torch.tensor(radii).double().repeat_interleave(2 * goals)
     outside = torch.zeros(n, dtype=torch.bool)
     for case in cases_of(evidence).values():
         outside |= (case.source != CLEAN) & (norms_of(evidence, case) > reached[case.source] + ROUNDING)
-    # Whoever was changed by a later step of a goal had not fallen before it.
+    # An image that a later step of a goal changed had not fallen before it.
     met = torch.tensor(evidence.met).view(-1, goals)
     made = torch.stack([case.source for case in cases_of(evidence).values()])  # (2, N)
     least = torch.zeros_like(met)
@@ -276,7 +276,8 @@ def _sources(evidence: Evidence, radii: list[float]) -> Claim:
 
 
 def _data(evidence: Evidence, split: Split | None) -> Iterator[Claim]:
-    """The split, and whether the images are the split's own choice of so many: else whoever fell could be left out."""
+    """The split, and whether the images are the split's own choice of so many: otherwise a forger could leave out
+    the images that fell."""
     prints, n = evidence.fingerprints, len(evidence.index)
     claimed = {name: str(prints.get(name))[:12] for name in ("split", "choice")}
     if split is None:
@@ -311,7 +312,7 @@ def _defender(evidence: Evidence, ensemble: ItoEnsemble | None) -> Claim:
     found = fingerprint(ensemble)
     own = f"{len(ensemble.members)} x {ensemble.inferences}, {ensemble.rule}"
     stands = evidence.fingerprints.get("weights") == found and vote == own
-    note = "" if own == vote else "Whoever verifies says how the ensemble votes: --inferences and --rule."
+    note = "" if own == vote else "Give --inferences and --rule as the bundle claims them."
     return Claim(name, claimed, f"{found[:12]}, {own}", stands, note)
 
 
@@ -413,7 +414,9 @@ def _attacked(
 ) -> Iterator[Claim]:
     """A random sample of images, through the whole sweep: with the bundle's seed, and with another."""
     n = len(evidence.index)
-    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed % 2**63))[:sample].sort().values
+    chosen = (
+        torch.randperm(n, generator=torch.Generator().manual_seed(seed % 2**63), device="cpu")[:sample].sort().values
+    )
     again = replace(suite, seed=evidence.seed, noise=evidence.noise, repeat=evidence.repeat, state=None)
     found = _sweep(evidence, ensemble, again, radii, chosen, batch_size, tick)
     for name, case in cases_of(evidence).items():

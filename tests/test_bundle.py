@@ -1070,3 +1070,8 @@ def test_the_command_line_finds_altered_files(user):
     done = CliRunner().invoke(cli, ["verify", "evidense"])
     assert isinstance(done.exception, ValueError)  # which `main` makes a sentence and exit code 2
     assert "no evidence bundle" in str(done.exception)
+
+
+def test_a_radius_that_is_a_text_is_refused(evidence):
+    with pytest.raises(ito.ItoError, match=r"eps must be a number, got '0\.025'"):
+        bundle.check_evidence(replace(evidence, eps="0.025"))

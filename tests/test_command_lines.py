@@ -676,7 +676,7 @@ VERBS = {
          "--step-size": ["0.1"], "--objective": ["dlr", "denial", "targeted-dlr"], "--restarts": ["2"],
          "--random-start": None, "--no-random-start": None, "--surrogate": ["resnet", "member"], "--batch-size": ["1"],
          "--save": ["adversarial"], "--json": None, "--bundle": ["evidence"], "--resume": None, "--peer": ["foolbox"],
-         "--noise": ["fixed"], "--repeat": ["2"], "--effort": ["0.1"]},
+         "--noise": ["fixed"], "--repeat": ["2"], "--effort": ["0.1", "nan", "inf", "-1"]},
     ),
     "attack --suite standard": (
         ["--limit", "2", "--effort", "0.02", "--eps", "0.1"],
@@ -714,7 +714,7 @@ VERBS = {
     ),
     "verify bundle": (
         [],
-        {**RUN, "--repeat": ["1", "2"], "--batch-size": ["1"], "--json": None, "BUNDLE": ["bundle"]},
+        {**RUN, "--sample": ["1", "2"], "--batch-size": ["1"], "--json": None, "BUNDLE": ["bundle"]},
     ),
 }  # fmt: skip
 

@@ -461,3 +461,98 @@ def test_no_modified_network_has_a_quick_copy_that_differs(seed):
         assert logits <= (1e-4 if exact else 0.05), number
         assert gradient <= (2e-3 if exact else 0.3), number
     assert refused < 5
+
+
+# --- what a first version of the comparison let through -------------------------------------------------
+
+
+class Swapped(nn.Module):
+    """A residual block whose ``nn.Sequential`` is called in another order than it is written."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.pair = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.pair[0](F.relu(self.pair[1](x)))
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1e-5, 0.0), (1.0, 3e4), (1.0, 0.0)])
+def test_the_comparison_is_of_what_tells_classes_apart(scale, shift):
+    chain = ito.Chain(nn.Conv2d(3, 6, 3), [Swapped(6), Swapped(6)], nn.Sequential(nn.Flatten(), nn.LazyLinear(5)))
+    chain(X)
+    with torch.no_grad():
+        chain.head[1].weight.mul_(scale)
+        chain.head[1].bias.mul_(scale).add_(shift)
+    model, keys = ready(chain), torch.arange(4)
+    with torch.no_grad():
+        assert torch.equal(quicken(model, X)(X, keys).argmax(1), model(X, keys).argmax(1))
+
+
+@pytest.mark.parametrize("method", ["_conv_forward", "forward"])
+def test_a_method_set_on_a_convolution_is_in_the_gradient(method):
+    # Folding keeps its logits, so only the gradient by hand could tell: it had an eighth of its length.
+    model = ready(small())
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            own = getattr(module, method)
+            setattr(module, method, lambda x, *rest, own=own: 1.7 * own(x, *rest))
+    assert max(disagreement(model, X)) < 1e-4
+
+
+def test_vmap_over_several_steps_is_refused_in_a_sentence():
+    model = ito.recast(smooth_chain(), 0.3, steps=4, image_shape=(2, 6, 6)).eval().requires_grad_(False)
+    x, keys = random_images(2, 6, channels=2, dtype=torch.float64), torch.arange(2)
+    with pytest.raises(ito.ItoError, match="Only Euler with one step"):
+        torch.func.vmap(lambda x, key: model(x[None], key[None])[0])(x, keys)
+    model.solver = "srk"
+    with pytest.raises(ito.ItoError, match="does not go through SRK"):
+        torch.func.vmap(lambda x: model(x, keys))(torch.stack([x, x]))
+
+
+def test_saving_loading_and_auditing_under_another_default_device(tmp_path):
+    net = ito.load_resnet("resnet8", in_channels=1)
+    config = ito.load_config("digits", assignments=["ensemble.members=1", "ensemble.inferences=3"])
+    ensemble = ito.ItoEnsemble([ito.recast(net, **config.sde.model_dump(), image_shape=(1, 8, 8))], inferences=3)
+    torch.set_default_device("meta")
+    try:
+        ito.save_ensemble(tmp_path / "run", ensemble, config, net)
+        again, _ = ito.load_ensemble(tmp_path / "run")
+        index, x, _ = next(ito.load_data("digits", test_limit=3).test.batches(3))
+        votes = again.predict(x, index=index, full=True).votes
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(votes, ensemble.predict(x, index=index, full=True).votes)
+
+
+# --- names, labels, starts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.arange(3), [0, 1, 2, 3]])
+def test_names_that_are_no_whole_numbers_are_refused(index):
+    ensemble = ito.ItoEnsemble([ready(small())], inferences=3)
+    with pytest.raises(ito.ItoError, match="index names the images"):
+        ensemble.predict(X, index=index)
+    with pytest.raises(ito.ItoError, match="index names the images"):
+        ito.attacks.PGD(steps=1).run(ensemble, X, torch.arange(4), index=index)
+
+
+@pytest.mark.parametrize(
+    "y", [torch.tensor([0, 1, 2, 99]), torch.tensor([0, 1, 2, -1]), [0, 1, 2, 3], X[:, 0, 0, 0] > 0]
+)
+@pytest.mark.parametrize("kind", [ito.attacks.PGD, ito.attacks.Square, ito.attacks.APGD])
+def test_labels_that_cannot_be_are_refused(kind, y):
+    ensemble = ito.ItoEnsemble([ready(small())], inferences=3)
+    with pytest.raises(ito.ItoError, match="Labels must be"):
+        kind(steps=2, eot=2, selection=2).run(ensemble, X, y)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("kind", [ito.attacks.PGD, ito.attacks.Square, ito.attacks.APGD])
+def test_a_start_outside_of_the_ball_is_brought_into_it(kind, norm):
+    ensemble = ito.ItoEnsemble([ready(small())], inferences=3)
+    attack = kind(norm=norm, eps=0.05, steps=2, eot=2, selection=2)
+    found = attack.run(ensemble, X, torch.arange(4), start=torch.ones_like(X)).images
+    assert float(ito.attacks.BALLS[norm].length(found - X).max()) <= 0.05 + 1e-6
+    with pytest.raises(ito.ItoError, match="start must be images of shape"):
+        attack.run(ensemble, X, torch.arange(4), start=torch.ones(4, 1, 12, 12))

@@ -19,6 +19,7 @@ from neuralsde_ito.attacks.peers import PEERS, OnePath, check_peer, peer_attack
 from neuralsde_ito.evaluation import NoiseFree
 from neuralsde_ito.selection import Selection, invalid, report_votes, worst_labels
 from neuralsde_ito.suite import Step, Suite, SuiteResult, joined, least_norm, standard
+from neuralsde_ito.validation import ItoError
 
 N = 12
 
@@ -398,3 +399,9 @@ def test_a_peer_that_is_unknown_or_absent(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'ito-sde\[peers\]'"):
         check_peer("foolbox")
+
+
+@pytest.mark.parametrize("effort", [0, -1, math.nan, math.inf, "1", None])
+def test_an_effort_that_is_no_positive_number_is_refused(effort):
+    with pytest.raises(ItoError, match="effort must be a positive number"):
+        standard("linf", 0.1, True, effort)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..data import check_images
+from ..data import check_images, check_labels, image_names, recordable
 from ..ensemble import ItoEnsemble
 from ..recast import ItoResNet
 from ..validation import ItoError, nearest, whole_number
 from .ball import BALLS, check_eps
-from .objective import AIMED, OBJECTIVES, Objective, Target, answered, as_called, as_target, recordable
+from .objective import AIMED, OBJECTIVES, Objective, Target, answered, as_called, as_target
 from .panels import GOALS, Panels, comparable
 
 
@@ -95,7 +95,8 @@ class Attack:
             x, y: images ``(N, C, H, W)`` in [0, 1] and their true labels ``(N,)``.
             seed: of the panels and of random starts.
             index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
-            start: where the first attempt begins, ``(N, C, H, W)`` inside the ball: what another attack found.
+            start: where the first attempt begins, ``(N, C, H, W)``: what another attack found. It is projected onto
+                the ball.
 
         Warns where a gradient is not finite: its entries that are not become 0, and the attack goes on.
 
@@ -105,15 +106,13 @@ class Attack:
         if isinstance(model, ItoResNet):
             model = ItoEnsemble([model])
         check_images(x, model.channels if isinstance(model, ItoEnsemble) else None)
-        if y.shape != (len(x),) or y.dtype.is_floating_point:
-            raise ItoError(f"Labels must be whole numbers of shape ({len(x)},), got {y.dtype}, {tuple(y.shape)}.")
-        x, y = x.detach(), y.long()
-        index = torch.arange(len(x), device=x.device) if index is None else index.to(x.device)
-        if index.shape != (len(x),):
-            raise ItoError(f"index names the images: {tuple(index.shape)} for {len(x)} images.")
+        x, y, index = x.detach(), check_labels(y, len(x)), image_names(index, x)
+        if start is not None and start.shape != x.shape:
+            raise ItoError(f"start must be images of shape {tuple(x.shape)}, got {tuple(start.shape)}.")
         with torch.inference_mode(False):  # which would record no gradient
             x, y, index = recordable(x), recordable(y), recordable(index)
-            start = None if start is None else recordable(start)
+            if start is not None:
+                start = BALLS[self.norm].project(recordable(start.detach()), x, self.eps).clamp(0, 1)
             if isinstance(model, nn.Module):
                 with as_called(model):
                     return self._attempts(as_target(model, x), x, y, seed, index, start)

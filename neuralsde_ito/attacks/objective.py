@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data import check_labels
 from ..engine import in_pieces, out_of_memory, piece_of
 from ..ensemble import ItoEnsemble, evaluating
 from ..recast import ItoResNet
@@ -150,8 +151,7 @@ def _ascend(objective: Objective, x: Tensor, y: Tensor, paths: Callable[[Tensor]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = paths(x)
-        if len(odd := y[(y < 0) | (y >= logits.shape[-1])]):
-            raise ItoError(f"Labels must be from 0 to {logits.shape[-1] - 1}, got {int(odd[0])}.")
+        check_labels(y.flatten(), y.numel(), logits.shape[-1])
         loss = objective(logits, y)
         gradient = None
         if loss.requires_grad:
@@ -208,11 +208,6 @@ def _check_norm(module: nn.Module) -> None:
         )
 
 
-def recordable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one from inference mode, which could take part in no gradient."""
-    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
-
-
 def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two outputs are the same, NaN for NaN."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
@@ -264,7 +259,7 @@ def check_module(model: nn.Module, x: Tensor, batch_size: int | None = None) -> 
     """
     check_weights(model)
     few = x[:8]
-    # Two companies of eight, of which no pixel is alike.
+    # The same eight images, beside two different sets of others.
     company = [torch.cat([few, them.repeat(8, 1, 1, 1)[:8]]) for them in (few, (few < 0.5).to(few))]
     training = [(name, m) for name, m in model.named_modules() if m.training]
     held = [(f"{name}.{key}", b, b.clone()) for name, m in training for key, b in m._buffers.items() if b is not None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..data import check_labels
 from ..votes import winners
 from .objective import Ascent, Objective, Target, answered
 
@@ -92,7 +93,9 @@ class Panels:
     def _ask(self, x: Tensor, rows: Tensor, number: int, purpose: str) -> Tensor:
         count = self.eot if purpose == "gradient" else self.selection
         self.forwards += count * len(rows)
-        return self.target.paths(x, number * count, count, self.seed, purpose, self.index[rows])
+        logits = self.target.paths(x, number * count, count, self.seed, purpose, self.index[rows])
+        check_labels(self.labels[rows].flatten(), self.labels[rows].numel(), logits.shape[-1])
+        return logits
 
     def lost(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Where the goal is reached on the ``logits`` at hand: bool ``(N,)``.

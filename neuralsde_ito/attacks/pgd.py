@@ -67,7 +67,7 @@ class PGD(Attack):
             names = rows[here]
             if step < self.steps:
                 loss, logits, gradient = panels.ascend(objective, adv, names, step)
-            elif panels.noisy:  # the last iterate meets the best one on paths of which neither was made
+            elif panels.noisy:  # the last iterate meets the best one on paths that neither has seen
                 pair = torch.cat([adv, kept[here]])
                 logits = panels.judge(pair, names.repeat(2), step)
                 last, best = panels.loss(objective, logits, names.repeat(2)).chunk(2)
