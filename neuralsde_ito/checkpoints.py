@@ -190,7 +190,7 @@ def _normalization(model: ItoResNet, config: Config) -> dict[str, tuple[float, .
         return typed
     for name, default in zip(typed, default_normalization(len(norm.mean)), strict=True):
         held = tuple(getattr(norm, name).flatten().tolist())
-        if tuple(torch.tensor(typed[name] or default).tolist()) != held:
+        if tuple(torch.tensor(typed[name] or default, device="cpu").tolist()) != held:
             typed[name] = held
     return typed
 

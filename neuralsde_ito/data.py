@@ -81,7 +81,7 @@ def image_names(index: Tensor | None, x: Tensor) -> Tensor:
     whole = isinstance(index, Tensor) and not (index.is_floating_point() or index.is_complex())
     if not whole or index.shape != (len(x),):
         kind = f"{index.dtype}, {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise ItoError(f"index names the images: {kind} for {len(x)} images, each of which needs one whole number.")
+        raise ItoError(f"index names the images: one whole number for each of {len(x)}, got {kind}.")
     return index.to(x.device, torch.int64)
 
 

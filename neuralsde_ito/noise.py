@@ -324,7 +324,7 @@ class _Cell:
 
 
 def _check_transforms(keys: Tensor) -> None:
-    if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(keys):
+    if torch.jit.is_tracing() or torch._C._functorch.is_batchedtensor(keys):
         raise ItoError(
             "Only Euler with one step a block can be traced, or mapped over keys by torch.func; recast with "
             "solver='euler', steps=1."

@@ -240,13 +240,16 @@ class _Unchecked(nn.Module):
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         if not self.checked:
             self.checked = True
-            self.state = torch.get_rng_state()
+            self.state = torch.cuda.get_rng_state(y.device) if y.is_cuda else torch.get_rng_state()
             return torch.zeros_like(y)
         return self.sde.f(t, y)  # type: ignore[operator]
 
     def _product(self, t: Tensor, y: Tensor, v: Tensor) -> Tensor:
         if self.state is not None:  # torchsde has drawn a vector, only to see the product's shape
-            torch.set_rng_state(self.state)
+            if y.is_cuda:
+                torch.cuda.set_rng_state(self.state, y.device)
+            else:
+                torch.set_rng_state(self.state)
             self.state = None
         return self.sde.g_prod(t, y, v)  # type: ignore[operator]
 
