@@ -25,12 +25,13 @@ from .attacks import PGD, Attacked
 from .attacks.objective import Ascent, EnsembleTarget, Objective
 from .attacks.peers import peer_attack
 from .engine import infer, quicken
-from .ensemble import ItoEnsemble, evaluating
+from .ensemble import ItoEnsemble
 from .evaluation import NoiseFree
 from .fused import kernel
 from .noise import BrownianPath, make_keys
 from .recast import ItoResNet, recast
 from .resnets import load_resnet
+from .sde import evaluating
 from .suite import Suite, standard
 from .turns import Pause, in_turns
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from .config import Config, load_config, parse_config
 from .data import IMAGE_SIZES
-from .ensemble import ItoEnsemble, evaluating
+from .ensemble import ItoEnsemble
 from .noise import make_keys
 from .recast import ItoResNet, as_chain, recast
 from .resnets import Normalize, default_normalization, load_resnet, load_weights, read_weights
-from .sde import BlockSDE, changes_of
+from .sde import BlockSDE, changes_of, evaluating
 from .validation import ItoError, shown
 
 RESNET = "resnet.safetensors"  # of a run: the ResNet that its members began as

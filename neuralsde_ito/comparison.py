@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from .convergence import slope
 from .data import check_labels, image_names, recordable
-from .ensemble import evaluating
 from .live import Live
 from .noise import BrownianPath, make_keys
 from .recast import ItoResNet
+from .sde import evaluating
 from .solvers import SOLVERS, check_solver, find_solver, integrate, solvers_for
 from .validation import ItoError
 from .votes import winners

@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .noise import fresh_keys
 from .schedules import Schedule
-from .sde import BlockSDE, untouched
+from .sde import BlockSDE, evaluating, untouched
 from .solvers import check_solver, diffuse, integrate
 from .validation import ItoError
 
@@ -259,27 +259,23 @@ def _probe(net: nn.Module, chain: Chain, image_shape: tuple[int, int, int]) -> l
     """Shapes of the state before the blocks and after each, found on one random image; checks the chain on it."""
     x = torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0), device="cpu")
     x = x.to(next((p for p in net.parameters() if p.is_floating_point()), x))
-    modes = {module: module.training for module in net.modules()}
-    net.eval(), chain.eval()
     try:
-        state = chain.stem(x)
-        shapes = [tuple(state.shape[1:])]
-        for i, block in enumerate(chain.blocks):
-            version = state._version
-            after = block(state)
-            if state._version != version:
-                raise ItoError(f"Block {i} changes its input in place; set its first activation to inplace=False.")
-            state = after
-            shapes.append(tuple(state.shape[1:]))
-        # NaN equals NaN here: weights that are not finite are no sign of another order.
-        same = torch.allclose(chain.head(state), net(x), rtol=0, atol=0, equal_nan=True)
+        with evaluating(net), evaluating(chain):
+            state = chain.stem(x)
+            shapes = [tuple(state.shape[1:])]
+            for i, block in enumerate(chain.blocks):
+                version = state._version
+                after = block(state)
+                if state._version != version:
+                    raise ItoError(f"Block {i} changes its input in place; set its first activation to inplace=False.")
+                state = after
+                shapes.append(tuple(state.shape[1:]))
+            # NaN equals NaN here: weights that are not finite are no sign of another order.
+            same = torch.allclose(chain.head(state), net(x), rtol=0, atol=0, equal_nan=True)
     except RuntimeError as error:
         raise ItoError(
             f"The network does not run on a test image of shape {image_shape}; give image_shape. ({error})"
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not same:
         raise ItoError(
             f"{type(net).__name__}.forward does more than call its modules in order; "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from einops import rearrange
@@ -38,6 +40,18 @@ def mixes_images(module: nn.Module) -> bool:
     """Whether one image's output depends on the others: BatchNorm with the statistics of the batch."""
     norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return any(m.training or m.running_mean is None for m in norms)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every module's own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class BlockSDE(nn.Module):

@@ -49,8 +49,9 @@ from .bundle import (
     votes_of,
 )
 from .data import Split
-from .ensemble import ItoEnsemble, evaluating
+from .ensemble import ItoEnsemble
 from .outcomes import ABSTAIN, Paired, Rate
+from .sde import evaluating
 from .selection import worst_labels
 from .suite import KnownPaths, Step, Suite, SuiteResult
 from .validation import ItoError, whole_number

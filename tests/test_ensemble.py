@@ -13,7 +13,7 @@ from neuralsde_ito import ABSTAIN, ItoEnsemble, decide, make_keys, noise
 from neuralsde_ito import ensemble as ensemble_module
 from neuralsde_ito.config import Fit
 from neuralsde_ito.data import InMemory
-from neuralsde_ito.ensemble import evaluating
+from neuralsde_ito.sde import evaluating
 from neuralsde_ito.training import Trainer
 from neuralsde_ito.votes import RULES
 

@@ -142,7 +142,7 @@ def test_a_batchnorm_without_running_statistics_is_refused(x):
 
 def test_a_normalisation_of_every_image_by_itself_is_not(x):
     model = network(nn.Unflatten(1, (2, 4, 4)), nn.InstanceNorm2d(2), nn.GroupNorm(1, 2), nn.Flatten()).train()
-    PGD(eps=0.1, steps=1).run(model, x, known(model, x))
+    assert not torch.equal(PGD(eps=0.1, steps=1).run(model, x, known(model, x)).images, x)
 
 
 @pytest.mark.parametrize("spectral", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
@@ -339,7 +339,7 @@ def test_an_answer_that_depends_on_the_others_is_refused(x, model):
 def test_noise_from_elsewhere_is_not_taken_for_company(x):
     source = itertools.count()
     model = Odd(lambda logits, _: logits + (0.01 * next(source)) % 0.1)
-    PGD(eps=0.1, steps=1).run(model, x, known(model, x))
+    assert not torch.equal(PGD(eps=0.1, steps=1).run(model, x, known(model, x)).images, x)
 
 
 def test_noise_by_place_in_the_batch_meets_the_same_cuts(x):

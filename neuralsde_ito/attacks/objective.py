@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ..data import check_labels
 from ..engine import in_pieces, out_of_memory, piece_of
-from ..ensemble import ItoEnsemble, evaluating
+from ..ensemble import ItoEnsemble
 from ..recast import ItoResNet
-from ..sde import well_known
+from ..sde import evaluating, well_known
 from ..solvers import find_solver
 from ..validation import ItoError, whole_number
 
