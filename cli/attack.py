@@ -15,7 +15,7 @@ from . import options, output
 
 if TYPE_CHECKING:
     from neuralsde_ito.attacks import PGD
-    from neuralsde_ito.evaluation import Sweep
+    from neuralsde_ito.attacks.sweep import Sweep
 
 
 @click.command("attack")
@@ -117,11 +117,11 @@ def command(
         options.without_effect(suites, "Without --suite", "add --suite standard, or leave it out")
 
     from neuralsde_ito.attacks import BALLS, PRESETS, parse_eps
-    from neuralsde_ito.attacks.peers import check_peer
-    from neuralsde_ito.checkpoints import write_atomically
-    from neuralsde_ito.evaluation import SURROGATES, attack_sweep, surrogate_models
-    from neuralsde_ito.recipes import load_dataset
-    from neuralsde_ito.suite import standard
+    from neuralsde_ito.attacks.other_libraries import check_peer
+    from neuralsde_ito.attacks.suite import standard
+    from neuralsde_ito.attacks.sweep import SURROGATES, attack_sweep, surrogate_models
+    from neuralsde_ito.files import write_atomically
+    from neuralsde_ito.runs.run import load_dataset
     from neuralsde_ito.validation import ItoError, nearest
 
     if norm not in BALLS:
@@ -262,7 +262,7 @@ def _report(
     seconds: float,
 ) -> dict[str, Any]:
     from neuralsde_ito.outcomes import Outcomes, Paired
-    from neuralsde_ito.recipes import command_line, environment
+    from neuralsde_ito.runs.run import command_line, environment
 
     levels = []
     for level, eps in enumerate(sweep.eps):
@@ -310,7 +310,7 @@ def _save(folder: Path, sweep: Sweep, report: dict[str, Any]) -> None:
     """One safetensors file a radius: ``index``, ``truth``, the images by surrogate and by worst case, in [0, 1]."""
     from safetensors.torch import save as safetensors_bytes
 
-    from neuralsde_ito.checkpoints import write_atomically
+    from neuralsde_ito.files import write_atomically
 
     for level, entry in enumerate(report["attacked"]):
         tensors = {name: images.contiguous() for name, images in sweep.images[level].items()}

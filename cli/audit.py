@@ -12,7 +12,7 @@ import click
 from . import options, output
 
 if TYPE_CHECKING:
-    from neuralsde_ito.audit import Audit
+    from neuralsde_ito.audits.audit import Audit
 
 
 @click.command("audit")
@@ -60,9 +60,8 @@ def command(
     ito-sde audit --norm l2 --eps 0.5 --strict
     """
     from neuralsde_ito.attacks import BALLS, PGD, parse_eps
-    from neuralsde_ito.audit import audit
-    from neuralsde_ito.checks import CHECKS
-    from neuralsde_ito.recipes import command_line, environment, load_dataset
+    from neuralsde_ito.audits.audit import CHECKS, audit
+    from neuralsde_ito.runs.run import command_line, environment, load_dataset
     from neuralsde_ito.validation import ItoError, nearest
 
     if norm not in BALLS:

@@ -75,12 +75,12 @@ def command(
 
     import torch
 
-    from neuralsde_ito import benchmark
-    from neuralsde_ito.attacks.ball import check_eps, parse_eps
-    from neuralsde_ito.attacks.peers import check_peer
-    from neuralsde_ito.recast import recast
-    from neuralsde_ito.recipes import load_dataset, pick_device
-    from neuralsde_ito.resnets import load_resnet
+    from neuralsde_ito.attacks.norms import check_eps, parse_eps
+    from neuralsde_ito.attacks.other_libraries import check_peer
+    from neuralsde_ito.benchmarks import costs as benchmark
+    from neuralsde_ito.models.recast import recast
+    from neuralsde_ito.models.resnets import load_resnet
+    from neuralsde_ito.runs.run import load_dataset, pick_device
     from neuralsde_ito.validation import ItoError
 
     eps = [check_eps("linf", parse_eps(text)) for text in radii]

@@ -16,7 +16,7 @@ from . import options, output
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neuralsde_ito.recast import ItoResNet
+    from neuralsde_ito.models.recast import ItoResNet
 
 
 @click.command("compare")
@@ -83,9 +83,9 @@ def command(
     if problems:
         _orders(problems, solvers, steps, peers, as_json)
         return
-    from neuralsde_ito.checkpoints import write_atomically
-    from neuralsde_ito.comparison import SolverRow, compare_solvers
-    from neuralsde_ito.recipes import load_dataset
+    from neuralsde_ito.files import write_atomically
+    from neuralsde_ito.runs.run import load_dataset
+    from neuralsde_ito.studies.compare import SolverRow, compare_solvers
     from neuralsde_ito.validation import ItoError, shown
 
     opened = options.open_run(root, run, device)
@@ -175,7 +175,7 @@ def _depths(
     as_json: bool,
 ) -> None:
     """Accuracy against steps a block, a line a network, schedule, horizon and solver."""
-    from neuralsde_ito.depth import read_depths, verdicts
+    from neuralsde_ito.studies.depth import read_depths, verdicts
 
     index, x, y = images
     grid = tuple(sorted(set(steps) or {1, 2, 4, 8, 16, *(m.steps for m in networks.values())}))
@@ -209,9 +209,9 @@ def _orders(
     problems: tuple[str, ...], solvers: tuple[str, ...], steps: tuple[int, ...], peers: tuple[str, ...], as_json: bool
 ) -> None:
     """The table of theory, fit and standard error."""
-    from neuralsde_ito.convergence import Order, measure_order
-    from neuralsde_ito.problems import PROBLEMS
-    from neuralsde_ito.solvers import SOLVERS, find_solver
+    from neuralsde_ito.sde.solvers import SOLVERS, find_solver
+    from neuralsde_ito.studies.orders import Order, measure_order
+    from neuralsde_ito.studies.problems import PROBLEMS
     from neuralsde_ito.validation import ItoError, nearest
 
     asked = list(dict.fromkeys(PROBLEMS if "all" in problems else problems))
@@ -244,7 +244,7 @@ def _orders(
                     others["torchsde"][name][solver] = measure_order(problem, solver, grid, exact, path)
                     bar.update()
             if "diffrax" in peers:
-                from neuralsde_ito.peers import diffrax_orders
+                from neuralsde_ito.studies.other_libraries import diffrax_orders
 
                 others["diffrax"][name] = diffrax_orders(name, chosen, grid)
             bar.update()

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from neuralsde_ito.config import Config
-    from neuralsde_ito.ensemble import ItoEnsemble
+    from neuralsde_ito.models.ensemble import ItoEnsemble
+    from neuralsde_ito.runs.config import Config
 
 Command = Callable[..., Any]
 
@@ -196,9 +196,9 @@ def open_run(
     root: Path, run: str | None, device: str, inferences: int | None = None, rule: str | None = None
 ) -> Opened:
     """Read a run; says on stderr which, where none was named."""
-    from neuralsde_ito.checkpoints import load_base, load_ensemble
-    from neuralsde_ito.ensemble import ItoEnsemble
-    from neuralsde_ito.recipes import find_run, pick_device
+    from neuralsde_ito.models.ensemble import ItoEnsemble
+    from neuralsde_ito.runs.run import find_run, pick_device
+    from neuralsde_ito.runs.saving import load_base, load_ensemble
 
     folder, place = find_run(root, run), pick_device(device)
     if run is None:

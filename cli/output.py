@@ -16,9 +16,9 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neuralsde_ito.config import Config
-    from neuralsde_ito.evaluation import Evaluation
     from neuralsde_ito.outcomes import Outcomes, Paired, Rate
+    from neuralsde_ito.runs.config import Config
+    from neuralsde_ito.runs.evaluate import Evaluation
 
 
 def progress(total: int, what: str, unit: str) -> tqdm:

@@ -13,14 +13,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
-from neuralsde_ito.checkpoints import write_atomically
+from neuralsde_ito.files import write_atomically
 from neuralsde_ito.outcomes import ABSTAIN, Outcomes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from neuralsde_ito.attacks.sweep import Sweep
     from neuralsde_ito.data import Dataset
-    from neuralsde_ito.evaluation import Evaluation, Sweep
+    from neuralsde_ito.runs.evaluate import Evaluation
 
 _GREY, _BLUE, _ORANGE, _RED = "#9a9a9a", "#1f5fa8", "#e39b2d", "#b8352a"
 

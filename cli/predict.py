@@ -31,10 +31,11 @@ def command(
     Transparent pictures are read on a white ground. The noise follows the pixels: a picture gets the same votes
     whatever its name is, and whatever is beside it.
     """
-    from neuralsde_ito.data import content_index, load_image
-    from neuralsde_ito.evaluation import classify
+    from neuralsde_ito.attacks.targets import classify
+    from neuralsde_ito.data import load_image
+    from neuralsde_ito.noise.keys import content_index
     from neuralsde_ito.outcomes import ABSTAIN
-    from neuralsde_ito.recipes import load_dataset
+    from neuralsde_ito.runs.run import load_dataset
 
     opened = options.open_run(root, run, device, inferences, rule)
     images = load_dataset(opened.config, train_limit=1, test_limit=1)

@@ -15,9 +15,9 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from neuralsde_ito.audit import Audit
-from neuralsde_ito.checking import FAIL, PASS
-from neuralsde_ito.checkpoints import write_atomically
+from neuralsde_ito.audits.audit import Audit
+from neuralsde_ito.audits.check import FAIL, PASS
+from neuralsde_ito.files import write_atomically
 from neuralsde_ito.outcomes import ABSTAIN
 
 from . import output

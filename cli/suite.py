@@ -20,9 +20,9 @@ from . import options, output
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from neuralsde_ito.attacks.suite import Step, SuiteResult
     from neuralsde_ito.data import Dataset
-    from neuralsde_ito.ensemble import ItoEnsemble
-    from neuralsde_ito.suite import Step, SuiteResult
+    from neuralsde_ito.models.ensemble import ItoEnsemble
 
 
 def run(
@@ -43,15 +43,14 @@ def run(
     """Attack the ensemble and the ResNet at every radius, and print what is left after each step."""
     import torch
 
-    from neuralsde_ito.bundle import evidence_of, fingerprint, save_bundle
-    from neuralsde_ito.checkpoints import write_atomically
-    from neuralsde_ito.ensemble import ItoEnsemble
-    from neuralsde_ito.evaluation import NoiseFree
+    from neuralsde_ito.attacks.selection import invalid, worst_labels
+    from neuralsde_ito.attacks.suite import Suite, joined, standard
+    from neuralsde_ito.audits.bundle import evidence_of, fingerprint, save_bundle
+    from neuralsde_ito.files import write_atomically
+    from neuralsde_ito.models.ensemble import ItoEnsemble, NoiseFree
+    from neuralsde_ito.models.recast import recast
     from neuralsde_ito.outcomes import Outcomes, Paired
-    from neuralsde_ito.recast import recast
-    from neuralsde_ito.recipes import command_line, environment
-    from neuralsde_ito.selection import invalid, worst_labels
-    from neuralsde_ito.suite import Suite, joined, standard
+    from neuralsde_ito.runs.run import command_line, environment
     from neuralsde_ito.validation import ItoError
 
     from .verify import test_split
@@ -198,7 +197,7 @@ def _peers(
     """Other libraries' attacks on the same images, judged by the same report."""
     import torch
 
-    from neuralsde_ito.attacks.peers import peer_attack
+    from neuralsde_ito.attacks.other_libraries import peer_attack
     from neuralsde_ito.outcomes import Outcomes
 
     rows = []

@@ -63,10 +63,10 @@ def command(
     ito-sde train --config cifar10-resnet20 --weights resnet20.th --data images/ --epochs 2
     ito-sde train --resume
     """
-    from neuralsde_ito.checkpoints import load_base, load_ensemble, read_config, write_atomically
-    from neuralsde_ito.config import load_config
-    from neuralsde_ito.evaluation import evaluate
-    from neuralsde_ito.recipes import (
+    from neuralsde_ito.files import write_atomically
+    from neuralsde_ito.runs.config import load_config
+    from neuralsde_ito.runs.evaluate import evaluate
+    from neuralsde_ito.runs.run import (
         build_resnet,
         find_run,
         load_dataset,
@@ -76,7 +76,8 @@ def command(
         train_run,
         with_image_size,
     )
-    from neuralsde_ito.training import Diverged, Interrupted
+    from neuralsde_ito.runs.saving import load_base, load_ensemble, read_config
+    from neuralsde_ito.runs.training import Diverged, Interrupted
 
     if resume and overwrite:
         raise click.UsageError("--resume goes on, --overwrite begins anew: give one of them.")

@@ -11,11 +11,11 @@ import click
 from . import options, output
 
 if TYPE_CHECKING:
-    from neuralsde_ito.bundle import Evidence
-    from neuralsde_ito.config import Config
+    from neuralsde_ito.attacks.suite import Suite
+    from neuralsde_ito.audits.bundle import Evidence
+    from neuralsde_ito.audits.verify import Verification
     from neuralsde_ito.data import Split
-    from neuralsde_ito.suite import Suite
-    from neuralsde_ito.verification import Verification
+    from neuralsde_ito.runs.config import Config
 
 
 @click.command("verify")
@@ -63,9 +63,9 @@ def command(
     """
     from dataclasses import replace
 
-    from neuralsde_ito.bundle import Altered, load_bundle
+    from neuralsde_ito.audits.bundle import Altered, load_bundle
+    from neuralsde_ito.audits.verify import Claim, Verification, verify_bundle, work
     from neuralsde_ito.validation import ItoError
-    from neuralsde_ito.verification import Claim, Verification, verify_bundle, work
 
     files = Claim("files unaltered", "SHA-256 and summary", "the same", True)
     try:
@@ -115,8 +115,8 @@ def _split(config: Config) -> Split | None:
 
 def _suite(evidence: Evidence, opened: options.Opened) -> Suite | None:
     """The suite that the bundle names, on the run's networks; none, and a warning, if there is no such suite."""
-    from neuralsde_ito.evaluation import NoiseFree
-    from neuralsde_ito.suite import Suite, standard
+    from neuralsde_ito.attacks.suite import Suite, standard
+    from neuralsde_ito.models.ensemble import NoiseFree
     from neuralsde_ito.validation import ItoError
 
     settings = evidence.config.get("suite")

@@ -6,7 +6,6 @@ Images are floats in [0, 1], ``(N, C, H, W)``. Order and augmentation are pure f
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import os
@@ -35,72 +34,6 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _IN_MEMORY = 64  # folders of images up to this size are held in memory
 
 Batch = tuple[Tensor, Tensor, Tensor]  # index (N,) int64, images (N, C, H, W) in [0, 1], labels (N,) int64
-
-
-def check_images(x: Tensor, channels: int | None = None) -> None:
-    """Refuse what is not a batch of images.
-
-    Raises:
-        ItoError: not floating point, not ``(N, C, H, W)``, empty, wrong channels, not finite, or not in [0, 1].
-    """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
-        kind = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ItoError(f"Images must be a floating-point tensor (N, C, H, W), got {kind}.")
-    if not len(x):
-        raise ItoError("There are no images in the batch.")
-    if channels is not None and x.shape[1] != channels:
-        raise ItoError(f"The network takes images with {channels} channels, got {x.shape[1]}.")
-    low, high = float(x.detach().amin()), float(x.detach().amax())  # NaN if any pixel is
-    if not (low >= 0 and high <= 1):
-        raise ItoError(f"Images must be finite and in [0, 1], got values from {low:g} to {high:g}.")
-
-
-def check_labels(y: Tensor, n: int, classes: int | None = None) -> Tensor:
-    """True labels as int64 ``(n,)``.
-
-    Raises:
-        ItoError: not a tensor of ``n`` whole numbers, or not below ``classes``, where that is known.
-    """
-    whole = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-    if not whole or y.shape != (n,):
-        kind = f"{y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ItoError(f"Labels must be a tensor of whole numbers of shape ({n},), got {kind}.")
-    if classes is not None and len(odd := y[(y < 0) | (y >= classes)]):
-        raise ItoError(f"Labels must be from 0 to {classes - 1}, got {int(odd[0])}.")
-    return y.long()
-
-
-def image_names(index: Tensor | None, x: Tensor) -> Tensor:
-    """The images' names in the noise's address, int64 ``(N,)``; by default their position in ``x``.
-
-    Raises:
-        ItoError: not one whole number for each image.
-    """
-    if index is None:
-        return torch.arange(len(x), device=x.device)
-    whole = isinstance(index, Tensor) and not (index.is_floating_point() or index.is_complex())
-    if not whole or index.shape != (len(x),):
-        kind = f"{index.dtype}, {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise ItoError(f"index names the images: one whole number for each of {len(x)}, got {kind}.")
-    return index.to(x.device, torch.int64)
-
-
-def recordable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one from inference mode, which could take part in no gradient."""
-    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
-
-
-def content_index(x: Tensor) -> Tensor:
-    """Names for images that no data set numbers: 63 bits of a hash of the pixels, ``(N, C, H, W) -> (N,)`` int64.
-
-    With them as `ItoEnsemble.predict`'s ``index``, an image meets the same noise whatever is beside it.
-    """
-    names = []
-    for image in x.detach().cpu():
-        digest = hashlib.sha256(str((image.dtype, *image.shape)).encode())
-        digest.update(image.contiguous().numpy().tobytes())
-        names.append(int.from_bytes(digest.digest()[:8], "little") >> 1)
-    return torch.tensor(names, dtype=torch.int64, device=x.device)
 
 
 class Split(Protocol):

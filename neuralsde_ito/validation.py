@@ -1,4 +1,7 @@
-"""Checks of arguments that many modules make, and the error for what the user can mend."""
+"""Checks of arguments that more than one room makes, and the error for what the user can mend.
+
+The command line's help imports this file, so it imports torch only where tensors are at hand.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ import difflib
 import itertools
 import operator
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ItoError(ValueError):
@@ -51,3 +58,64 @@ def nearest(kind: str, typed: object, known: Iterable[str]) -> str:
         return difflib.SequenceMatcher(None, name, word).ratio(), len(list(alike))
 
     return f"Unknown {kind} {shown(typed)}; did you mean {max(close, key=similarity)!r}?"
+
+
+def check_images(x: Tensor, channels: int | None = None) -> None:
+    """Refuse what is not a batch of images.
+
+    Raises:
+        ItoError: not floating point, not ``(N, C, H, W)``, empty, wrong channels, not finite, or not in [0, 1].
+    """
+    import torch
+
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() != 4:
+        kind = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ItoError(f"Images must be a floating-point tensor (N, C, H, W), got {kind}.")
+    if not len(x):
+        raise ItoError("There are no images in the batch.")
+    if channels is not None and x.shape[1] != channels:
+        raise ItoError(f"The network takes images with {channels} channels, got {x.shape[1]}.")
+    low, high = float(x.detach().amin()), float(x.detach().amax())  # NaN if any pixel is
+    if not (low >= 0 and high <= 1):
+        raise ItoError(f"Images must be finite and in [0, 1], got values from {low:g} to {high:g}.")
+
+
+def check_labels(y: Tensor, n: int, classes: int | None = None) -> Tensor:
+    """True labels as int64 ``(n,)``.
+
+    Raises:
+        ItoError: not a tensor of ``n`` whole numbers, or not below ``classes``, where that is known.
+    """
+    import torch
+
+    whole = isinstance(y, torch.Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    if not whole or y.shape != (n,):
+        kind = f"{y.dtype}, {tuple(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
+        raise ItoError(f"Labels must be a tensor of whole numbers of shape ({n},), got {kind}.")
+    if classes is not None and len(odd := y[(y < 0) | (y >= classes)]):
+        raise ItoError(f"Labels must be from 0 to {classes - 1}, got {int(odd[0])}.")
+    return y.long()
+
+
+def image_names(index: Tensor | None, x: Tensor) -> Tensor:
+    """The images' names in the noise's address, int64 ``(N,)``; by default their position in ``x``.
+
+    Raises:
+        ItoError: not one whole number for each image.
+    """
+    import torch
+
+    if index is None:
+        return torch.arange(len(x), device=x.device)
+    whole = isinstance(index, torch.Tensor) and not (index.is_floating_point() or index.is_complex())
+    if not whole or index.shape != (len(x),):
+        kind = f"{index.dtype}, {tuple(index.shape)}" if isinstance(index, torch.Tensor) else type(index).__name__
+        raise ItoError(f"index names the images: one whole number for each of {len(x)}, got {kind}.")
+    return index.to(x.device, torch.int64)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one from inference mode, which could take part in no gradient."""
+    import torch
+
+    return tensor.clone() if isinstance(tensor, torch.Tensor) and tensor.is_inference() else tensor

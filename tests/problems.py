@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neuralsde_ito.problems import (  # noqa: F401  (tests take them from here)
+from neuralsde_ito.models.recast import Chain
+from neuralsde_ito.models.resnets import load_resnet
+from neuralsde_ito.studies.problems import (  # noqa: F401  (tests take them from here)
     Pointwise,
     Problem,
     double_well,
     geometric_brownian_motion,
     ornstein_uhlenbeck,
 )
-from neuralsde_ito.recast import Chain
-from neuralsde_ito.resnets import load_resnet
 
 
 def slope(steps: Sequence[int], errors: Sequence[float]) -> float:

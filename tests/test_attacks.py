@@ -24,15 +24,18 @@ from torch.nn import functional as F
 
 import neuralsde_ito as ito
 from neuralsde_ito import ABSTAIN, ItoEnsemble, Outcomes, make_keys
-from neuralsde_ito import ensemble as ensemble_module
 from neuralsde_ito.attacks import APGD, BALLS, OBJECTIVES, PGD, PRESETS, Square, fgsm, parse_eps, pgd
-from neuralsde_ito.attacks.objective import AIMED, margin
+from neuralsde_ito.attacks.objectives import AIMED, margin
 from neuralsde_ito.attacks.panels import right_share, wrong_share
-from neuralsde_ito.config import Fit
+from neuralsde_ito.attacks.selection import Selection
+from neuralsde_ito.attacks.sweep import SURROGATES, Sweep, attack_sweep, surrogate_models
+from neuralsde_ito.attacks.targets import classify
 from neuralsde_ito.data import InMemory
-from neuralsde_ito.evaluation import SURROGATES, NoiseFree, Sweep, attack_sweep, classify, evaluate, surrogate_models
-from neuralsde_ito.selection import Selection
-from neuralsde_ito.training import Trainer
+from neuralsde_ito.models import ensemble as ensemble_module
+from neuralsde_ito.models.ensemble import NoiseFree
+from neuralsde_ito.runs.config import Fit
+from neuralsde_ito.runs.evaluate import evaluate
+from neuralsde_ito.runs.training import Trainer
 
 # `neuralsde_ito.attacks.pgd` is the function; the module of that name has to be asked for.
 pgd_module = sys.modules["neuralsde_ito.attacks.pgd"]

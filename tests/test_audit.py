@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import neuralsde_ito as ito
-from neuralsde_ito import checks
 from neuralsde_ito.attacks import PGD
-from neuralsde_ito.audit import Audit, audit
-from neuralsde_ito.checking import Check
-from neuralsde_ito.checks import CHECKS
-from neuralsde_ito.subject import Attempt, Subject, frozen
+from neuralsde_ito.audits.audit import CHECKS, Audit, audit
+from neuralsde_ito.audits.case import Attempt, Subject, frozen
+from neuralsde_ito.audits.check import Check
+
+checks = SimpleNamespace(**{check.__name__: check for check in CHECKS})
 
 EPS = 0.05  # at which the plain network keeps some digits and loses others
 

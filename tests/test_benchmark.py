@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import neuralsde_ito as ito
-from neuralsde_ito import turns
-from neuralsde_ito.benchmark import bench_attack, bench_suite, bf16_peak, operations
-from neuralsde_ito.turns import in_turns
+from neuralsde_ito.benchmarks import turns
+from neuralsde_ito.benchmarks.costs import bench_attack, bench_suite, bf16_peak, operations
+from neuralsde_ito.benchmarks.turns import in_turns
 
 CPU = torch.device("cpu")
 

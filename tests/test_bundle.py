@@ -18,18 +18,13 @@ from problems import random_resnet
 from torch import Tensor, nn
 
 import neuralsde_ito as ito
-from neuralsde_ito import (
-    Evidence,
-    ItoEnsemble,
-    WorstCase,
-    bundle,
-    load_bundle,
-    save_bundle,
-    verification,
-    verify_bundle,
-)
+from neuralsde_ito import Evidence, ItoEnsemble, WorstCase, load_bundle, save_bundle, verify_bundle
 from neuralsde_ito.attacks import PGD, Square
-from neuralsde_ito.bundle import (
+from neuralsde_ito.attacks.selection import worst_labels
+from neuralsde_ito.attacks.suite import Step, Suite
+from neuralsde_ito.audits import bundle
+from neuralsde_ito.audits import verify as verification
+from neuralsde_ito.audits.bundle import (
     Altered,
     attack_names,
     cases_of,
@@ -40,11 +35,9 @@ from neuralsde_ito.bundle import (
     votes_in,
     votes_of,
 )
+from neuralsde_ito.audits.verify import Verification, work
 from neuralsde_ito.data import InMemory
-from neuralsde_ito.evaluation import NoiseFree
-from neuralsde_ito.selection import worst_labels
-from neuralsde_ito.suite import Step, Suite
-from neuralsde_ito.verification import Verification, work
+from neuralsde_ito.models.ensemble import NoiseFree
 
 RADII, SEED, FRESH, N = [0.01, 0.025], 7, 1000, 40
 EPS = RADII[-1]

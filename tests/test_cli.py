@@ -343,7 +343,7 @@ def test_environment_variables_come_between_file_and_flags(trained: Path, capfd,
 )
 def test_every_preset_loads_through_the_command_line(name: str, trained: Path, capfd) -> None:
     import neuralsde_ito as ito
-    from neuralsde_ito.config import parse_config, preset_names
+    from neuralsde_ito.runs.config import parse_config, preset_names
 
     assert name in preset_names()
     code, out, err = in_process(["train", "--config", name, "--print-config"], trained, capfd)

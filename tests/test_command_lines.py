@@ -192,7 +192,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def test_the_command_lines_of_the_readme_are_taken(line: str, here: Path, capfd, monkeypatch) -> None:
     from neuralsde_ito.cli import options
 
-    from neuralsde_ito import bundle, convergence
+    from neuralsde_ito.audits import bundle
+    from neuralsde_ito.studies import orders as convergence
     from neuralsde_ito.validation import ItoError
 
     def reached(*_: object, **__: object) -> None:
@@ -243,9 +244,12 @@ def _fails_if_it_works(*_: object, **__: object) -> None:
 def test_a_file_that_cannot_be_written_is_noticed_before_the_work(
     writer: str, place: str, here: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neuralsde_ito import benchmark, comparison, depth, evaluation
-    from neuralsde_ito.attacks.attempts import Attack
-    from neuralsde_ito.training import Trainer
+    from neuralsde_ito.attacks import sweep as evaluation
+    from neuralsde_ito.attacks.base import Attack
+    from neuralsde_ito.benchmarks import costs as benchmark
+    from neuralsde_ito.runs.training import Trainer
+    from neuralsde_ito.studies import compare as comparison
+    from neuralsde_ito.studies import depth
 
     monkeypatch.setattr(Attack, "run", _fails_if_it_works)
     monkeypatch.setattr(Trainer, "fit", _fails_if_it_works)
@@ -325,19 +329,19 @@ def test_a_check_leaves_what_is_there_as_it_is(here: Path, capfd: pytest.Capture
     ],
 )
 def test_a_disk_that_fills_up_meanwhile_is_told(line: str, here: Path, capfd, monkeypatch) -> None:
-    from neuralsde_ito import checkpoints
+    from neuralsde_ito import files
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints.tempfile, "mkstemp", full)
+    monkeypatch.setattr(files.tempfile, "mkstemp", full)
     code, _, err = ito_sde(line, capfd)
     assert code == 2, err
     assert "no space left on device" in complaint(code, err)
 
 
 def test_a_bundle_of_before_is_noticed_before_the_work(here: Path, capfd, monkeypatch) -> None:
-    from neuralsde_ito.attacks.attempts import Attack
+    from neuralsde_ito.attacks.base import Attack
 
     monkeypatch.setattr(Attack, "run", _fails_if_it_works)
     Path("evidence/linf-0.1").mkdir(parents=True)
@@ -365,7 +369,7 @@ def test_a_picture_of_an_attack_shows_however_many_fell(fallen: int, tmp_path: P
     from neuralsde_ito.cli.pictures import attack_picture
 
     import neuralsde_ito as ito
-    from neuralsde_ito.evaluation import Sweep
+    from neuralsde_ito.attacks.sweep import Sweep
     from neuralsde_ito.outcomes import WorstCase
 
     data = ito.load_data("digits", test_limit=4)
@@ -461,7 +465,7 @@ def test_a_run_whose_name_is_not_utf_8_works(here: Path, capfd: pytest.CaptureFi
 
 
 def test_what_was_not_foreseen_exits_with_1_and_says_so(here: Path, capfd, monkeypatch) -> None:
-    from neuralsde_ito import evaluation
+    from neuralsde_ito.runs import evaluate as evaluation
 
     def broken(*_: object, **__: object) -> None:
         raise ValueError("a fault\nof ours")
@@ -568,7 +572,7 @@ def test_a_run_with_weights_that_are_not_finite_is_evaluated(here: Path, capfd: 
 
 
 def test_evaluate_says_how_many_inferences_voted_for_nobody(here: Path, capfd, monkeypatch) -> None:
-    from neuralsde_ito.ensemble import ItoEnsemble
+    from neuralsde_ito.models.ensemble import ItoEnsemble
 
     predict = ItoEnsemble.predict
 
@@ -613,7 +617,7 @@ def test_json_holds_no_nan(here: Path, capfd: pytest.CaptureFixture) -> None:
 def test_help_names_all_objectives_and_all_are_taken(here: Path, capfd: pytest.CaptureFixture) -> None:
     from neuralsde_ito.cli.options import OBJECTIVES as named
 
-    from neuralsde_ito.attacks.objective import OBJECTIVES
+    from neuralsde_ito.attacks.objectives import OBJECTIVES
 
     assert tuple(OBJECTIVES) == named
     code, out, _ = ito_sde(["attack", "--help"], capfd)

@@ -8,12 +8,12 @@ from problems import random_images, random_resnet
 from torch import nn
 
 import neuralsde_ito as ito
-from neuralsde_ito.comparison import compare_solvers
-from neuralsde_ito.convergence import measure_order, slope
-from neuralsde_ito.depth import Reading, read_depths, verdicts
-from neuralsde_ito.problems import Pointwise, Problem, geometric_brownian_motion
-from neuralsde_ito.schedules import Schedule
-from neuralsde_ito.sde import BlockSDE
+from neuralsde_ito.sde.block import BlockSDE
+from neuralsde_ito.sde.schedules import Schedule
+from neuralsde_ito.studies.compare import compare_solvers
+from neuralsde_ito.studies.depth import Reading, read_depths, verdicts
+from neuralsde_ito.studies.orders import measure_order, slope
+from neuralsde_ito.studies.problems import Pointwise, Problem, geometric_brownian_motion
 
 
 def test_a_slope_is_the_power_of_the_step():
@@ -172,7 +172,7 @@ def test_a_users_sde_is_compared_by_all_solvers_that_fit():
 def test_its_last_state_is_the_closed_form_on_the_same_path():
     # The reference is right, not only near to what it is held against: y0 exp((1/4 - 1/8) t + W / 2).
     y0, keys = start(), ito.make_keys(3, "report", index=torch.arange(64))
-    from neuralsde_ito.comparison import _Equation
+    from neuralsde_ito.studies.compare import _Equation
 
     end = _Equation(Growth(), y0, keys, (0.0, 0.3)).solve(y0, "srk", 64, False)[0]
     w = ito.BrownianPath(keys, 4, 0, 0.0, 0.3, dtype=torch.float64).increment(0, 0)
@@ -362,7 +362,7 @@ def test_torchsde_on_its_own_path_agrees():
 
 def test_diffrax_agrees_where_it_is_installed():
     pytest.importorskip("diffrax", reason="diffrax is not installed")
-    from neuralsde_ito.peers import diffrax_orders
+    from neuralsde_ito.studies.other_libraries import diffrax_orders
 
     theirs = diffrax_orders("geometric-brownian", ["milstein"], (8, 16, 32))["milstein"]
     assert measure_order(geometric_brownian_motion(), "milstein", (8, 16, 32)).agrees(theirs)

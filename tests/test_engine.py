@@ -9,11 +9,12 @@ from problems import trained
 from torch import nn
 
 import neuralsde_ito as ito
-from neuralsde_ito import engine
+from neuralsde_ito import parallel
 from neuralsde_ito.attacks import PGD
-from neuralsde_ito.attacks.objective import as_target, mean_loss
-from neuralsde_ito.engine import in_pieces, infer, quicken
-from neuralsde_ito.threads import spread, workers
+from neuralsde_ito.attacks.objectives import mean_loss
+from neuralsde_ito.attacks.targets import as_target
+from neuralsde_ito.models.inference import infer, quicken
+from neuralsde_ito.parallel import in_pieces, spread, workers
 
 
 def networks() -> dict[str, nn.Module]:
@@ -150,7 +151,7 @@ def test_elsewhere_than_on_a_cpu_pieces_run_one_after_another_in_the_caller_s_th
     [(20, 7, [5, 5, 5, 5]), (20, 20, [10, 10]), (3, 7, [3]), (5, 2, [1, 2, 2]), (1, 1, [1])],
 )
 def test_on_a_cpu_every_worker_has_as_many_pieces_but_none_of_one_for_that(total, size, lengths, monkeypatch):
-    monkeypatch.setattr(engine, "workers", lambda: 2)
+    monkeypatch.setattr(parallel, "workers", lambda: 2)
     parts = in_pieces(lambda part: part, total, size, torch.device("cpu"))
     assert [part.stop - part.start for part in parts] == lengths
 

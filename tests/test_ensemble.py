@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import neuralsde_ito as ito
-from neuralsde_ito import ABSTAIN, ItoEnsemble, decide, make_keys, noise
-from neuralsde_ito import ensemble as ensemble_module
-from neuralsde_ito.config import Fit
+from neuralsde_ito import ABSTAIN, ItoEnsemble, decide, make_keys
 from neuralsde_ito.data import InMemory
-from neuralsde_ito.sde import evaluating
-from neuralsde_ito.training import Trainer
-from neuralsde_ito.votes import RULES
+from neuralsde_ito.models import ensemble as ensemble_module
+from neuralsde_ito.models.votes import RULES
+from neuralsde_ito.modules import evaluating
+from neuralsde_ito.noise import brownian
+from neuralsde_ito.noise import normals as noise
+from neuralsde_ito.runs.config import Fit
+from neuralsde_ito.runs.training import Trainer
 
 # Another batch size takes other kernels, with other last bits: a label may differ where two logits are closer.
 GAP = 1e-4
@@ -194,7 +196,7 @@ def heard(monkeypatch) -> Heard:
         return x + scale * record(keys, x[0].numel(), *address, dtype=x.dtype).view(x.shape)
 
     monkeypatch.setattr(noise, "normals", record)
-    monkeypatch.setattr(noise, "add_normals", add)
+    monkeypatch.setattr(brownian, "add_normals", add)
     return drawn
 
 

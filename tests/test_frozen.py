@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import neuralsde_ito as ito
-from neuralsde_ito import fused
-from neuralsde_ito.engine import piece_of, quicken
-from neuralsde_ito.frozen import FrozenResNet
-from neuralsde_ito.recast import ItoResNet
-from neuralsde_ito.resnets import CifarResNet
+from neuralsde_ito import kernels
+from neuralsde_ito.models.frozen import FrozenResNet
+from neuralsde_ito.models.inference import piece_of, quicken
+from neuralsde_ito.models.recast import ItoResNet
+from neuralsde_ito.models.resnets import CifarResNet
 
-pytestmark = pytest.mark.skipif(fused.kernel is None, reason="the package was built without a C compiler")
+pytestmark = pytest.mark.skipif(kernels.library is None, reason="the package was built without a C compiler")
 
 PADDED, PROJECTED, WIDE = "padded shortcuts", "projected shortcuts", "more channels than are channels_last"
 
@@ -133,7 +133,7 @@ def test_without_the_compiled_pass_results_stay(monkeypatch):
     quick = frozen(PADDED)
     x, keys = torch.rand(3, 3, 16, 16), torch.arange(3)
     wanted, largest = quick(x, keys), piece_of(quick, x, gradient=True)
-    monkeypatch.setattr(fused, "kernel", None)
+    monkeypatch.setattr(kernels, "library", None)
     assert not quick.by_hand
     assert piece_of(quick, x, gradient=True) == largest // 2
     assert torch.allclose(quick(x, keys), wanted, rtol=0, atol=1e-4)
@@ -173,16 +173,16 @@ def test_rectifying_and_its_way_back_are_torch_s(shape, order, skipped):
     wanted = at.relu()
     (slope,) = torch.autograd.grad(wanted, at, grid[1])
     silent = x.clone()
-    passed = fused.rectify_(x, skip)
-    assert fused.rectify_(silent, skip, remember=False) is None
+    passed = kernels.rectify_(x, skip)
+    assert kernels.rectify_(silent, skip, remember=False) is None
     for found in (x, silent):
         assert torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True)
     assert passed.stride() == x.stride()
     gradient = grid[1].contiguous(memory_format=other)
-    assert torch.allclose(fused.gate_(gradient, passed), slope, rtol=0, atol=0, equal_nan=True)
+    assert torch.allclose(kernels.gate_(gradient, passed), slope, rtol=0, atol=0, equal_nan=True)
     if skip is not None:
         (slope,) = torch.autograd.grad(at.relu(), at, grid[1] + grid[0])
         gradient, skip = (part.contiguous(memory_format=order) for part in (grid[1], grid[0]))
         if skipped == "other order":
             skip = skip.contiguous(memory_format=other)
-        assert torch.allclose(fused.gate_(gradient, passed, skip), slope, rtol=0, atol=0, equal_nan=True)
+        assert torch.allclose(kernels.gate_(gradient, passed, skip), slope, rtol=0, atol=0, equal_nan=True)

@@ -3,6 +3,7 @@
 import itertools
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ from problems import smooth_chain
 from torch import Tensor, nn
 
 import neuralsde_ito as ito
-from neuralsde_ito import checks
-from neuralsde_ito.attacks import PGD, Square, objective
-from neuralsde_ito.attacks.objective import ModuleTarget, as_called, as_target, mean_loss
-from neuralsde_ito.audit import audit
-from neuralsde_ito.checking import percent
-from neuralsde_ito.evaluation import classify, surrogate_models
-from neuralsde_ito.gradcheck import solver_gradient
-from neuralsde_ito.subject import Attempt, Subject, frozen
+from neuralsde_ito.attacks import PGD, Square, targets
+from neuralsde_ito.attacks.objectives import mean_loss
+from neuralsde_ito.attacks.sweep import surrogate_models
+from neuralsde_ito.attacks.targets import ModuleTarget, as_called, as_target, classify
+from neuralsde_ito.audits.audit import CHECKS, audit
+from neuralsde_ito.audits.case import Attempt, Subject, frozen
+from neuralsde_ito.audits.check import percent
+from neuralsde_ito.audits.gradients import solver_gradient
+
+checks = SimpleNamespace(**{check.__name__: check for check in CHECKS})
 
 SHORT = {"eps": 0.1, "steps": 3, "eot": 3, "queries": 5, "draws": 50}
 
@@ -265,9 +268,9 @@ def test_no_batch_is_larger_than_was_asked_for(x):
 def test_a_graph_stays_within_its_bound(x, monkeypatch):
     model = with_dropout()
     y, sizes = known(model, x), []
-    each = objective.graph_bytes(model, x[:4]) // 4
-    assert 0 < 8 * each == objective.graph_bytes(model, x[:8])  # what an image's layers hold, not the weights
-    monkeypatch.setattr(objective, "_GRAPH", {"cpu": 5 * each * 2})
+    each = targets.graph_bytes(model, x[:4]) // 4
+    assert 0 < 8 * each == targets.graph_bytes(model, x[:8])  # what an image's layers hold, not the weights
+    monkeypatch.setattr(targets, "_GRAPH", {"cpu": 5 * each * 2})
     target = ModuleTarget(model, x)
     model.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     target.at_once(1)
@@ -635,7 +638,7 @@ def test_replayed_draws_leave_other_generators_alone(x, monkeypatch):
     model = with_dropout()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", touched.append)
     state = torch.get_rng_state()
-    assert torch.equal(objective.replay(model, x, 3), objective.replay(model, x, 3))
+    assert torch.equal(targets.replay(model, x, 3), targets.replay(model, x, 3))
     assert torch.equal(torch.get_rng_state(), state)
     assert not touched
 

@@ -11,9 +11,13 @@ from scipy import stats
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from neuralsde_ito import fused, noise
-from neuralsde_ito.noise import PURPOSES, BrownianPath, fresh_keys, make_keys, normals
-from neuralsde_ito.recast import recast
+from neuralsde_ito import kernels
+from neuralsde_ito.models.recast import recast
+from neuralsde_ito.noise import keys as keys_
+from neuralsde_ito.noise import normals as noise
+from neuralsde_ito.noise.brownian import BrownianPath
+from neuralsde_ito.noise.keys import PURPOSES, fresh_keys, make_keys
+from neuralsde_ito.noise.normals import normals
 from neuralsde_ito.validation import ItoError
 
 # Seeds are fixed, so a test passes for good or fails for good. What the thresholds mean: a correct generator
@@ -57,7 +61,7 @@ def test_the_finaliser_is_splitmix64s():
     gen = torch.Generator().manual_seed(0)
     words = torch.randint(-(2**63), 2**63 - 1, (2000,), generator=gen).tolist()
     words += [0, 1, -1, 2**63 - 1, -(2**63), 2**31, -(2**31)]
-    assert noise._mix_(torch.tensor(words)).tolist() == [signed(mix(w & MASK)) for w in words]
+    assert keys_._mix_(torch.tensor(words)).tolist() == [signed(mix(w & MASK)) for w in words]
 
 
 def test_the_elements_are_the_published_first_outputs_of_splitmix64():
@@ -122,8 +126,8 @@ def test_errors_of_keys():
 def way(request, monkeypatch):
     """Either way to draw float32 on a CPU."""
     if request.param == "tensors":
-        monkeypatch.setattr(fused, "kernel", None)
-    elif fused.kernel is None:
+        monkeypatch.setattr(kernels, "library", None)
+    elif kernels.library is None:
         pytest.skip("the package was built without a C compiler: there is no noise in one pass")
 
 
@@ -468,15 +472,15 @@ def test_added_normals_are_the_normals(shape, layout):
     ],
 )
 def test_one_pass_adds_what_tensors_add(shape, layout, fits, scale, monkeypatch):
-    if fused.kernel is None:
+    if kernels.library is None:
         pytest.skip("the package was built without a C compiler: there is no noise in one pass")
     keys = make_keys(7, "report", index=torch.arange(shape[0]))
     x = torch.rand(shape)
     x = x.contiguous(memory_format=layout) if len(shape) == 4 else x
-    assert bool(fused.layout(x, x)) == fits
+    assert bool(kernels.layout(x, x)) == fits
     found = noise.add_normals(x, keys, scale, 2, 0, 0, 1)
     changed = noise.add_normals(x.clone(), keys, scale, 2, 0, 0, 1, in_place=True)
-    monkeypatch.setattr(fused, "kernel", None)
+    monkeypatch.setattr(kernels, "library", None)
     wanted = noise.add_normals(x, keys, scale, 2, 0, 0, 1)
     assert found.stride() == x.stride()
     assert torch.allclose(found, wanted, rtol=0, atol=2e-6)
@@ -597,7 +601,7 @@ def test_transforms_of_images_and_keys(smooth):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_transformable_noise_is_the_noise(size, dtype):
     keys = make_keys(4, "report", index=torch.arange(5))
-    found = noise._transformable(noise._absorb(keys, noise._fold((3, 0, 0, 0))), size, dtype)
+    found = noise._transformable(keys_._absorb(keys, keys_._fold((3, 0, 0, 0))), size, dtype)
     torch.testing.assert_close(found, normals(keys, size, 3, 0, 0, 0, dtype=dtype), rtol=2e-6, atol=2e-6)
 
 

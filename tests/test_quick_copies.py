@@ -15,12 +15,14 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import neuralsde_ito as ito
-from neuralsde_ito import engine
-from neuralsde_ito.attacks.objective import as_target, mean_loss
-from neuralsde_ito.engine import in_pieces, infer, piece_of, quicken
-from neuralsde_ito.frozen import FrozenResNet
-from neuralsde_ito.recast import ItoResNet
-from neuralsde_ito.resnets import CifarResNet
+from neuralsde_ito.attacks.objectives import mean_loss
+from neuralsde_ito.attacks.targets import as_target
+from neuralsde_ito.models import inference as engine
+from neuralsde_ito.models.frozen import FrozenResNet
+from neuralsde_ito.models.inference import infer, piece_of, quicken
+from neuralsde_ito.models.recast import ItoResNet
+from neuralsde_ito.models.resnets import CifarResNet
+from neuralsde_ito.parallel import in_pieces
 
 
 class PreAct(BasicBlock):

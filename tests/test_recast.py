@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
-from neuralsde_ito.benchmark import bench_memory
-from neuralsde_ito.noise import make_keys
-from neuralsde_ito.recast import Chain, ItoResNet, as_chain, recast
-from neuralsde_ito.resnets import ARCHITECTURES, MEAN, STD, Normalize, load_resnet
+from neuralsde_ito.benchmarks.costs import bench_memory
+from neuralsde_ito.models.recast import Chain, ItoResNet, as_chain, recast
+from neuralsde_ito.models.resnets import ARCHITECTURES, MEAN, STD, Normalize, load_resnet
+from neuralsde_ito.noise.keys import make_keys
 
 Z = 4.9  # a correct statistic lies beyond it with probability 1e-6
 

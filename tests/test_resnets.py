@@ -13,9 +13,8 @@ from problems import random_images, random_resnet
 from safetensors.torch import save_file
 from torch import nn
 
-from neuralsde_ito.noise import make_keys
-from neuralsde_ito.recast import recast
-from neuralsde_ito.resnets import (
+from neuralsde_ito.models.recast import recast
+from neuralsde_ito.models.resnets import (
     ARCHITECTURES,
     MEAN,
     STD,
@@ -25,6 +24,7 @@ from neuralsde_ito.resnets import (
     load_resnet,
     load_weights,
 )
+from neuralsde_ito.noise.keys import make_keys
 
 # --- the networks ---------------------------------------------------------------------------------------
 

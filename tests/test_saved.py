@@ -11,9 +11,10 @@ from neuralsde_ito.cli import cli
 from PIL import Image
 
 import neuralsde_ito as ito
-from neuralsde_ito import ItoEnsemble, bundle, checkpoints
-from neuralsde_ito.checkpoints import write_atomically
-from neuralsde_ito.ensemble import Prediction
+from neuralsde_ito import ItoEnsemble, files
+from neuralsde_ito.audits import bundle
+from neuralsde_ito.files import write_atomically
+from neuralsde_ito.models.ensemble import Prediction
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_a_pictures_votes_do_not_depend_on_what_is_beside_it(user: ItoEnsemble) 
 
 
 def test_pictures_that_differ_in_a_pixel_meet_other_noise() -> None:
-    from neuralsde_ito.data import content_index
+    from neuralsde_ito.noise.keys import content_index
 
     x = torch.rand(3, 1, 8, 8)
     x[1] = x[0]
@@ -162,7 +163,7 @@ def test_runs_and_bundles_are_saved_where_folders_cannot_be_opened(
     monkeypatch.setattr(os, "open", like_windows)
     ito.save_ensemble("runs/windows", user, ito.load_config("digits", assignments=["ensemble.members=2"]))
     assert torch.equal(ito.load_ensemble("runs/windows")[0].members[0].head[-1].weight, user.members[0].head[-1].weight)
-    assert bundle.sync_folder is checkpoints.sync_folder  # the one other place that renames
+    assert bundle.sync_folder is files.sync_folder  # the one other place that renames
 
 
 def test_a_folder_that_cannot_be_synced_for_another_reason_is_told(tmp_path: Path, monkeypatch) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from neuralsde_ito.schedules import SCHEDULES, Schedule
+from neuralsde_ito.sde.schedules import SCHEDULES, Schedule
 
 
 @pytest.mark.parametrize(

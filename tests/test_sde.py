@@ -9,11 +9,12 @@ from problems import Pointwise, random_images, random_resnet, smooth_chain
 from scipy.integrate import quad
 from torch import nn
 
-from neuralsde_ito.noise import BrownianPath, make_keys
-from neuralsde_ito.recast import Chain, recast
-from neuralsde_ito.schedules import SCHEDULES, Schedule
-from neuralsde_ito.sde import BlockSDE
-from neuralsde_ito.solvers import integrate
+from neuralsde_ito.models.recast import Chain, recast
+from neuralsde_ito.noise.brownian import BrownianPath
+from neuralsde_ito.noise.keys import make_keys
+from neuralsde_ito.sde.block import BlockSDE
+from neuralsde_ito.sde.integrate import integrate
+from neuralsde_ito.sde.schedules import SCHEDULES, Schedule
 from neuralsde_ito.validation import ItoError
 
 Z = 4.9  # a correct statistic lies beyond it with probability 1e-6

@@ -25,12 +25,14 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import StochasticDepth
 
-from neuralsde_ito.noise import BrownianPath, make_keys
-from neuralsde_ito.recast import Chain, recast
-from neuralsde_ito.resnets import MEAN, STD, CifarResNet, Normalize
-from neuralsde_ito.schedules import Schedule
-from neuralsde_ito.sde import BlockSDE
-from neuralsde_ito.solvers import SOLVERS, check_solver, find_solver, integrate
+from neuralsde_ito.models.recast import Chain, recast
+from neuralsde_ito.models.resnets import MEAN, STD, CifarResNet, Normalize
+from neuralsde_ito.noise.brownian import BrownianPath
+from neuralsde_ito.noise.keys import make_keys
+from neuralsde_ito.sde.block import BlockSDE
+from neuralsde_ito.sde.integrate import integrate
+from neuralsde_ito.sde.schedules import Schedule
+from neuralsde_ito.sde.solvers import SOLVERS, check_solver, find_solver
 
 SDE_SOLVERS = [name for name, solver in SOLVERS.items() if solver.library != "torchdiffeq"]
 ODE_SOLVERS = [name for name, solver in SOLVERS.items() if solver.library == "torchdiffeq"]

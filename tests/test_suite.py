@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import neuralsde_ito as ito
 from neuralsde_ito.attacks import APGD, BALLS, PGD, Square
-from neuralsde_ito.attacks.peers import PEERS, OnePath, check_peer, peer_attack
-from neuralsde_ito.evaluation import NoiseFree
-from neuralsde_ito.selection import Selection, invalid, report_votes, worst_labels
-from neuralsde_ito.suite import Step, Suite, SuiteResult, joined, least_norm, standard
+from neuralsde_ito.attacks.other_libraries import PEERS, OnePath, check_peer, peer_attack
+from neuralsde_ito.attacks.selection import Selection, invalid, report_votes, worst_labels
+from neuralsde_ito.attacks.suite import Step, Suite, SuiteResult, joined, standard
+from neuralsde_ito.attacks.sweep import least_norm
+from neuralsde_ito.models.ensemble import NoiseFree
 from neuralsde_ito.validation import ItoError
 
 N = 12

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import neuralsde_ito as ito
-from neuralsde_ito import checkpoints
-from neuralsde_ito.checkpoints import load_base, member_path, save_weights, to_resnet, write_atomically
-from neuralsde_ito.config import Fit, differing_keys, parse_config
-from neuralsde_ito.ensemble import ItoEnsemble
-from neuralsde_ito.recipes import (
+from neuralsde_ito.files import write_atomically
+from neuralsde_ito.models.ensemble import ItoEnsemble
+from neuralsde_ito.runs import saving as checkpoints
+from neuralsde_ito.runs.config import Fit, differing_keys, parse_config
+from neuralsde_ito.runs.run import (
     build_resnet,
     find_run,
     is_complete,
@@ -24,7 +24,8 @@ from neuralsde_ito.recipes import (
     prepare_run,
     train_run,
 )
-from neuralsde_ito.training import Interrupted, Trainer, learning_rate, member_seed
+from neuralsde_ito.runs.saving import load_base, member_path, save_weights, to_resnet
+from neuralsde_ito.runs.training import Interrupted, Trainer, learning_rate, member_seed
 
 TINY = {
     "data.train_limit": 96,

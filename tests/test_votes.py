@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy.stats import betabinom
 
-from neuralsde_ito.votes import ABSTAIN, RULES, Poll, _least_votes, decide, winners
+from neuralsde_ito.models.votes import RULES, Poll, _least_votes, decide, winners
+from neuralsde_ito.outcomes import ABSTAIN
 
 
 def ballots(members: int, n: int, classes: int, inferences: int, seed: int = 0) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """Attacks on decisions under L-inf and L2, with gradients through the solver as it stepped, or with none."""
 
+from __future__ import annotations
+
 from .apgd import APGD
-from .attempts import Attack, Attacked
-from .ball import BALLS, parse_eps
-from .objective import OBJECTIVES
+from .base import Attack, Attacked
+from .norms import BALLS, parse_eps
+from .objectives import OBJECTIVES
 from .pgd import PGD, PRESETS, fgsm, pgd
 from .square import Square
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..noise import make_keys
-from .attempts import Attack
-from .ball import BALLS
-from .objective import Objective
+from ..noise.keys import make_keys
+from .base import Attack
+from .norms import BALLS
+from .objectives import Objective
 from .panels import Panels
 
 

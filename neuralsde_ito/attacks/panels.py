@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..data import check_labels
-from ..votes import winners
-from .objective import Ascent, Objective, Target, answered
+from ..models.votes import winners
+from ..validation import check_labels
+from .objectives import Objective, answered
+from .targets import Ascent, Target
 
 GOALS = ("denial", "evasion")
 _COMPARE, _RANK, _FIRST = 0, 1, 2  # draws of the selection: of all candidates, of the classes to aim at, of attempts

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..noise import make_keys
+from ..noise.keys import make_keys
 from ..validation import ItoError, nearest
-from .attempts import Attack
-from .ball import BALLS
-from .objective import Objective
+from .base import Attack
+from .norms import BALLS
+from .objectives import Objective
 from .panels import Panels
 
 

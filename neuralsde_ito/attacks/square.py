@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..noise import make_keys, normals
+from ..noise.keys import make_keys
+from ..noise.normals import normals
 from ..validation import ItoError
-from .attempts import Attack
-from .ball import BALLS
-from .objective import Objective
+from .base import Attack
+from .norms import BALLS
+from .objectives import Objective
 from .panels import Panels
 
 

@@ -1,0 +1,102 @@
+"""Norm balls: all that an attack needs to know of a norm is a random start, a steepest direction, a projection."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..noise.normals import normals
+from ..validation import ItoError, shown
+
+
+class Linf:
+    """Every pixel within ``eps``, in pixel units (images are in [0, 1])."""
+
+    def start(self, x: Tensor, eps: float, keys: Tensor) -> Tensor:
+        """Uniform in the ball around ``x``: ``(N, ...) -> (N, ...)``, drawn from each image's key ``(N,)``."""
+        uniform = torch.special.ndtr(normals(keys, x[0].numel(), dtype=x.dtype)).view(x.shape)
+        return x + eps * (2 * uniform - 1)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The direction of length 1 in which the loss rises fastest."""
+        return gradient.sign()
+
+    def project(self, x: Tensor, origin: Tensor, eps: float) -> Tensor:
+        """The nearest point of the ball around ``origin``."""
+        return origin + (x - origin).clamp(-eps, eps)
+
+    def length(self, delta: Tensor) -> Tensor:
+        """The norm of every perturbation: ``(N, ...) -> (N,)``."""
+        return delta.flatten(1).abs().amax(1)
+
+
+class L2:
+    """The Euclidean length of the whole perturbation within ``eps``, in pixel units."""
+
+    def start(self, x: Tensor, eps: float, keys: Tensor) -> Tensor:
+        """Uniform in the ball: a uniform direction, and a radius whose ``d``-th power is uniform."""
+        size = x[0].numel()
+        draws = normals(keys, size + 1, dtype=x.dtype)
+        radius = torch.special.ndtr(draws[:, -1:]).pow(1 / size)
+        return x + (eps * radius * self._unit(draws[:, :-1])).view(x.shape)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The gradient at length 1; zero where it is zero."""
+        return self._unit(gradient.flatten(1)).view(gradient.shape)
+
+    @staticmethod
+    def _unit(v: Tensor) -> Tensor:
+        # First by the largest entry: the squares of a tiny gradient (confident logits) would underflow, and
+        # the usual floor of 1e-12 would then shorten the step.
+        largest = v.abs().amax(1, keepdim=True)
+        v = v / largest.where(largest > 0, torch.ones_like(largest))
+        return v / v.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    def project(self, x: Tensor, origin: Tensor, eps: float) -> Tensor:
+        """The nearest point of the ball around ``origin``."""
+        delta = (x - origin).flatten(1)
+        shrink = (eps / delta.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
+        return origin + (delta * shrink).view(x.shape)
+
+    def length(self, delta: Tensor) -> Tensor:
+        """The norm of every perturbation: ``(N, ...) -> (N,)``."""
+        return delta.flatten(1).norm(dim=1)
+
+
+BALLS: dict[str, Linf | L2] = {"linf": Linf(), "l2": L2()}
+
+
+def parse_eps(text: str | float) -> float:
+    """A radius as a number or a fraction, ``"8/255"``.
+
+    Raises:
+        ItoError: not a number, a division by zero, negative or not finite.
+    """
+    try:
+        if isinstance(text, bool):
+            raise TypeError
+        value = float(Fraction(text)) if isinstance(text, str) and "/" in text else float(text)
+    except ZeroDivisionError:
+        raise ItoError(f"eps {shown(text)} divides by zero.") from None
+    except (ValueError, TypeError, OverflowError):
+        raise ItoError(f"eps must be a number or a fraction such as 8/255, got {shown(text)}.") from None
+    if not math.isfinite(value) or value < 0:
+        raise ItoError(f"eps must be finite and at least 0, got {shown(text)}.")
+    return value
+
+
+def check_eps(norm: str, eps: float) -> float:
+    """The radius as a number, refused where it makes no sense under the norm.
+
+    Raises:
+        ItoError: see `parse_eps`; or above 1 under L-inf, where 1 is the whole range of a pixel.
+    """
+    value = parse_eps(eps)
+    if norm == "linf" and value > 1:
+        raise ItoError(
+            f"eps is in pixel units and at most 1 under linf, got {value:g}; 8 grey levels of 255 are written 8/255."
+        )
+    return value

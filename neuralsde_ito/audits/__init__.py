@@ -1,0 +1,1 @@
+"""Checks of a robustness figure, and evidence that others can verify."""

@@ -1,0 +1,1 @@
+"""What an inference, a vote and a gradient cost."""

@@ -1,0 +1,1 @@
+"""Residual networks recast as Itô processes, and ensembles of them that vote."""

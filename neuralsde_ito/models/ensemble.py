@@ -1,0 +1,200 @@
+"""Ensembles of Itô networks: members x inferences -> votes -> a label or an abstention (paper, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import mixes_images
+from ..noise.keys import fresh_keys, make_keys
+from ..validation import ItoError, check_images, image_names, whole_number
+from .inference import infer, piece_of, quicken
+from .recast import ItoResNet
+from .votes import Poll, check_rule, decide, winners
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an ensemble says of ``N`` images.
+
+    Attributes:
+        labels: int64 ``(N,)``, `ABSTAIN` where there is no majority.
+        votes: int64 ``(members, N, classes)``, inferences for each class, as far as they were made.
+        drawn: int64 ``(N,)``, inferences made for each image.
+        invalid: int64 ``(N,)``, those among them whose logits were not finite: they voted for nobody.
+    """
+
+    labels: Tensor
+    votes: Tensor
+    drawn: Tensor
+    invalid: Tensor
+
+
+class ItoEnsemble(nn.Module):
+    """Itô networks that vote.
+
+    Args:
+        members: made by `recast`, usually each fine-tuned from the same ResNet with noise of its own.
+        inferences: of each member for each image.
+        rule: how votes become a label, see `decide`.
+        paths_per_call: inferences a member that one call ``ensemble(x)`` averages.
+
+    Raises:
+        ItoError: no members, or no inferences.
+    """
+
+    chunk: int | None = None  # states that run through a member at once; None: what suits the device
+
+    def __init__(
+        self,
+        members: Iterable[ItoResNet],
+        inferences: int = 20,
+        rule: str = "hierarchical",
+        paths_per_call: int = 4,
+    ) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        if not len(self.members):
+            raise ItoError("An ensemble needs at least one member, got 0.")
+        self.inferences, self.rule = whole_number("inferences", inferences), check_rule(rule)
+        self.paths_per_call = whole_number("paths_per_call", paths_per_call)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether any member has noise: whether two inferences of an image can differ."""
+        return any(member.schedule.omega > 0 for member in self.members)  # type: ignore[union-attr, operator]
+
+    @property
+    def channels(self) -> int | None:
+        """Channels of an image, where the stem has a convolution to tell."""
+        convs = (m for m in self.members[0].get_submodule("stem").modules() if isinstance(m, nn.Conv2d))
+        return next((conv.in_channels for conv in convs), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Log mean probability over fresh paths, ``(N, C, H, W) -> (N, classes)``.
+
+        Differentiable; whoever attacks it attacks the average over ``members * paths_per_call`` paths. In train mode
+        every path is a forward pass of its own over the whole batch, as BatchNorm's statistics are the batch's.
+        """
+        keys = fresh_keys(len(self.members) * self.paths_per_call * len(x), x.device)
+        keys = keys.view(len(self.members), self.paths_per_call, len(x))
+        logits = torch.cat([self._infer(m, x, keys[m]) for m in range(len(self.members))])
+        return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+
+    def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor | None = None) -> Tensor:
+        """Logits along ``count`` numbered paths: ``(count, N, classes)``, differentiable.
+
+        Path ``q`` is inference ``q // members`` of member ``q % members``, so any run of paths is spread
+        evenly over the members, and every path has the same noise however it is asked for.
+
+        Args:
+            x: images ``(N, C, H, W)``.
+            first, count: the numbers of the paths.
+            seed, purpose, index: the rest of the address; ``index`` ``(N,)`` names the images (default: position).
+        """
+        total = len(self.members)
+        index = image_names(index, x)
+        out: list[Tensor | None] = [None] * count
+        for m in range(total):
+            places = [p for p in range(count) if (first + p) % total == m]
+            if not places:
+                continue
+            inference = torch.tensor([(first + p) // total for p in places], device=x.device)
+            logits = self._infer(m, x, make_keys(seed, purpose, m, inference[:, None], index))
+            for place, row in zip(places, logits, strict=True):
+                out[place] = row
+        return torch.stack([row for row in out if row is not None])
+
+    def _infer(self, member: int, x: Tensor, keys: Tensor) -> Tensor:
+        """Logits ``(P, N, classes)`` of one member for keys ``(P, N)``; what they have in common runs once."""
+        model: ItoResNet = self.members[member]  # type: ignore[assignment]
+        if mixes_images(model) or any(module.training for module in model.modules()):
+            return torch.stack([model(x, path) for path in keys])
+        if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in model.parameters()))):
+            rows = torch.arange(len(x), device=x.device).repeat(len(keys))
+            return infer(model, x, rows, keys.flatten(), self.chunk).unflatten(0, keys.shape)
+        size = self.chunk or piece_of(model, x)
+        groups = keys.split(max(1, size // max(1, len(x))))
+        if not model.plain:
+            return torch.cat([model(x.repeat(len(g), 1, 1, 1), g.flatten()).unflatten(0, g.shape) for g in groups])
+        state = model.start(x)
+        return torch.cat([model.propagate(state, group) for group in groups])
+
+    def quick(self, x: Tensor | None = None) -> ItoEnsemble:
+        """A frozen copy whose members `quicken` has made: for inference, and for gradients of the input.
+
+        Args:
+            x: the images at hand ``(N, C, H, W)``, on which the copies are compared with the members.
+        """
+        members = [quicken(member, x) for member in self.members]  # type: ignore[arg-type]
+        quick = ItoEnsemble(members, self.inferences, self.rule, self.paths_per_call)
+        quick.chunk = self.chunk
+        return quick
+
+    @torch.no_grad()
+    def predict(
+        self,
+        x: Tensor,
+        seed: int = 0,
+        index: Tensor | None = None,
+        purpose: str = "report",
+        full: bool = False,
+        confidence: float | None = None,
+    ) -> Prediction:
+        """Vote on every image, in eval mode, until no inference that is still out could change the label.
+
+        The labels are exactly those of the full vote; `Prediction.drawn` says how many inferences they took. An
+        inference whose logits are not finite votes for nobody; `Prediction.invalid` counts them.
+
+        Args:
+            x: images ``(N, C, H, W)`` in [0, 1].
+            seed: of the noise; other seeds, other paths.
+            index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
+                Give it, and the same image meets the same noise in any batch.
+            purpose: the panel of paths, see `neuralsde_ito.noise.PURPOSES`.
+            full: make all inferences, for whoever wants to read the counts.
+            confidence: stop sooner, when the label is that of the full vote with this probability (`Poll` says
+                under which assumption).
+
+        Raises:
+            ItoError: images that are not finite, not in [0, 1] or of the wrong shape; a confidence out of range.
+        """
+        check_images(x, self.channels)
+        index = image_names(index, x)
+        quick = self.quick(x)
+        first = quick.members[0](x[:1].repeat(2, 1, 1, 1), make_keys(seed, purpose, index=index[:1].repeat(2)))
+        poll = Poll(len(self.members), len(x), first.shape[1], self.inferences, self.rule, confidence, x.device)
+        while bool((wanted := self.inferences - poll.drawn if full else poll.wanted()).any()):
+            before = poll.drawn
+            for m, counts in enumerate(wanted):
+                if not bool(counts.any()):
+                    continue
+                images = counts.nonzero()[:, 0]
+                rows = images.repeat_interleave(counts[images])
+                # The number of each inference: 0, 1, ... within its image, after those already made.
+                run = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
+                keys = make_keys(seed, purpose, m, before[m][rows] + run, index[rows])
+                place = torch.zeros_like(counts).index_put_((images,), torch.arange(len(images), device=x.device))
+                logits = infer(quick.members[m], x[images], place[rows], keys, self.chunk)  # type: ignore[arg-type]
+                poll.count(m, rows, winners(logits))
+        drawn = poll.drawn.sum(0)
+        labels = decide(poll.votes, self.rule, self.inferences) if full else poll.labels()[0]
+        return Prediction(labels, poll.votes, drawn, drawn - poll.votes.sum((0, 2)))
+
+
+class NoiseFree(nn.Module):
+    """The ensemble without its noise: log mean probability of the members' noise-free networks."""
+
+    def __init__(self, ensemble: ItoEnsemble) -> None:
+        super().__init__()
+        self.ensemble = ensemble  # by which `as_called` knows it as one of ours: in eval mode
+        self.bases = nn.ModuleList([member.base for member in ensemble.members])  # type: ignore[union-attr, misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W) -> (N, classes)``."""
+        logits = torch.stack([base(x) for base in self.bases])
+        return logits.log_softmax(-1).logsumexp(0) - math.log(len(self.bases))

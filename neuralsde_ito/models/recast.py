@@ -1,0 +1,259 @@
+"""A residual network as a chain of Itô processes (paper, section 3)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from ..modules import copied, evaluating, untouched
+from ..noise.keys import fresh_keys
+from ..sde.block import BlockSDE
+from ..sde.integrate import diffuse, integrate
+from ..sde.schedules import Schedule
+from ..sde.solvers import check_solver
+from ..validation import ItoError
+
+_BLOCKS = (BasicBlock, Bottleneck)
+
+
+class Chain(nn.Module):
+    """Any residual network, spelled out: ``head(blocks[n-1](... blocks[0](stem(x))))``.
+
+    Args:
+        stem: images -> first state; normalisation belongs here.
+        blocks: the residual blocks, each with its shortcut and what follows the addition.
+        head: last state -> logits.
+    """
+
+    def __init__(self, stem: nn.Module, blocks: Iterable[nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(N, C, H, W)`` in [0, 1] -> logits ``(N, classes)``."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def as_chain(net: nn.Module) -> Chain:
+    """Cut a network into stem, blocks and head; its modules are shared, not copied.
+
+    Taken as they are: a `Chain`, an `ItoResNet` (its noise-free network), and any network that calls its
+    modules in the order of their registration, with torchvision's ``BasicBlock`` or ``Bottleneck`` as blocks.
+
+    Raises:
+        ItoError: no such blocks, or they do not follow one another.
+    """
+    if isinstance(net, Chain):
+        return net
+    if isinstance(net, ItoResNet):
+        return net.base
+    parts = _unfold(net)
+    places = [i for i, part in enumerate(parts) if isinstance(part, _BLOCKS)]
+    if not places or places != list(range(places[0], places[-1] + 1)):
+        raise ItoError(
+            f"{type(net).__name__} is not an unbroken run of torchvision's BasicBlock or Bottleneck; "
+            "spell it out: ito.recast(ito.Chain(stem, blocks, head))."
+        )
+    head: list[nn.Module] = []
+    for part in parts[places[-1] + 1 :]:
+        if isinstance(part, nn.Linear) and not any(isinstance(m, (nn.Flatten, nn.Linear)) for m in head):
+            head.append(nn.Flatten(1))  # torchvision flattens in forward, without a module
+        head.append(part)
+    return Chain(nn.Sequential(*parts[: places[0]]), parts[places[0] : places[-1] + 1], nn.Sequential(*head))
+
+
+def _unfold(module: nn.Module) -> list[nn.Module]:
+    """The parts of a network in order, opened up as far as residual blocks are inside."""
+    if isinstance(module, _BLOCKS) or not any(isinstance(m, _BLOCKS) for m in module.modules()):
+        return list(module) if type(module) is nn.Sequential else [module]
+    return [part for child in module.children() for part in _unfold(child)]
+
+
+class ItoResNet(nn.Module):
+    """A residual network whose blocks are SDEs; made by `recast`.
+
+    Noise is there in training and in eval mode alike: it is the model, not a regulariser.
+
+    Attributes:
+        stem, head: as in the network.
+        sdes: the blocks, each a torchsde module.
+        solver, steps, checkpoint: how blocks are solved; may be set at any time.
+        image_shape: of the images that `recast` looked at the network with.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        sdes: Iterable[BlockSDE],
+        head: nn.Module,
+        solver: str,
+        steps: int,
+        checkpoint: bool,
+        image_shape: tuple[int, ...] = (3, 32, 32),
+    ) -> None:
+        super().__init__()
+        self.stem, self.sdes, self.head = stem, nn.ModuleList(sdes), head
+        self.solver, self.steps, self.checkpoint = solver, steps, checkpoint
+        self.image_shape = tuple(image_shape)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The diffusion that all blocks share."""
+        return self.sdes[0].schedule  # type: ignore[return-value]
+
+    @property
+    def base(self) -> Chain:
+        """The noise-free network: the same modules, as the ResNet that they are at omega = 0, one step a block."""
+        return Chain(self.stem, [sde.block for sde in self.sdes], self.head)  # type: ignore[misc]
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """One inference of every image.
+
+        Args:
+            x: images ``(N, C, H, W)`` in [0, 1].
+            keys: int64 ``(N,)``, the paths' names (`make_keys`); fresh ones if not given.
+
+        Returns:
+            Logits ``(N, classes)``.
+        """
+        return self.propagate(self.start(x), fresh_keys(len(x), x.device) if keys is None else keys)
+
+    @property
+    def plain(self) -> bool:
+        """Whether ``model(x, keys)`` is `start` and then `propagate`: no subclass's ``forward`` and no hooks on it."""
+        own = (ItoResNet.forward, ItoResNet.start, ItoResNet.propagate)
+        kind = type(self)
+        return (kind.forward, kind.start, kind.propagate) == own and untouched(self)
+
+    @property
+    def drifts_once(self) -> bool:
+        """Whether a block is one Euler step with additive noise: its drift at the start, then the noise."""
+        return (self.solver, self.steps, self.checkpoint) == ("euler", 1, False) and not self.schedule.multiplicative
+
+    def start(self, x: Tensor) -> Tensor:
+        """What all inferences of an image have in common, ``(N, C, H, W) -> (N, ...)``: all that is before any noise.
+
+        That is the stem, and the drift of the first block where Euler takes it in one step.
+        """
+        state = self.stem(x)
+        return self.sdes[0].block(state) if self.drifts_once else state  # type: ignore[operator]
+
+    def propagate(self, state: Tensor, keys: Tensor) -> Tensor:
+        """From what `start` has made, ``(N, ...)``, to logits along paths ``(N,)``, or ``(P, N)``: P of each."""
+        if keys.dim() not in (1, 2) or keys.shape[-1:] != state.shape[:1]:
+            raise ItoError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
+        check_solver(self.solver, self.schedule.omega, self.steps)  # they may have been set since
+        copies = len(keys) if keys.dim() == 2 else 1
+        return self.head(self.solve(state, keys.flatten().to(state.device), copies)).unflatten(0, keys.shape)
+
+    def solve(self, state: Tensor, keys: Tensor, copies: int) -> Tensor:
+        """Through the blocks: from `start`'s ``(N, ...)`` to ``(copies N, ...)``, along paths ``(copies N,)``."""
+        if copies > 1:
+            state = torch.cat([state] * copies)  # in the order in memory that it has
+        rest = iter(self.sdes)
+        if self.drifts_once:
+            state = diffuse(next(rest), state, keys)  # type: ignore[arg-type]
+        for sde in rest:
+            state = integrate(sde, state, keys, self.solver, self.steps, self.checkpoint)  # type: ignore[arg-type]
+        return state
+
+
+def recast(
+    net: nn.Module,
+    omega: float = 0.2,
+    schedule: str = "inverse-time",
+    solver: str = "euler",
+    steps: int = 1,
+    horizon: float | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    checkpoint: bool = False,
+) -> ItoResNet:
+    """A residual network as Itô processes; the network itself is copied and left as it is.
+
+    With ``omega=0``, ``solver="euler"`` and ``steps=1`` the result is the network, bit for bit.
+
+    Args:
+        net: `load_resnet`'s, torchvision's, any network of torchvision's blocks, or a `Chain`.
+        omega: strength of the noise, in units of the state per square root of a block.
+        schedule: a name in `SCHEDULES`: how the noise depends on time and state.
+        solver: a name in `SOLVERS`.
+        steps: solver steps a block, a power of two.
+        horizon: the time at the last block's end; default the number of blocks, one unit each. It rescales
+            time: the noise-free flow stays, the noise follows the new clock.
+        image_shape: (channels, height, width) of a test image; default 32x32 with the first convolution's channels.
+        checkpoint: trade computation for memory in gradients (see `integrate`).
+
+    Returns:
+        An `ItoResNet` in the mode (train or eval), on the device and in the dtype of ``net``.
+
+    Raises:
+        ItoError: values out of range, an unknown name, or a network that is not a chain of blocks.
+    """
+    diffusion = Schedule(omega, schedule)
+    check_solver(solver, omega, steps)
+    source = copied(net.base if isinstance(net, ItoResNet) else net)
+    chain = as_chain(source)
+    n = len(chain.blocks)
+    if n == 0:
+        raise ItoError("A chain needs at least one block.")
+    if horizon is None:
+        horizon = float(n)
+    if not (math.isfinite(horizon) and horizon > 0):
+        raise ItoError(f"horizon must be a positive number, got {horizon}.")
+    if image_shape is None:
+        conv = next((m for m in chain.stem.modules() if isinstance(m, nn.Conv2d)), None)
+        image_shape = (conv.in_channels if conv else 3, 32, 32)
+    with torch.inference_mode(False):
+        shapes = _probe(source, chain, image_shape)
+    # Boundaries on multiples of 2**-20, so that steps add up to them exactly in float64.
+    times = [round(horizon * i / n * 2**20) / 2**20 for i in range(n + 1)]
+    if any(b <= a for a, b in itertools.pairwise(times)):
+        raise ItoError(f"horizon {horizon} leaves no time for {n} blocks: at least {n * 2.0**-20:.2g} is needed.")
+    sdes = [
+        BlockSDE(block, diffusion, i, times[i], times[i + 1], shapes[i + 1], jump=shapes[i + 1] != shapes[i])
+        for i, block in enumerate(chain.blocks)
+    ]
+    model = ItoResNet(chain.stem, sdes, chain.head, solver, steps, checkpoint, image_shape)
+    own = set(source.modules())
+    for module in model.modules():
+        if module not in own:  # the network's modules keep their modes: a frozen BatchNorm stays frozen
+            module.training = net.training
+    return model
+
+
+@torch.no_grad()
+def _probe(net: nn.Module, chain: Chain, image_shape: tuple[int, int, int]) -> list[tuple[int, ...]]:
+    """Shapes of the state before the blocks and after each, found on one random image; checks the chain on it."""
+    x = torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    x = x.to(next((p for p in net.parameters() if p.is_floating_point()), x))
+    try:
+        with evaluating(net), evaluating(chain):
+            state = chain.stem(x)
+            shapes = [tuple(state.shape[1:])]
+            for i, block in enumerate(chain.blocks):
+                version = state._version
+                after = block(state)
+                if state._version != version:
+                    raise ItoError(f"Block {i} changes its input in place; set its first activation to inplace=False.")
+                state = after
+                shapes.append(tuple(state.shape[1:]))
+            # NaN equals NaN here: weights that are not finite are no sign of another order.
+            same = torch.allclose(chain.head(state), net(x), rtol=0, atol=0, equal_nan=True)
+    except RuntimeError as error:
+        raise ItoError(
+            f"The network does not run on a test image of shape {image_shape}; give image_shape. ({error})"
+        ) from error
+    if not same:
+        raise ItoError(
+            f"{type(net).__name__}.forward does more than call its modules in order; "
+            "spell it out: ito.recast(ito.Chain(stem, blocks, head))."
+        )
+    return shapes

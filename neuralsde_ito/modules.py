@@ -1,0 +1,76 @@
+"""Questions about an ``nn.Module``: its modes, its hooks, and whether it mixes the images of a batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def changes_of(module: nn.Module) -> list[str]:
+    """What makes an object compute something else than its class: ``"hook"``, and methods that were set on it."""
+    found = ["hook" for hooks in _HOOKS if getattr(module, hooks)]
+    return found + [name for name, own in vars(module).items() if callable(own) and hasattr(type(module), name)]
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a module computes what its class says: no hooks, and no method set on the object."""
+    return not changes_of(module)
+
+
+def well_known(module: nn.Module) -> bool:
+    """Whether all of its code is torch's, torchvision's or ours, without hooks: it keeps nothing from call to call.
+
+    Only then may two threads call it at a time, and may its output be overwritten.
+    """
+    known = ("torch.", "torchvision.", "neuralsde_ito.")
+    return all(type(m).__module__.startswith(known) and untouched(m) for m in module.modules())
+
+
+def mixes_images(module: nn.Module) -> bool:
+    """Whether one image's output depends on the others: BatchNorm with the statistics of the batch."""
+    norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return any(m.training or m.running_mean is None for m in norms)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every module's own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def copied(module: Module) -> Module:
+    """A copy that shares the hooks of the original, so that what a hook records is found where its owner looks.
+
+    Tensors that the last forward pass has left in a module (the old ``spectral_norm`` does so) are copied detached.
+    """
+    memo: dict[int, object] = {}
+
+    def detach(value: object) -> None:
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+        elif isinstance(value, (tuple, list, dict)):
+            for part in value.values() if isinstance(value, dict) else value:
+                detach(part)
+
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name.endswith("_hooks"):
+                memo.update((id(hook), hook) for hook in value.values())
+            elif name != "_modules":
+                detach(value)
+    with torch.inference_mode(False):
+        return copy.deepcopy(module, memo)

@@ -1,0 +1,1 @@
+"""Noise with an address: keys, normals, and the Brownian path that is built from them."""

@@ -1,0 +1,99 @@
+"""Independent pieces of work side by side on a CPU.
+
+A network of small layers gains little from two threads inside an operation, which must meet after each one.
+Pieces that never meet use the cores whole: measured, ResNet-20 without noise takes 0.6 times as long.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_here = threading.local()
+
+
+def workers() -> int:
+    """How many pieces run at a time: torch's number of threads, at most 4, and 1 inside a piece."""
+    # More than a few wait for Python's lock more than they compute; each of them has several threads then.
+    return 1 if getattr(_here, "busy", False) else min(4, torch.get_num_threads())
+
+
+def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``[work(item) for item in items]``, side by side; gradient modes are those of the caller.
+
+    On one thread, under autocast, and inside another piece they run one after another.
+    """
+    count = workers()
+    if count == 1 or len(items) < 2 or torch.is_autocast_enabled("cpu"):
+        return [work(item) for item in items]
+    gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def piece(item: Item) -> Result:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return work(item)
+
+    return list(_pool(os.getpid(), count, torch.get_num_threads()).map(piece, items))
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, count: int, threads: int) -> ThreadPoolExecutor:
+    """The threads of this process: one that was forked has none of its parent's."""
+    ready = threading.Barrier(count + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # begins this thread's settings, which would else happen later and undo the next line
+        torch.set_num_threads(threads // count)
+        _here.busy = True
+
+    pool = ThreadPoolExecutor(count, "neuralsde_ito", start)
+    for _ in range(count):
+        pool.submit(ready.wait)
+    ready.wait()
+    torch.set_num_threads(threads)  # what threads that others start will begin with
+    return pool
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU an error of its own, on a CPU a plain ``RuntimeError``."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc", "out of memory")
+    )
+
+
+def in_pieces(
+    work: Callable[[slice], Result], total: int, size: int, device: torch.device, side_by_side: bool = True
+) -> list[Result]:
+    """``work`` on slices of ``range(total)``, each at most ``size`` long and all about equally long.
+
+    On a CPU they run ``side_by_side``, elsewhere one after another. Where memory runs out, all begins again with
+    pieces half as long. An empty range is one empty piece.
+
+    Raises:
+        torch.cuda.OutOfMemoryError, RuntimeError: a piece of one does not fit.
+    """
+    while True:
+        at_once = workers() if side_by_side and device.type == "cpu" else 1
+        least = math.ceil(total / size)
+        even = math.ceil(least / at_once) * at_once  # so that nobody waits for another's last piece
+        count = max(1, min(total, max(least, min(even, total // 2))))
+        pieces = [slice(a, b) for a, b in itertools.pairwise(total * i // count for i in range(count + 1))]
+        try:
+            return spread(work, pieces) if at_once > 1 else [work(piece) for piece in pieces]
+        except (RuntimeError, MemoryError) as error:
+            if size <= 1 or not out_of_memory(error):
+                raise
+            size = max(1, min(size, total) // 2)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # outside of the except clause, whose traceback holds on to the tensors

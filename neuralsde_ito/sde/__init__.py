@@ -1,0 +1,1 @@
+"""A residual block as an SDE, and the solvers that take a state through it."""

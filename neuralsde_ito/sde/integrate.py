@@ -1,0 +1,203 @@
+"""Solvers of a block: one table, and `integrate`, which takes a state through one block.
+
+Our own Euler is the hot path. All else is torchsde's and torchdiffeq's, on our Brownian path, one call a
+block: the drift jumps to the next block's weights at the integers, which no step may cross.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torchdiffeq
+import torchsde
+from einops import rearrange
+from torch import Tensor, nn
+
+from .. import kernels
+from ..modules import mixes_images
+from ..noise.brownian import BrownianPath
+from ..validation import ItoError
+from .block import BlockSDE
+from .checkpointing import _draws, _Recomputed
+from .solvers import Solver, find_solver
+
+
+def integrate(
+    sde: BlockSDE, x: Tensor, keys: Tensor, solver: str = "euler", steps: int = 1, checkpoint: bool = False
+) -> Tensor:
+    """Take states through one block.
+
+    Args:
+        sde: the block.
+        x: states ``(N, ...)`` at ``t0``, before the jump if the block has one.
+        keys: int64 ``(N,)``, the names of the paths.
+        solver: a name in `SOLVERS`.
+        steps: solver steps in the block, a power of two.
+        checkpoint: recompute in the backward pass instead of storing activations. The memory of the block is
+            then that of one step and of a few states, for three to four times the forward evaluations. A
+            second derivative is not offered then. The block must compute the same again: a block that draws random
+            numbers is refused, and so is a backward pass after its weights or modes have changed.
+
+    Returns:
+        States at ``t1``. Their gradient is autograd's through every step as it was taken, never the
+        adjoint's: with unit steps and block weights that has a relative error of 70 %.
+
+    Raises:
+        ItoError: unknown solver; with ``checkpoint`` also a block that cannot be repeated.
+    """
+    method = find_solver(solver)
+    if not (checkpoint and torch.is_grad_enabled()):
+        return _Block(sde, keys, method, steps)(x, 0, steps)
+    if not kernels.ordinary(x):
+        raise ItoError(
+            "Checkpointing does not go with forward-mode derivatives and the transforms of torch.func; "
+            "use checkpoint=False."
+        )
+    if any(_draws(module) for module in sde.block.modules()):
+        raise ItoError(
+            f"Block {sde.index} drops out at random, which checkpointing cannot repeat; use checkpoint=False."
+        )
+    parameters = [p for p in sde.block.parameters() if p.requires_grad]
+    # Images that know nothing of each other go one slice after another: all that is transient shrinks with the slice.
+    limit = _SLICE.get(x.device.type, 1 << 27)
+    slices = 1 if method.adaptive or mixes_images(sde.block) else math.ceil(x.numel() / limit)
+    pairs = zip(x.tensor_split(min(slices, len(x))), keys.tensor_split(min(slices, len(x))), strict=True)
+    parts = [_Recomputed.apply(_Block(sde, k, method, steps), part, *parameters) for part, k in pairs]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def diffuse(sde: BlockSDE, x: Tensor, keys: Tensor, in_place: bool = False) -> Tensor:
+    """The end of an Euler step over a whole block with additive noise: from ``B(x)``, which many paths may share."""
+    sigma = sde.schedule.sigma(sde.t0)
+    path = BrownianPath(keys, math.prod(x.shape[1:]), sde.index, sde.t0, sde.t1, dtype=x.dtype)
+    return path.add_to(x, sigma, in_place) if sigma else x
+
+
+_SLICE = {"cpu": 1 << 19}  # elements of the state that are checkpointed at a time: on a CPU what its caches hold
+
+
+class _Block:
+    """Any run of a block's steps, on one Brownian path."""
+
+    def __init__(self, sde: BlockSDE, keys: Tensor, solver: Solver, steps: int) -> None:
+        self.sde, self.keys, self.solver, self.steps = sde, keys, solver, steps
+        self.path: BrownianPath | None = None
+
+    def __call__(self, x: Tensor, first: int, last: int, only_slope: bool = False) -> Tensor:
+        """Steps ``first`` to ``last``; the jump comes before step 0.
+
+        With ``only_slope`` noise is left out where it adds nothing to the derivative.
+        """
+        sde = self.sde
+        if sde.jump and first == 0:
+            x = sde.block(x)
+        if self.path is None:
+            size = math.prod(x.shape[1:])
+            self.path = BrownianPath(self.keys, size, sde.index, sde.t0, sde.t1, dtype=x.dtype)
+        if self.solver.library == "native" and only_slope and not sde.schedule.multiplicative:
+            return _euler(sde, None, self.solver, self.steps, x, first, last)
+        solve = {"native": _euler, "torchsde": solve_torchsde, "torchdiffeq": _torchdiffeq}[self.solver.library]
+        x = solve(sde, self.path, self.solver, self.steps, x, first, last)
+        if last == self.steps:
+            self.path.forget()  # the cells that it kept for the next step
+        return x
+
+
+def _euler(sde: BlockSDE, path: BrownianPath | None, _: Solver, steps: int, x: Tensor, first: int, last: int) -> Tensor:
+    """Euler-Maruyama, written so that one step without noise is the block itself, bit for bit."""
+    h = (sde.t1 - sde.t0) / steps
+    for k in range(first, last):
+        sigma = sde.schedule.sigma(sde.t0 + k * h)
+        multiplicative = sde.schedule.multiplicative
+        one = steps == 1 and not multiplicative  # the hot path
+        dw = path.increment(steps.bit_length() - 1, k).view(x.shape) if path and sigma and not one else None
+        y = x if sde.jump else sde.block(x)
+        if steps > 1 and not sde.jump:
+            y = torch.lerp(x, y, 1 / steps)  # x + h f(x)
+        if dw is not None:
+            y = torch.add(y, x * dw if multiplicative else dw, alpha=sigma)
+        elif path and sigma:
+            # Even then not what is the caller's: a block may hand back its input.
+            own = sde.in_place and (sde.jump or y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr())
+            y = path.add_to(y, sigma, in_place=own)
+        x = y
+    return x
+
+
+class _Unchecked(nn.Module):
+    """torchsde calls ``f`` once before the first step, only to see its shape.
+
+    On a network that is a whole forward pass, and a second update of BatchNorm: this answers with zeros.
+    """
+
+    def __init__(self, sde: nn.Module) -> None:
+        super().__init__()
+        self.sde, self.checked = sde, False
+        self.noise_type, self.sde_type = sde.noise_type, sde.sde_type
+        self.state: Tensor | None = None
+        if hasattr(sde, "g"):
+            self.g = sde.g
+        if hasattr(sde, "g_prod"):
+            self.g_prod = self._product
+
+    def f(self, t: Tensor, y: Tensor) -> Tensor:
+        if not self.checked:
+            self.checked = True
+            self.state = torch.cuda.get_rng_state(y.device) if y.is_cuda else torch.get_rng_state()
+            return torch.zeros_like(y)
+        return self.sde.f(t, y)  # type: ignore[operator]
+
+    def _product(self, t: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        if self.state is not None:  # torchsde has drawn a vector, only to see the product's shape
+            if y.is_cuda:
+                torch.cuda.set_rng_state(self.state, y.device)
+            else:
+                torch.set_rng_state(self.state)
+            self.state = None
+        return self.sde.g_prod(t, y, v)  # type: ignore[operator]
+
+
+def solve_torchsde(
+    sde: BlockSDE, path: torchsde.BaseBrownian, solver: Solver, steps: int, x: Tensor, first: int, last: int
+) -> Tensor:
+    """Steps ``first`` to ``last`` of a block by torchsde, on any path in its protocol."""
+    additive = solver.method == "srk" and not sde.schedule.multiplicative
+    kind = "stratonovich" if solver.stratonovich else "additive" if additive else "ito"
+    form = sde.view(kind, tuple(x.shape[1:]))
+    h = (sde.t1 - sde.t0) / steps
+    # float64 times: in float32 their sum may miss the end, and torchsde then adds a step.
+    ts = torch.tensor([sde.t0 + first * h, sde.t0 + last * h], dtype=torch.float64, device=x.device)
+    y = rearrange(x, "n ... -> n (...)")
+    if solver.method == "milstein" and not kernels.ordinary(y):
+        raise ItoError(
+            "Milstein's correction is computed by autograd, which does not go with forward-mode derivatives and the "
+            "transforms of torch.func; use another solver."
+        )
+    if kind == "additive" and torch._C._functorch.is_batchedtensor(y):
+        raise ItoError(
+            "torch.func.vmap does not go through SRK, for which torchsde draws a vector; use solver 'euler'."
+        )
+    if torch.is_grad_enabled() or not kernels.ordinary(y):
+        y = torchsde.sdeint(_Unchecked(form), y, ts, bm=path, method=solver.method, dt=h)[-1]
+    else:
+        # Milstein's correction is autograd's, even where nobody wants a gradient: from a state that cannot begin
+        # a graph (inference mode; the inside of an autograd function) torchsde gets zero, without a word.
+        with torch.inference_mode(False), torch.no_grad():
+            start = y.detach().clone()
+            y = torchsde.sdeint(_Unchecked(form), start, ts, bm=path, method=solver.method, dt=h)[-1]
+    return y.reshape(x.shape).to(x.dtype)
+
+
+def _torchdiffeq(sde: BlockSDE, keys: Tensor, solver: Solver, steps: int, x: Tensor, first: int, last: int) -> Tensor:
+    if sde.jump:
+        return x
+    h = (sde.t1 - sde.t0) / steps
+    ts = torch.tensor([sde.t0 + first * h, sde.t0 + last * h], dtype=torch.float64, device=x.device)
+    # torchdiffeq's default tolerances (1e-7) are below float32's rounding: steps shrink without end.
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if solver.adaptive else {"options": {"step_size": h}}
+
+    def drift(t: Tensor, y: Tensor) -> Tensor:
+        return (sde.block(y) - y) / (sde.t1 - sde.t0)
+
+    return torchdiffeq.odeint(drift, x, ts, method=solver.method, **tolerance)[-1].to(x.dtype)

@@ -1,0 +1,1 @@
+"""Comparisons of solvers, orders and grids."""
