@@ -233,12 +233,12 @@ def _tables(sweep: Sweep, attacks: list[PGD], labels: dict[float, str], data: st
     ]
     output.table(rows, headers)
     costs = [*(cost for level in sweep.cost for cost in level.values()), *sweep.evasion_cost]
-    backwards, spent = sum(cost[0] for cost in costs), sum(cost[0] for cost in sweep.resnet_cost)
+    gradients, spent = sum(cost[0] for cost in costs), sum(cost[0] for cost in sweep.resnet_cost)
     click.echo()
     output.sentence(
         f"Attack: {output.count(first.steps, 'step')} of {length} from {start}, "
         f"{output.count(first.restarts, 'restart')}, {output.count(first.eot, 'path')} a gradient, objective "
-        f"{first.objective}, {first.keep} iterate; {output.count(backwards, 'gradient')} for the ensemble and "
+        f"{first.objective}, {first.keep} iterate; {output.count(gradients, 'gradient')} for the ensemble and "
         f"{spent:,} for the ResNet in {seconds:.0f} s. Votes are on paths that no attack saw."
     )
     output.sentence(
@@ -274,16 +274,16 @@ def _report(
                 "written": labels[eps],
                 "attack": asdict(attacks[level]) | {"step_size": attacks[level].step},
                 "resnet": Outcomes.of(base, sweep.truth).as_dict()
-                | {"gradients": sweep.resnet_cost[level][0], "forwards": sweep.resnet_cost[level][1]},
+                | {"gradients": sweep.resnet_cost[level][0], "queries": sweep.resnet_cost[level][1]},
                 "ito": Outcomes.of(ito, sweep.truth).as_dict()
                 | {
                     "evasion": Outcomes.of(sweep.evasion[level].labels, sweep.truth).as_dict()
-                    | {"gradients": sweep.evasion_cost[level][0], "forwards": sweep.evasion_cost[level][1]},
+                    | {"gradients": sweep.evasion_cost[level][0], "queries": sweep.evasion_cost[level][1]},
                 },
                 "paired": output.paired_json(paired, "resnet"),
                 "through": {
                     name: Outcomes.of(found, sweep.truth).as_dict()
-                    | {"gradients": sweep.cost[level][name][0], "forwards": sweep.cost[level][name][1]}
+                    | {"gradients": sweep.cost[level][name][0], "queries": sweep.cost[level][name][1]}
                     for name, found in sweep.labels[level].items()
                 },
             }

@@ -108,7 +108,7 @@ def run(
             for number, (names, x, y) in enumerate(batches):
                 answers.append(suite.votes(model, x, names).cpu())
                 for step, reached in suite.run(model, x, y, names, radii, str(number)):
-                    bar.set_postfix_str(f"{name}, eps {labels[reached.eps]}, {step.name}: {sum(reached.felled)} fooled")
+                    bar.set_postfix_str(f"{name}, eps {labels[reached.eps]}, {step.name}: {sum(reached.fooled)} fooled")
                     bar.update()
                     if len(reached.denial.labels):  # the report has voted
                         parts[reached.eps].append(reached)
@@ -202,19 +202,19 @@ def _peers(
 
     rows = []
     for (name, (model, suite)), eps, peer in itertools.product(defenders.items(), sorted(labels), peers):
-        answers, forwards, backwards, met, begun = [], 0, 0, 0, time.monotonic()
+        answers, queries, gradients, met, begun = [], 0, 0, 0, time.monotonic()
         for names, x, y in batches:
             decided = suite.decide(model, x, y, names)
             right = (decided == y).nonzero()[:, 0]
             if len(right):
                 found = peer_attack(peer, model, x[right], y[right], norm, eps)
-                forwards, backwards, met = forwards + found.forwards, backwards + found.backwards, met + len(right)
+                queries, gradients, met = queries + found.queries, gradients + found.gradients, met + len(right)
                 decided[right] = suite.decide(model, found.images, y[right], names[right])
             answers.append(decided.cpu())
         outcomes = Outcomes.of(torch.cat(answers), torch.cat([y for _, _, y in batches]).cpu())
         rows.append(
-            {"model": name, "eps": eps, "written": labels[eps], "peer": peer, "images": met, "forwards": forwards}
-            | {"gradients": backwards, "seconds": round(time.monotonic() - begun, 1), **outcomes.as_dict()}
+            {"model": name, "eps": eps, "written": labels[eps], "peer": peer, "images": met, "queries": queries}
+            | {"gradients": gradients, "seconds": round(time.monotonic() - begun, 1), **outcomes.as_dict()}
         )
     return rows
 
@@ -228,10 +228,10 @@ def _entry(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> dict[s
             "name": step.name,
             "goal": goal,
             "through": step.through,
-            "images": reached.met[i],
-            "fooled": reached.felled[i],
-            "forwards": reached.forwards[i],
-            "gradients": reached.backwards[i],
+            "images": reached.attacked[i],
+            "fooled": reached.fooled[i],
+            "queries": reached.queries[i],
+            "gradients": reached.gradients[i],
             "blind": reached.blind[i],
         }
         for i, (goal, step) in enumerate(itertools.product(("denial", "evasion"), steps))
@@ -249,11 +249,11 @@ def _step_rows(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> li
     for turn, (goal, case, kept) in enumerate(goals):
         numbers = range(turn * len(steps), (turn + 1) * len(steps))
         for step, i in zip(steps, numbers, strict=True):
-            met, name = reached.met[i], f"evasion: {step.name}" if turn else step.name
+            met, name = reached.attacked[i], f"evasion: {step.name}" if turn else step.name
             if met:
-                each = [f"{value[i] / met:,.0f}" for value in (reached.backwards, reached.forwards)]
-                left = output.percent(Rate.of(met - reached.felled[i], len(truth)))
-                rows.append([name, str(met), str(reached.felled[i]), left, *each])
+                each = [f"{value[i] / met:,.0f}" for value in (reached.gradients, reached.queries)]
+                left = output.percent(Rate.of(met - reached.fooled[i], len(truth)))
+                rows.append([name, str(met), str(reached.fooled[i]), left, *each])
         rate = output.percent(Outcomes.of(case.labels, truth).rate(*kept))
         rows.append([f"report, {goal}: {' + '.join(kept)}", "", "", rate, "", ""])
     return rows
@@ -298,12 +298,12 @@ def _tables(
         for row in report["peers"]:
             count, met = row["counts"], max(1, row["images"])
             cells = [output.percent(Rate.of(count["correct"], count["n"]))]
-            cells += [f"{row[what] / met:,.0f}" for what in ("gradients", "forwards")]
+            cells += [f"{row[what] / met:,.0f}" for what in ("gradients", "queries")]
             rows.append([row["model"], row["written"], row["peer"], *cells, output.seconds(row["seconds"])])
-        output.table(rows, ["model", "eps", "attack", "correct", "gradients / image", "forwards / image", "time"])
+        output.table(rows, ["model", "eps", "attack", "correct", "gradients / image", "queries / image", "time"])
     click.echo()
     gradients = sum(s["gradients"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])
-    queries = sum(s["forwards"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])
+    queries = sum(s["queries"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])
     defender = {
         "fresh": "on fresh noise, which no attack and no selection saw",
         "fixed": "on one set of paths for all images, which no attack saw",

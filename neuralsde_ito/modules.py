@@ -5,12 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+Part = TypeVar("Part", covariant=True)
+
+
+class ModuleListOf(Protocol[Part]):
+    """An ``nn.ModuleList`` whose entries are of one class, for type checkers; at run time it is the list itself."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Part]: ...
+    def __getitem__(self, index: int) -> Part: ...
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -9,10 +9,12 @@ import difflib
 import itertools
 import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Name = TypeVar("Name", str, "str | None")
 
 
 class ItoError(ValueError):
@@ -43,6 +45,17 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     if number < least:
         raise ItoError(f"{name} must be a whole number of at least {least}, got {shown(value)}.")
     return number
+
+
+def one_of(kind: str, value: Name, known: Iterable[str]) -> Name:
+    """``value``, if it is a known name; ``kind`` says in the message what it names.
+
+    Raises:
+        ItoError: it is unknown; the nearest known name is offered.
+    """
+    if value is not None and value not in known:
+        raise ItoError(nearest(kind, value, known))
+    return value
 
 
 def nearest(kind: str, typed: object, known: Iterable[str]) -> str:

@@ -33,6 +33,7 @@ from neuralsde_ito.attacks.targets import classify
 from neuralsde_ito.data import InMemory
 from neuralsde_ito.models import ensemble as ensemble_module
 from neuralsde_ito.models.ensemble import NoiseFree
+from neuralsde_ito.noise.keys import PathRange
 from neuralsde_ito.runs.config import Fit
 from neuralsde_ito.runs.evaluate import evaluate
 from neuralsde_ito.runs.training import Trainer
@@ -385,8 +386,8 @@ def test_claims_on_a_deterministic_model_are_true(exact, x, y, random_start):
     assert torch.equal(found.fooled, classify(exact, found.images) != y)
     whole = PGD(eps=0.1, steps=6, random_start=random_start, stop=False).run(exact, x, y)
     assert torch.equal(whole.fooled, found.fooled)
-    assert found.backwards < 0.9 * whole.backwards
-    assert whole.backwards == 6 * 60
+    assert found.gradients < 0.9 * whole.gradients
+    assert whole.gradients == 6 * 60
 
 
 def test_images_that_are_wrong_already_are_not_touched(exact, x, y):
@@ -395,21 +396,21 @@ def test_images_that_are_wrong_already_are_not_touched(exact, x, y):
     found = PGD(eps=0.05, steps=4, random_start=False).run(exact, x, wrong)
     assert found.fooled.all()
     assert torch.equal(found.images, x)
-    assert found.backwards == 30  # one look at each
+    assert found.gradients == 30  # one look at each
 
 
 def test_the_cost_is_the_inferences_that_were_made(net, x, y, monkeypatch):
     made = {True: 0, False: 0}
-    paths = ItoEnsemble.paths
+    path_logits = ItoEnsemble.path_logits
 
-    def count(self, x, first, count, *rest):
-        made[x.requires_grad] += count * len(x)
-        return paths(self, x, first, count, *rest)
+    def count(self, x, paths):
+        made[x.requires_grad] += paths.count * len(x)
+        return path_logits(self, x, paths)
 
-    monkeypatch.setattr(ItoEnsemble, "paths", count)
+    monkeypatch.setattr(ItoEnsemble, "path_logits", count)
     found = PGD(eps=0.1, steps=4, restarts=2, eot=3, selection=5).run(make_ensemble(net, 0.8, 1.2), x[:20], y[:20])
-    assert (found.backwards, found.forwards) == (made[True], made[False])
-    assert 0 < found.backwards < 2 * 4 * 3 * 20  # some left early
+    assert (found.gradients, found.queries) == (made[True], made[False])
+    assert 0 < found.gradients < 2 * 4 * 3 * 20  # some left early
 
 
 @pytest.mark.parametrize("kind", ["network", "ensemble"])
@@ -445,7 +446,7 @@ def test_a_success_is_returned_even_where_its_loss_is_not_the_highest():
         found = PGD(eps=0.1, steps=4, step_size=0.06, random_start=False, keep=keep).run(Step(), x, y)
         assert found.fooled.all()
         torch.testing.assert_close(found.images, x + 0.06)
-        assert found.backwards == 4  # at the start and where it fell
+        assert found.gradients == 4  # at the start and where it fell
 
 
 class MostlyRight(nn.Module):
@@ -468,7 +469,7 @@ def test_a_lucky_draw_is_no_success(eot):
     x, y = torch.full((40, 1, 2, 2), 0.5), torch.zeros(40, dtype=torch.int64)
     found = PGD(eps=0.1, steps=10, restarts=2, eot=eot).run(MostlyRight(), x, y)
     assert not found.fooled.any()
-    assert found.backwards == 2 * 10 * eot * 40  # nor does luck end an attack that has not succeeded
+    assert found.gradients == 2 * 10 * eot * 40  # nor does luck end an attack that has not succeeded
 
 
 @pytest.mark.filterwarnings("ignore:A randomised model")
@@ -486,11 +487,15 @@ def test_an_ensembles_lucky_draws_are_no_success(net, x, y):
     # its paths lose single draws, and must not count as fooled.
     ensemble = make_ensemble(net, 1.0, 1.4)
     with torch.no_grad():
-        share = (ensemble.paths(x, 0, 100, 0, "report").argmax(-1) == y).float().mean(0)
+        share = (
+            (ensemble.path_logits(x, PathRange(0, "report", torch.arange(len(x)), 0, 100)).argmax(-1) == y)
+            .float()
+            .mean(0)
+        )
     rows = ((share > 0.85) & (share < 0.97)).nonzero()[:, 0]
     assert len(rows) >= 8
     with torch.no_grad():
-        single = ensemble.paths(x[rows], 0, 11, 0, "gradient", rows).argmax(-1) != y[rows]
+        single = ensemble.path_logits(x[rows], PathRange(0, "gradient", rows, 0, 11)).argmax(-1) != y[rows]
     assert single.any(0).sum() >= 5  # the temptation is there
     found = PGD(eps=0, steps=10, random_start=False, eot=1).run(ensemble, x[rows], y[rows], index=rows)
     assert not found.fooled.any()
@@ -540,13 +545,13 @@ def test_the_report_panel_is_never_seen_by_an_attack(net, x, y, asked, settings)
 
 def test_every_step_and_restart_has_new_gradient_paths(net, x, y, monkeypatch):
     ranges = []
-    paths = ItoEnsemble.paths
+    path_logits = ItoEnsemble.path_logits
 
-    def record(self, x, first, count, seed, purpose, index):
-        ranges.append((purpose, first, count))
-        return paths(self, x, first, count, seed, purpose, index)
+    def record(self, x, paths):
+        ranges.append((paths.purpose, paths.first, paths.count))
+        return path_logits(self, x, paths)
 
-    monkeypatch.setattr(ItoEnsemble, "paths", record)
+    monkeypatch.setattr(ItoEnsemble, "path_logits", record)
     ensemble = make_ensemble(net, 0.1, 0.1)
     PGD(eps=0.001, steps=3, restarts=2, eot=4, selection=6).run(ensemble, x[:5], y[:5])
     gradient = [q for purpose, first, count in ranges for q in range(first, first + count) if purpose == "gradient"]
@@ -738,7 +743,14 @@ def test_averaging_paths_is_the_stronger_attack(net, x, y):
             warnings.simplefilter("ignore")
             found = PGD(**settings, eot=eot).run(ensemble, x[rows], y[rows]).images
         with torch.no_grad():
-            share = (ensemble.paths(found, 0, 40, 0, "report").argmax(-1) == y[rows]).float().mean()
+            share = (
+                (
+                    ensemble.path_logits(found, PathRange(0, "report", torch.arange(len(found)), 0, 40)).argmax(-1)
+                    == y[rows]
+                )
+                .float()
+                .mean()
+            )
         right[eot] = float(share)
     assert right[12] < right[1]
 
@@ -1074,9 +1086,9 @@ def test_every_attack_stays_in_the_ball_and_does_not_depend_on_the_batch(exact, 
     assert float(found.images.max()) <= 1
     parts = [attack.run(ensemble, x[i : i + 3].double(), y[i : i + 3], 1, index[i : i + 3]) for i in (0, 3)]
     torch.testing.assert_close(torch.cat([part.images for part in parts]), found.images, rtol=0, atol=1e-9)
-    assert sum(part.forwards for part in parts) == found.forwards
-    assert sum(part.backwards for part in parts) == found.backwards
-    assert (found.backwards == 0) == (name == "square")
+    assert sum(part.queries for part in parts) == found.queries
+    assert sum(part.gradients for part in parts) == found.gradients
+    assert (found.gradients == 0) == (name == "square")
 
 
 def test_apgds_checkpoints_are_the_published_ones():
@@ -1106,7 +1118,7 @@ def test_square_needs_no_gradient(net, x, y):
     clean = int((network(x).argmax(1) == y).sum())
     found = Square("linf", 0.3, steps=150).run(Closed(), x, y)
     assert int((network(found.images).argmax(1) == y).sum()) < clean
-    assert found.backwards == 0
+    assert found.gradients == 0
 
 
 def test_the_squares_shrink_on_the_published_schedule():
@@ -1185,7 +1197,7 @@ def test_on_one_path_both_goals_are_one(exact, x, y, attack):
     one, two = (replace(attack, goal=goal).run(exact, x, y) for goal in ("denial", "evasion"))
     assert torch.equal(one.images, two.images)
     assert torch.equal(one.fooled, two.fooled)
-    assert (one.forwards, one.backwards) == (two.forwards, two.backwards)
+    assert (one.queries, one.gradients) == (two.queries, two.gradients)
 
 
 def test_several_attempts_at_evasion_keep_the_one_with_the_likeliest_wrong_class(net, x, y):
@@ -1194,7 +1206,9 @@ def test_several_attempts_at_evasion_keep_the_one_with_the_likeliest_wrong_class
     once, often = (PGD(**settings, restarts=n).run(ensemble, x[:20], y[:20]) for n in (1, 4))
 
     def likeliest(images: Tensor) -> Tensor:
-        logits = ensemble.paths(images, 0, 20, 0, "selection")  # the paths that all candidates meet
+        logits = ensemble.path_logits(
+            images, PathRange(0, "selection", torch.arange(len(images)), 0, 20)
+        )  # the paths that all candidates meet
         return logits.softmax(-1).mean(0).scatter(1, y[:20, None], 0).amax(1)
 
     with torch.no_grad():
@@ -1310,20 +1324,20 @@ def test_no_two_uses_share_a_draw(net, x, y, monkeypatch, name, goal):
     uses: dict[tuple[str, int, int], list[tuple[object, ...]]] = defaultdict(list)
     attempts = 0
     attack = replace(STRONG[name]("linf", 0.15), restarts=3, goal=goal, steps=4)
-    paths, climb = ItoEnsemble.paths, type(attack)._climb
+    path_logits, climb = ItoEnsemble.path_logits, type(attack)._climb
 
     def count(self, *args):
         nonlocal attempts
         attempts += 1
         return climb(self, *args)
 
-    def record(self, x, first, count, seed, purpose, index):
+    def record(self, x, paths):
         here = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).parent.name == "attacks"]
-        uses[purpose, first, count].append((attempts if "_climb" in here else None, *here))
-        return paths(self, x, first, count, seed, purpose, index)
+        uses[paths.purpose, paths.first, paths.count].append((attempts if "_climb" in here else None, *here))
+        return path_logits(self, x, paths)
 
     monkeypatch.setattr(type(attack), "_climb", count)
-    monkeypatch.setattr(ItoEnsemble, "paths", record)
+    monkeypatch.setattr(ItoEnsemble, "path_logits", record)
     attack.run(make_ensemble(net, 1.0, 1.0), x[:8], y[:8])
     assert attempts == (9 if "targets" in name else 3)
     taken = sorted(uses)
@@ -1348,8 +1362,8 @@ def test_square_refuses_an_objective_that_it_does_not_climb(objective):
 def test_square_ends_or_goes_on_as_it_is_told(exact, x, y):
     x, y = x[:10].double(), y[:10]
     ended, whole = (Square(eps=0.3, steps=30, stop=stop).run(exact, x, y) for stop in (True, False))
-    assert whole.forwards == 10 * (31 + 1)  # the start, each query, and the candidate
-    assert ended.forwards < whole.forwards
+    assert whole.queries == 10 * (31 + 1)  # the start, each query, and the candidate
+    assert ended.queries < whole.queries
     with torch.no_grad():
         assert (margin(exact(whole.images), y) >= margin(exact(ended.images), y)).all()
         assert (margin(exact(whole.images), y) > margin(exact(ended.images), y)).any()

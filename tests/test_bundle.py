@@ -217,9 +217,9 @@ def test_records_and_summary_say_what_was_done(evidence, saved):
     assert records["versions"]["torch"] == torch.__version__
     assert records["attacks"][0] == {
         "name": "transfer, eps 0.01",
-        "images": evidence.met[0],
-        "forwards": evidence.forwards[0],
-        "backwards": evidence.backwards[0],
+        "images": evidence.attacked[0],
+        "forwards": evidence.queries[0],
+        "backwards": evidence.gradients[0],
     }
     assert records["attacks"][4]["name"] == "PGD, evasion, eps 0.01"
     assert records["config"]["suite"]["radii"] == RADII
@@ -255,9 +255,9 @@ BAD: dict[str, tuple[Callable[[Evidence], dict[str, object]], str]] = {
     "unknown noise": (lambda e: {"noise": "fres"}, "fresh"),
     "eps no number": (lambda e: {"eps": float("nan")}, "eps"),
     "two attacks of one name": (lambda e: {"attacks": ("pgd",) * len(e.attacks)}, "one name"),
-    "no attacks": (lambda e: {"attacks": (), "forwards": (), "backwards": ()}, "needs attacks"),
-    "a cost too many": (lambda e: {"forwards": (1, 2)}, "forwards must be a count for each of the 12 attacks"),
-    "a negative cost": (lambda e: {"met": (-1, *e.met[1:])}, "met must be a count"),
+    "no attacks": (lambda e: {"attacks": (), "queries": (), "gradients": ()}, "needs attacks"),
+    "a cost too many": (lambda e: {"queries": (1, 2)}, "queries must be a count for each of the 12 attacks"),
+    "a negative cost": (lambda e: {"attacked": (-1, *e.attacked[1:])}, "attacked must be a count"),
     "no repeats": (lambda e: {"repeat": 0}, "repeat must be"),
     "inferences no number": (lambda e: {"inferences": 7.0}, "inferences must be"),
     "labels too short": (lambda e: other(e, "denial", labels=e.truth[1:]), r"denial's labels must be int64 \(40,\)"),
@@ -358,7 +358,7 @@ def test_records_of_something_else_are_refused(saved, tmp_path):
         "damaged: index": lambda head: head.update(classes=0),
         "is damaged: ": lambda head: head.update(repeat="1"),
         "is damaged:": lambda head: head.update(members=10**12),
-        "damaged: [^:]*met must": lambda head: head["attacks"][0].update(images=10**30),
+        "damaged: [^:]*attacked must": lambda head: head["attacks"][0].update(images=10**30),
     }
     for message, change in changes.items():
         edit(saved / "records.json", change)
@@ -656,23 +656,23 @@ def more_votes_than_inferences(world, e):
 
 @forgery("costs")
 def costs_divided_by_100(world, e):
-    return replace(e, **{name: tuple(n // 100 for n in getattr(e, name)) for name in ("forwards", "backwards")})
+    return replace(e, **{name: tuple(n // 100 for n in getattr(e, name)) for name in ("queries", "gradients")})
 
 
 @forgery("costs")
 def gradients_times_100(world, e):
-    return replace(e, backwards=tuple(100 * n for n in e.backwards))
+    return replace(e, gradients=tuple(100 * n for n in e.gradients))
 
 
 @forgery("sources", "images met")
 def images_and_costs_divided_by_100(world, e):
-    return replace(e, **{n: tuple(v // 100 for v in getattr(e, n)) for n in ("met", "forwards", "backwards")})
+    return replace(e, **{n: tuple(v // 100 for v in getattr(e, n)) for n in ("attacked", "queries", "gradients")})
 
 
 @forgery("images met")
 def twice_as_many_images_met(world, e):
     """At most all; an attack that meets all and costs more looks stronger than it is."""
-    return replace(e, met=tuple(min(N, 2 * v) for v in e.met))
+    return replace(e, attacked=tuple(min(N, 2 * v) for v in e.attacked))
 
 
 @forgery("denial made again", "sources")

@@ -14,6 +14,7 @@ from neuralsde_ito.attacks import PGD
 from neuralsde_ito.attacks.objectives import mean_loss
 from neuralsde_ito.attacks.targets import as_target
 from neuralsde_ito.models.inference import infer, quicken
+from neuralsde_ito.noise.keys import PathRange
 from neuralsde_ito.parallel import in_pieces, spread, workers
 
 
@@ -169,15 +170,15 @@ def test_an_attack_checkpoints_when_a_single_image_does_not_fit(monkeypatch):
     x, y = torch.rand(3, 3, 32, 32), torch.arange(3)
     wanted = PGD(steps=2, eot=2, selection=2, stop=False).run(ensemble, x, y).images
     target = as_target(ensemble, x)
-    paths = ito.ItoEnsemble.paths
+    path_logits = ito.ItoEnsemble.path_logits
 
     def small(self, x, *rest):
         if torch.is_grad_enabled() and not self.members[0].checkpoint:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        return paths(self, x, *rest)
+        return path_logits(self, x, *rest)
 
-    monkeypatch.setattr(ito.ItoEnsemble, "paths", small)
-    found = target.ascend(mean_loss, x, y, 0, 2, 0, torch.arange(3))
+    monkeypatch.setattr(ito.ItoEnsemble, "path_logits", small)
+    found = target.ascend(mean_loss, x, y, PathRange(0, "gradient", torch.arange(3), 0, 2))
     assert found.gradient.abs().sum() > 0
     assert target.quick(x).members[0].checkpoint
     assert not ensemble.members[0].checkpoint

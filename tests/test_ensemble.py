@@ -16,6 +16,7 @@ from neuralsde_ito.models.votes import RULES
 from neuralsde_ito.modules import evaluating
 from neuralsde_ito.noise import brownian
 from neuralsde_ito.noise import normals as noise
+from neuralsde_ito.noise.keys import PathRange
 from neuralsde_ito.runs.config import Fit
 from neuralsde_ito.runs.training import Trainer
 
@@ -64,7 +65,7 @@ def smallest_gaps(ensemble: ItoEnsemble, x: Tensor, seed: int = 0, index: Tensor
     """The smallest distance between an image's two highest logits, over all of its inferences: ``(N,)``."""
     total = len(ensemble.members) * ensemble.inferences
     with torch.no_grad():
-        top = ensemble.paths(x, 0, total, seed, "report", index).topk(2, -1).values
+        top = ensemble.path_logits(x, PathRange(seed, "report", index, 0, total)).topk(2, -1).values
     return (top[..., 0] - top[..., 1]).amin(0)
 
 
@@ -263,10 +264,12 @@ def test_inferences_of_one_image_and_members_do_not_share_noise(net, images):
 def test_the_chunk_does_not_change_the_result(exact, images, chunk):
     x = images[:20].double()
     wanted = exact.predict(x, full=True)
-    paths = exact.paths(x, 0, 8, 0, "report")
+    paths = exact.path_logits(x, PathRange(0, "report", torch.arange(len(x)), 0, 8))
     exact.chunk = chunk
     assert torch.equal(exact.predict(x, full=True).votes, wanted.votes)
-    torch.testing.assert_close(exact.paths(x, 0, 8, 0, "report"), paths, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        exact.path_logits(x, PathRange(0, "report", torch.arange(len(x)), 0, 8)), paths, rtol=0, atol=1e-11
+    )
 
 
 def test_the_index_names_the_images(exact, images):
@@ -338,7 +341,7 @@ def test_without_noise_all_inferences_agree_with_the_network(net, images):
 
 def test_paths_are_dealt_to_the_members_in_turn(exact, images):
     x, index = images[:5].double(), torch.tensor([7, 3, 99, 0, 12])
-    found = exact.paths(x, 3, 6, 11, "gradient", index)
+    found = exact.path_logits(x, PathRange(11, "gradient", index, 3, 6))
     assert found.shape == (6, 5, 10)
     for place, q in enumerate(range(3, 9)):
         keys = make_keys(11, "gradient", q % 2, q // 2, index)
@@ -349,15 +352,18 @@ def test_paths_are_dealt_to_the_members_in_turn(exact, images):
 @pytest.mark.parametrize("cuts", [(1, 6), (2, 5), (3, 3, 1), (1, 1, 1, 1, 1, 1, 1)])
 def test_any_split_of_paths_is_the_same_paths(exact, images, cuts):
     x = images[:4].double()
-    whole = exact.paths(x, 5, 7, 0, "selection")
+    whole = exact.path_logits(x, PathRange(0, "selection", torch.arange(len(x)), 5, 7))
     starts = [5 + sum(cuts[:i]) for i in range(len(cuts))]
-    parts = [exact.paths(x, first, count, 0, "selection") for first, count in zip(starts, cuts, strict=True)]
+    parts = [
+        exact.path_logits(x, PathRange(0, "selection", torch.arange(len(x)), first, count))
+        for first, count in zip(starts, cuts, strict=True)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-11)
 
 
 def test_paths_are_differentiable_one_by_one(exact, images):
     x, index = images[:3].double().requires_grad_(), torch.tensor([4, 5, 6])
-    logits = exact.paths(x, 0, 5, 0, "gradient", index)
+    logits = exact.path_logits(x, PathRange(0, "gradient", index, 0, 5))
     (found,) = torch.autograd.grad(logits[3].square().sum(), x)
     (wanted,) = torch.autograd.grad(exact.members[1](x, make_keys(0, "gradient", 1, 1, index)).square().sum(), x)
     assert wanted.abs().amax() > 1e-3

@@ -19,6 +19,7 @@ from neuralsde_ito.audits.audit import CHECKS, audit
 from neuralsde_ito.audits.case import Attempt, Subject, frozen
 from neuralsde_ito.audits.check import percent
 from neuralsde_ito.audits.gradients import solver_gradient
+from neuralsde_ito.noise.keys import PathRange
 
 checks = SimpleNamespace(**{check.__name__: check for check in CHECKS})
 
@@ -239,9 +240,11 @@ def test_pieces_do_not_change_a_deterministic_module(x):
     index, objective_ = torch.arange(12), mean_loss
     with as_called(model):
         whole, pieces = (
-            as_target(model, images, size).ascend(objective_, images, y, 0, 1, 0, index) for size in (12, 5)
+            as_target(model, images, size).ascend(objective_, images, y, PathRange(0, "gradient", index))
+            for size in (12, 5)
         )
-        some, all_ = (as_target(model, images, size).paths(images, 0, 2, 0, "selection", index) for size in (5, 12))
+        paths = PathRange(0, "selection", index, 0, 2)
+        some, all_ = (as_target(model, images, size).path_logits(images, paths) for size in (5, 12))
     for a, b in (*zip(whole, pieces, strict=True), (some, all_)):
         assert a.shape == b.shape
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
@@ -275,7 +278,7 @@ def test_a_graph_stays_within_its_bound(x, monkeypatch):
     model.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     target.at_once(1)
     sizes.clear()
-    found = target.ascend(mean_loss, x, y, 0, 5, 0, torch.arange(12))
+    found = target.ascend(mean_loss, x, y, PathRange(0, "gradient", torch.arange(12), 0, 5))
     assert found.gradient.shape == x.shape
     assert found.logits.shape == (5, 12, 10)
     assert max(sizes) <= 2
@@ -294,7 +297,7 @@ def test_memory_that_runs_out_halves_the_pieces(x):
     target = ModuleTarget(model, x)
     target.at_once(1)
     model.register_forward_hook(tight)
-    found = target.ascend(mean_loss, x, y, 0, 1, 0, torch.arange(12))
+    found = target.ascend(mean_loss, x, y, PathRange(0, "gradient", torch.arange(12)))
     assert found.gradient.shape == x.shape
     assert sizes[0] == 12
     assert sizes[-1] <= 4
@@ -306,8 +309,8 @@ def test_a_module_is_never_called_from_two_threads(x):
     target, before = ModuleTarget(model, x, 2), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        target.ascend(mean_loss, x, known(model, x), 0, 1, 0, torch.arange(12))
-        target.paths(x, 0, 1, 0, "selection", torch.arange(12))
+        target.ascend(mean_loss, x, known(model, x), PathRange(0, "gradient", torch.arange(12)))
+        target.path_logits(x, PathRange(0, "selection", torch.arange(12)))
     finally:
         torch.set_num_threads(before)
     assert threads == {threading.get_ident()}

@@ -22,6 +22,7 @@ from neuralsde_ito.models.frozen import FrozenResNet
 from neuralsde_ito.models.inference import infer, piece_of, quicken
 from neuralsde_ito.models.recast import ItoResNet
 from neuralsde_ito.models.resnets import CifarResNet
+from neuralsde_ito.noise.keys import PathRange
 from neuralsde_ito.parallel import in_pieces
 
 
@@ -69,10 +70,10 @@ def disagreement(model: ItoResNet, x: Tensor) -> tuple[float, float]:
     with torch.no_grad():
         found = [
             infer(quick.members[0], x, torch.arange(n).repeat(3), keys.flatten()).view_as(wanted),
-            quick.paths(x, 0, 3, 0, "gradient"),
-            target.paths(x, 0, 3, 0, "gradient", torch.arange(n)),
+            quick.path_logits(x, PathRange(0, "gradient", torch.arange(len(x)), 0, 3)),
+            target.path_logits(x, PathRange(0, "gradient", torch.arange(n), 0, 3)),
         ]
-    ascent = target.ascend(mean_loss, x, y, 0, 3, 0, torch.arange(n))
+    ascent = target.ascend(mean_loss, x, y, PathRange(0, "gradient", torch.arange(n), 0, 3))
     found.append(ascent.logits)
     assert {module: module.training for module in model.modules()} == modes
     apart = max(float((one - wanted).abs().amax()) for one in found) / scale
@@ -190,14 +191,14 @@ def test_blocks_of_unknown_code_run_in_one_thread_and_keep_their_outputs():
 
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.inside, self.met = nn.Conv2d(4, 4, 3, padding=1), 0, 0
+            self.conv, self.inside, self.attacked = nn.Conv2d(4, 4, 3, padding=1), 0, 0
 
         def forward(self, x: Tensor) -> Tensor:
             self.inside += 1
             y = x + self.conv(x).tanh()
             kept = y.clone()
             self.last = (y, kept)
-            self.met = max(self.met, self.inside)
+            self.attacked = max(self.attacked, self.inside)
             self.inside -= 1
             return y
 
@@ -211,12 +212,12 @@ def test_blocks_of_unknown_code_run_in_one_thread_and_keep_their_outputs():
         ensemble.chunk = 2
         quick = ensemble.quick(X)
         with torch.no_grad():
-            quick.paths(X, 0, 5, 0, "report")
+            quick.path_logits(X, PathRange(0, "report", torch.arange(len(X)), 0, 5))
     finally:
         torch.set_num_threads(before)
     for sde in quick.members[0].sdes:
         assert torch.equal(*sde.block.last)
-        assert sde.block.met == 1
+        assert sde.block.attacked == 1
     assert max(disagreement(model, X)) < 1e-4
 
 

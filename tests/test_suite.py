@@ -107,15 +107,15 @@ def test_images_are_carried_to_larger_radii_and_sources_are_numbered_through(alo
 def test_each_attack_meets_what_the_last_ones_left(alone):
     standing = None
     for found in alone:
-        assert len(found.met) == 8
-        for met, felled in zip(found.met[:4], found.felled[:4], strict=True):
+        assert len(found.attacked) == 8
+        for met, felled in zip(found.attacked[:4], found.fooled[:4], strict=True):
             assert standing is None or met == standing
             standing = met - felled
-        for met, felled, after in zip(found.met[4:], found.felled[4:], found.met[5:], strict=False):
+        for met, felled, after in zip(found.attacked[4:], found.fooled[4:], found.attacked[5:], strict=False):
             assert after == met - felled
         for square in (3, 7):
-            assert found.backwards[square] == 0
-            assert found.forwards[square] > 0 or found.met[square] == 0
+            assert found.gradients[square] == 0
+            assert found.queries[square] > 0 or found.attacked[square] == 0
 
 
 def test_no_vote_of_the_report_chooses(ensemble, x, y, monkeypatch):
@@ -145,7 +145,7 @@ def test_what_the_report_says_chooses_nothing(ensemble, x, y, alone, monkeypatch
     monkeypatch.setattr(ito.ItoEnsemble, "predict", contrary)
     again = last(suite(ensemble).run(ensemble, x, y, torch.arange(N), RADII), RADII)
     for one, two in zip(alone, again, strict=True):
-        assert (one.met, one.felled, one.backwards) == (two.met, two.felled, two.backwards)
+        assert (one.attacked, one.fooled, one.gradients) == (two.attacked, two.fooled, two.gradients)
         for goal in CASES:
             assert torch.equal(getattr(one, goal).images, getattr(two, goal).images)
             assert not torch.equal(getattr(one, goal).labels, getattr(two, goal).labels)
@@ -175,7 +175,7 @@ def test_what_abstains_is_attacked_on_for_evasion_at_every_radius(ensemble, x, y
     # Who fell to a wrong answer is left alone for good.
     wrong = [((r.evasion.labels != y) & (r.evasion.labels != ito.ABSTAIN)).sum() for r in found]
     assert wrong[0] < wrong[2]
-    assert sum(found[2].felled[4:]) > 0
+    assert sum(found[2].fooled[4:]) > 0
 
 
 def test_evasion_at_one_radius_is_no_weaker_after_smaller_ones(ensemble, x, y, alone):
@@ -203,7 +203,7 @@ def test_a_suite_killed_after_any_step_goes_on_as_if_nothing_had_happened(ensemb
         return last(suite(ensemble, **settings).run(ensemble, x[some], y[some], some, radii), radii)
 
     whole = run()
-    assert all(max(found.felled[:4]) and max(found.felled[4:]) for found in whole)  # there is credit to be lost
+    assert all(max(found.fooled[:4]) and max(found.fooled[4:]) for found in whole)  # there is credit to be lost
 
     def record(file, tensors):
         keep(file, tensors)
@@ -245,7 +245,7 @@ def test_a_suite_killed_at_every_step_ends_as_if_nothing_had_happened(ensemble, 
 def test_radii_that_print_alike_are_not_taken_for_one_another(ensemble, x, y, tmp_path):
     radii = [0.1, 0.1 + 1e-9]
     first, second = last(suite(ensemble, state=tmp_path).run(ensemble, x, y, torch.arange(N), radii), radii)
-    assert first.met[0] - sum(first.felled[:4]) == second.met[0]
+    assert first.attacked[0] - sum(first.fooled[:4]) == second.attacked[0]
 
 
 def test_the_worst_of_several_votes_by_hand():
@@ -276,9 +276,9 @@ def test_an_ensemble_without_answers_is_denied_and_never_evaded(ensemble, x, y):
     for case in (found.denial, found.evasion):
         assert (case.labels == ito.ABSTAIN).all()
         assert invalid(case.votes, 5) == 2 * 5 * 4  # two members, five inferences, four images
-    assert found.met[:4] == (0,) * 4  # denied without attack
-    assert found.met[4:] == (4,) * 4
-    assert sum(found.felled) == 0
+    assert found.attacked[:4] == (0,) * 4  # denied without attack
+    assert found.attacked[4:] == (4,) * 4
+    assert sum(found.fooled) == 0
     assert sum(found.blind) > 0
 
 
@@ -292,8 +292,8 @@ def test_batches_are_joined(ensemble, x, y, alone):
         for goal in CASES:
             assert torch.equal(getattr(found, goal).labels, getattr(whole, goal).labels)
             assert torch.equal(getattr(found, goal).votes, getattr(whole, goal).votes)
-        assert (found.met, found.felled) == (whole.met, whole.felled)
-        assert found.backwards == whole.backwards
+        assert (found.attacked, found.fooled) == (whole.attacked, whole.fooled)
+        assert found.gradients == whole.gradients
 
 
 def left(made: list[SuiteResult], y: Tensor) -> int:
@@ -372,8 +372,8 @@ def test_foolbox_attacks_an_ensemble_as_it_is(ensemble, x, y, norm):
     found = peer_attack("foolbox", ensemble, x, y, norm, eps)
     assert float(BALLS[norm].length(found.images - x).max()) <= eps + 1e-5
     steps = {"linf": 40, "l2": 50}[norm]
-    assert found.backwards == steps * N
-    assert found.forwards < found.backwards  # those without a gradient only
+    assert found.gradients == steps * N
+    assert found.queries < found.gradients  # those without a gradient only
 
 
 @pytest.mark.parametrize("name", ["torchattacks", "autoattack"])
@@ -383,7 +383,7 @@ def test_other_peers_where_they_are_installed(x, name):
     sure = calm.predict(x, full=True).votes.sum(0).amax(1).argsort(descending=True)[:2]
     found = peer_attack(name, calm, x[sure], calm.predict(x).labels[sure], "linf", 0.05)
     assert float(BALLS["linf"].length(found.images - x[sure]).max()) <= 0.05 + 1e-5
-    assert found.backwards >= 2000
+    assert found.gradients >= 2000
 
 
 def test_a_peer_sees_fresh_noise_and_is_counted(ensemble, x):
@@ -391,7 +391,7 @@ def test_a_peer_sees_fresh_noise_and_is_counted(ensemble, x):
     assert not torch.equal(model(x), model(x))
     at = x.clone().requires_grad_()
     model(at).sum().backward()
-    assert (model.forwards, model.backwards) == (3 * N, N)
+    assert (model.queries, model.gradients) == (3 * N, N)
 
 
 def test_a_peer_that_is_unknown_or_absent(monkeypatch):

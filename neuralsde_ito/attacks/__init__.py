@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from .apgd import APGD
-from .base import Attack, Attacked
+from .base import Attack, AttackResult
 from .norms import BALLS, parse_eps
 from .objectives import OBJECTIVES
 from .pgd import PGD, PRESETS, fgsm, pgd
 from .square import Square
 
 __all__ = [  # noqa: RUF022  (in the order of reading)
-    "BALLS", "parse_eps", "OBJECTIVES", "Attack", "Attacked", "PGD", "PRESETS", "pgd", "fgsm", "APGD", "Square",
+    "BALLS", "parse_eps", "OBJECTIVES", "Attack", "AttackResult", "PGD", "PRESETS", "pgd", "fgsm", "APGD", "Square",
 ]  # fmt: skip

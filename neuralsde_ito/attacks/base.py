@@ -18,20 +18,20 @@ from .targets import Target, as_called, as_target
 
 
 @dataclass(frozen=True)
-class Attacked:
+class AttackResult:
     """What an attack found.
 
     Attributes:
         images: ``(N, C, H, W)``, inside the ball and [0, 1].
         fooled: bool ``(N,)``, the goal was reached on the selection panel. A claim to be checked on a report panel.
-        forwards, backwards: inferences made without and with a gradient, over all images and paths.
+        queries, gradients: inferences made without and with a gradient, over all images and paths.
         blind: bool ``(N,)``, some gradient was not finite: that such an image survives is no sign of robustness.
     """
 
     images: Tensor
     fooled: Tensor
-    forwards: int
-    backwards: int
+    queries: int
+    gradients: int
     blind: Tensor
 
 
@@ -86,7 +86,7 @@ class Attack:
         seed: int = 0,
         index: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Attacked:
+    ) -> AttackResult:
         """Attack images.
 
         Args:
@@ -120,7 +120,7 @@ class Attack:
 
     def _attempts(
         self, target: Target, x: Tensor, y: Tensor, seed: int, index: Tensor, start: Tensor | None
-    ) -> Attacked:
+    ) -> AttackResult:
         """Restart after restart, class after class, on the images that still stand."""
         panels = Panels(target, y, seed, index, self.eot, self.selection, self.goal, self.steps + 2)
         if panels.noisy and self.eot == 1:
@@ -158,7 +158,7 @@ class Attack:
                 f"there, and that {survive} of them survive is no sign of robustness.",
                 stacklevel=3,
             )
-        return Attacked(best, fooled, panels.forwards, panels.backwards, panels.blind)
+        return AttackResult(best, fooled, panels.queries, panels.gradients, panels.blind)
 
     def _measure(self, logits: Tensor, y: Tensor) -> Tensor:
         """By what the candidates of several attempts are compared, ``(N,)``: a class aimed at is no measure of them."""

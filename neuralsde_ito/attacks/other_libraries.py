@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..models.ensemble import ItoEnsemble
 from ..noise.keys import fresh_keys
 from ..validation import ItoError, nearest
-from .base import Attacked
+from .base import AttackResult
 from .panels import right_share
 
 PEERS = {"foolbox": "foolbox", "torchattacks": "torchattacks", "autoattack": "pyautoattack"}  # name -> package
@@ -59,7 +59,7 @@ def check_peer(name: str) -> None:
         raise ItoError(f"{PEERS[name]} is not installed: pip install 'ito-sde[peers]'.")
 
 
-def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: str, eps: float) -> Attacked:
+def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: str, eps: float) -> AttackResult:
     """Attack by another library.
 
     ``foolbox``: its PGD (40 or 50 steps; without EOT). ``torchattacks``: EOTPGD with 100 steps of 20 paths (L-inf) or
@@ -94,4 +94,4 @@ def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: st
     forwards, backwards = model.forwards - model.backwards, model.backwards
     with torch.no_grad():
         fooled = right_share(torch.stack([model(images) for _ in range(20 if model.noisy else 1)]), y) <= 0.5
-    return Attacked(images, fooled, forwards, backwards, torch.zeros_like(fooled))
+    return AttackResult(images, fooled, forwards, backwards, torch.zeros_like(fooled))

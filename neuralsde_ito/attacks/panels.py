@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.votes import winners
+from ..noise.keys import PathRange
 from ..validation import check_labels
 from .objectives import Objective, answered
 from .targets import Ascent, Target
@@ -44,7 +45,7 @@ class Panels:
     Attributes:
         labels: ``(N,)`` the right classes, or ``(N, 2)`` with the classes aimed at beside.
         attempt: the number of the attempt under way.
-        forwards, backwards: inferences made so far without and with a gradient.
+        queries, gradients: inferences made so far without and with a gradient.
         blind: bool ``(N,)``, images at which some gradient was not finite.
     """
 
@@ -57,7 +58,7 @@ class Panels:
         self.blind = torch.zeros(len(y), dtype=torch.bool, device=y.device)
         # Without noise all paths that there are, and the same for both panels.
         self.eot, self.selection = target.distinct or eot, target.distinct or selection
-        self.forwards = self.backwards = 0
+        self.queries = self.gradients = 0
 
     @property
     def noisy(self) -> bool:
@@ -69,9 +70,10 @@ class Panels:
 
         Entries of the gradient that are not finite are 0, and the image counts as `blind`.
         """
-        self.backwards += self.eot * len(rows)
+        self.gradients += self.eot * len(rows)
         first = (self.attempt * self.draws + draw) * self.eot
-        found = self.target.ascend(objective, x, self.labels[rows], first, self.eot, self.seed, self.index[rows])
+        paths = PathRange(self.seed, "gradient", self.index[rows], first, self.eot)
+        found = self.target.ascend(objective, x, self.labels[rows], paths)
         self.blind[rows] |= ~found.gradient.isfinite().flatten(1).all(1)
         return Ascent(comparable(found.loss), found.logits, found.gradient.nan_to_num(0, 0, 0))
 
@@ -93,8 +95,8 @@ class Panels:
 
     def _ask(self, x: Tensor, rows: Tensor, number: int, purpose: str) -> Tensor:
         count = self.eot if purpose == "gradient" else self.selection
-        self.forwards += count * len(rows)
-        logits = self.target.paths(x, number * count, count, self.seed, purpose, self.index[rows])
+        self.queries += count * len(rows)
+        logits = self.target.path_logits(x, PathRange(self.seed, purpose, self.index[rows], number * count, count))
         check_labels(self.labels[rows].flatten(), self.labels[rows].numel(), logits.shape[-1])
         return logits
 

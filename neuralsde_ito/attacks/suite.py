@@ -32,7 +32,7 @@ from .selection import NOISES, Selection, joined_cases, report_votes, worst_labe
 from .square import Square
 from .targets import KnownPaths, Target
 
-_COUNTS = ("met", "felled", "forwards", "backwards", "blind")  # of each attack
+_COUNTS = ("attacked", "fooled", "queries", "gradients", "blind")  # of each attack
 
 
 @dataclass(frozen=True)
@@ -111,19 +111,19 @@ class SuiteResult:
         eps: the radius.
         denial, evasion: the two worst cases; labels and votes are empty until the report has voted, after the last
             attack of the radius. Sources number the attacks through all radii up to this one.
-        met, felled: of each attack at this radius, first the steps for denial, then the same steps for evasion: images
-            that it was run on, and images that fell to it by the selection's votes.
-        forwards, backwards: inferences of each attack without and with a gradient.
+        attacked, fooled: of each attack at this radius, first the steps for denial, then the same steps for evasion:
+            images that it was run on, and images that fell to it by the selection's votes.
+        queries, gradients: inferences of each attack without and with a gradient.
         blind: images of each attack at which some gradient was not finite.
     """
 
     eps: float
     denial: WorstCase
     evasion: WorstCase
-    met: tuple[int, ...]
-    felled: tuple[int, ...]
-    forwards: tuple[int, ...]
-    backwards: tuple[int, ...]
+    attacked: tuple[int, ...]
+    fooled: tuple[int, ...]
+    queries: tuple[int, ...]
+    gradients: tuple[int, ...]
     blind: tuple[int, ...] = ()
 
 
@@ -211,7 +211,7 @@ class Suite:
             attack, model = replace(step.attack, goal=goal), self._through(step, chosen.ensemble, x)
             found = attack.run(model, x[rows], chosen.y[rows], self.seed, chosen.index[rows], start)
             fallen = chosen.meet(rows, found.images, since + number, since)[goal]
-            values = (len(rows), int(fallen.sum()), found.forwards, found.backwards, int(found.blind.sum()))
+            values = (len(rows), int(fallen.sum()), found.queries, found.gradients, int(found.blind.sum()))
             count[:, number] = torch.tensor(values)
         return {"count": count, **chosen.state()}
 

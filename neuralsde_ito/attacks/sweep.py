@@ -187,7 +187,7 @@ def _sweep_batch(
         through = {name: attack if name in ("ensemble", "member") else replace(attack, stop=False) for name in models}
         own = replace(attack, restarts=attack.restarts * len(models)).run(resnet, x, y, seed, index)
         fooled = [classify(resnet, own.images)]
-        sweep.resnet_cost.append((own.backwards, own.forwards + len(models) * len(x)))
+        sweep.resnet_cost.append((own.gradients, own.queries + len(models) * len(x)))
         since, every = 2 * len(models) * level, torch.arange(len(x), device=x.device)
         sweep.labels.append({})
         sweep.images.append({})
@@ -198,21 +198,21 @@ def _sweep_batch(
             decided = ensemble.predict(found.images, seed, index)
             fooled.append(classify(resnet, found.images))
             sweep.labels[level][name], sweep.images[level][name] = decided.labels.cpu(), found.images.cpu()
-            sweep.cost[level][name] = (found.backwards, found.forwards)
+            sweep.cost[level][name] = (found.gradients, found.queries)
             sweep.invalid += int(decided.invalid.sum())
             tick(1)
-        backwards = forwards = 0
+        gradients = queries = 0
         for number, (name, model) in enumerate(models.items(), len(models)):
             rows = chosen.standing("evasion")
             if len(rows):
                 evade, start = replace(through[name], goal="evasion"), chosen.held["evasion"].images[rows]
                 found = evade.run(model, x[rows], y[rows], seed, index[rows], start)
                 chosen.meet(rows, found.images, since + number, since)
-                backwards, forwards = backwards + found.backwards, forwards + found.forwards
+                gradients, queries = gradients + found.gradients, queries + found.queries
                 fooled.append(y.clone())
                 fooled[-1][rows] = classify(resnet, found.images)
         sweep.resnet.append(_worst_of(y, fooled).cpu())
-        sweep.evasion_cost.append((backwards, forwards))
+        sweep.evasion_cost.append((gradients, queries))
         votes = chosen.vote()
         for cases, case in zip((sweep.denial, sweep.evasion), chosen.worst_cases(votes), strict=True):
             cases.append(WorstCase(*(value.cpu() for value in vars(case).values())))

@@ -15,6 +15,7 @@ from ..models.inference import piece_of
 from ..models.recast import ItoResNet
 from ..models.votes import winners
 from ..modules import evaluating, well_known
+from ..noise.keys import PathRange
 from ..parallel import in_pieces, out_of_memory
 from ..sde.solvers import find_solver
 from ..validation import ItoError, check_labels, whole_number
@@ -47,14 +48,12 @@ class Target(Protocol):
 
     distinct: int | None
 
-    def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
-        """Logits ``(count, N, classes)`` along numbered paths of a panel, without a gradient."""
+    def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
+        """Logits ``(count, N, classes)`` along numbered paths, without a gradient."""
         ...
 
-    def ascend(
-        self, objective: Objective, x: Tensor, y: Tensor, first: int, count: int, seed: int, index: Tensor
-    ) -> Ascent:
-        """An objective and its gradient along numbered paths of the gradient panel."""
+    def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
+        """An objective and its gradient along numbered paths."""
         ...
 
 
@@ -222,26 +221,24 @@ class ModuleTarget:
         return answers(self.model, x)
 
     @torch.no_grad()
-    def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
+    def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
         """See `Target`."""
 
         def piece(part: slice) -> Tensor:
-            return torch.stack([self.logits(x[part], index[part]) for _ in range(count)])
+            return torch.stack([self.logits(x[part], paths.index[part]) for _ in range(paths.count)])
 
         return torch.cat(in_pieces(piece, len(x), self.batch_size or 256, x.device, side_by_side=False), 1)
 
-    def ascend(
-        self, objective: Objective, x: Tensor, y: Tensor, first: int, count: int, seed: int, index: Tensor
-    ) -> Ascent:
+    def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
         """See `Target`."""
 
         def piece(part: slice) -> Ascent:
-            names = index[part]
+            names = paths.index[part]
             return _ascend(
-                objective, x[part], y[part], lambda x: torch.stack([self.logits(x, names) for _ in range(count)])
+                objective, x[part], y[part], lambda x: torch.stack([self.logits(x, names) for _ in range(paths.count)])
             )
 
-        pieces = in_pieces(piece, len(x), self.at_once(count), x.device, side_by_side=False)
+        pieces = in_pieces(piece, len(x), self.at_once(paths.count), x.device, side_by_side=False)
         losses, logits, gradients = zip(*pieces, strict=True)
         return Ascent(torch.cat(losses), torch.cat(logits, 1), torch.cat(gradients))
 
@@ -291,41 +288,30 @@ class EnsembleTarget:
         return self._quick
 
     @torch.no_grad()
-    def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
+    def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
         """See `Target`."""
-        return self.quick(x).paths(x, first, count, seed, purpose, index)
+        return self.quick(x).path_logits(x, paths)
 
-    def ascend(
-        self,
-        objective: Objective,
-        x: Tensor,
-        y: Tensor,
-        first: int,
-        count: int,
-        seed: int,
-        index: Tensor,
-        purpose: str = "gradient",
-    ) -> Ascent:
-        """See `Target`; ``purpose`` is for an attacker who knows the defender's paths."""
-
+    def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
+        """See `Target`."""
         quick = self.quick(x)
         members: list[ItoResNet] = list(quick.members)  # type: ignore[arg-type]
         size = quick.chunk or min(piece_of(member, x, gradient=True) for member in members)
 
         def piece(part: slice) -> Ascent:
-            names = index[part]
-            return _ascend(objective, x[part], y[part], lambda x: quick.paths(x, first, count, seed, purpose, names))
+            own = paths.of(part)
+            return _ascend(objective, x[part], y[part], lambda x: quick.path_logits(x, own))
 
         try:
             side_by_side = all(well_known(member) for member in members)
-            pieces = in_pieces(piece, len(x), max(1, size // count), x.device, side_by_side)
+            pieces = in_pieces(piece, len(x), max(1, size // paths.count), x.device, side_by_side)
         except (RuntimeError, MemoryError) as error:
             # With a single image: what is left is to store less.
             if not out_of_memory(error) or all(member.checkpoint for member in members):
                 raise
             for member in members:
                 member.checkpoint = True
-            return self.ascend(objective, x, y, first, count, seed, index, purpose)
+            return self.ascend(objective, x, y, paths)
         losses, logits, gradients = zip(*pieces, strict=True)
         return Ascent(torch.cat(losses), torch.cat(logits, 1), torch.cat(gradients))
 
@@ -357,15 +343,16 @@ class KnownPaths:
         self.count = self.target.distinct or len(ensemble.members) * ensemble.inferences
         self.distinct: int | None = self.count
 
-    def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
+    def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
         """All of them, whichever are asked for."""
-        return self.target.paths(x, 0, self.count, self.seed, "report", index)
+        return self.target.path_logits(x, self._known(paths))
 
-    def ascend(
-        self, objective: Objective, x: Tensor, y: Tensor, first: int, count: int, seed: int, index: Tensor
-    ) -> Ascent:
+    def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
         """Through all of them."""
-        return self.target.ascend(objective, x, y, 0, self.count, self.seed, index, "report")
+        return self.target.ascend(objective, x, y, self._known(paths))
+
+    def _known(self, paths: PathRange) -> PathRange:
+        return PathRange(self.seed, "report", paths.index, 0, self.count)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..attacks.norms import BALLS
 from ..attacks.targets import ModuleTarget
+from ..noise.keys import PathRange
 from .case import Reseeded, Subject
 from .check import Beside, check, percent, plain
 
@@ -74,7 +75,7 @@ def binarisation(s: Subject) -> tuple[str, bool]:
     attack = replace(s.attack, stop=False, restarts=1, eot=1, objective=plain(s.attack))
     images = s.run(attack, readout, rows, torch.zeros_like(rows)).images
     with torch.no_grad():
-        scores = readout.paths(images, 0, 1, s.seed, "report", s.index[rows])[0, :, 1]
+        scores = readout.path_logits(images, PathRange(s.seed, "report", s.index[rows]))[0, :, 1]
         found = float((scores > 0).double().mean())
     return f"{percent(found)} of {len(rows)} (random {percent(by_chance)})", found < 0.95
 

@@ -61,8 +61,8 @@ class Evidence:
         originals: float32 ``(N, C, H, W)`` in [0, 1], before the attack.
         clean_votes: int64 ``(repeat, members, N, classes)``, on the originals.
         denial, evasion: the two worst cases; their images float32, their votes as ``clean_votes``.
-        met, forwards, backwards: of each attack, the images that it was run on, and its model evaluations without and
-            with a gradient.
+        attacked, queries, gradients: of each attack, the images that it was run on, and its model evaluations without
+            and with a gradient.
         inferences, rule: of each member, and how votes become a label.
         seed: of all panels; report ``r`` of ``repeat`` has ``seed + r``.
         noise, repeat: the noise model and the persistence of the attacker, see `Suite`.
@@ -82,9 +82,9 @@ class Evidence:
     clean_votes: Tensor
     denial: WorstCase
     evasion: WorstCase
-    met: tuple[int, ...]
-    forwards: tuple[int, ...]
-    backwards: tuple[int, ...]
+    attacked: tuple[int, ...]
+    queries: tuple[int, ...]
+    gradients: tuple[int, ...]
     inferences: int
     rule: str
     seed: int
@@ -135,9 +135,9 @@ def evidence_of(
         clean_votes=clean_votes,
         denial=_on_cpu(last.denial),
         evasion=_on_cpu(last.evasion),
-        met=tuple(n for result in results for n in result.met),
-        forwards=tuple(n for result in results for n in result.forwards),
-        backwards=tuple(n for result in results for n in result.backwards),
+        attacked=tuple(n for result in results for n in result.attacked),
+        queries=tuple(n for result in results for n in result.queries),
+        gradients=tuple(n for result in results for n in result.gradients),
         inferences=ensemble.inferences,
         rule=ensemble.rule,
         seed=suite.seed,
@@ -311,7 +311,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _records(evidence: Evidence, digest: str) -> str:
     """The content of ``records.json``: a head, then one line an image."""
     repeat, members, _, classes = evidence.clean_votes.shape
-    costs = zip(evidence.attacks, evidence.met, evidence.forwards, evidence.backwards, strict=True)
+    costs = zip(evidence.attacks, evidence.attacked, evidence.queries, evidence.gradients, strict=True)
     head = {
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -392,9 +392,9 @@ def _evidence(head: dict[str, Any], tensors: dict[str, Tensor]) -> Evidence:
         clean=column("clean", "label"),
         clean_votes=votes("clean"),
         **cases,
-        met=tuple(cost["images"] for cost in costs),
-        forwards=tuple(cost["forwards"] for cost in costs),
-        backwards=tuple(cost["backwards"] for cost in costs),
+        attacked=tuple(cost["images"] for cost in costs),
+        queries=tuple(cost["forwards"] for cost in costs),
+        gradients=tuple(cost["backwards"] for cost in costs),
         inferences=head["inferences"],
         rule=head["rule"],
         seed=head["seed"],
@@ -430,7 +430,7 @@ def _summary(evidence: Evidence) -> dict[str, Any]:
         counts = outcomes.as_dict()["counts"]
         content[f"{name}_counts"] = {key: counts[key] for key in ("correct", "wrong", "abstained")}  # type: ignore[index]
     content["robust_acc_attack"] = f"the worst case per image over {', '.join(evidence.attacks)}"
-    content |= {"forwards": sum(evidence.forwards), "backwards": sum(evidence.backwards)}
+    content |= {"forwards": sum(evidence.queries), "backwards": sum(evidence.gradients)}
     return content | {"noise": evidence.noise, "repeat": evidence.repeat, "seed": evidence.seed}
 
 
@@ -447,7 +447,7 @@ def check_evidence(evidence: Evidence) -> None:
     names = (*evidence.attacks, _CLEAN)
     if not evidence.attacks or len(set(names)) < len(names):
         raise ItoError(f"A bundle needs attacks, no two of one name, got {shown(evidence.attacks)}.")
-    for name in ("met", "forwards", "backwards"):
+    for name in ("attacked", "queries", "gradients"):
         values = getattr(evidence, name)
         if len(values) != len(evidence.attacks) or not all(
             type(value) is int and 0 <= value < 2**62 for value in values

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attacks.base import Attack, Attacked
+from ..attacks.base import Attack, AttackResult
 from ..attacks.norms import BALLS
 from ..attacks.objectives import Objective
 from ..attacks.panels import right_share
@@ -22,7 +22,7 @@ from ..attacks.targets import NO_GRADIENT, Ascent, Target, alike, answers, as_ca
 from ..models.ensemble import ItoEnsemble, NoiseFree
 from ..models.recast import ItoResNet
 from ..models.votes import decide, winners
-from ..noise.keys import make_keys
+from ..noise.keys import PathRange, make_keys
 from ..outcomes import ABSTAIN, Outcomes, Rate
 from ..sde.solvers import find_solver
 from ..validation import ItoError, check_images, check_labels, image_names, shown, whole_number
@@ -46,16 +46,14 @@ class Traced:
         self.share = torch.full((len(x),), torch.inf, device=x.device)
         self._names, self._order = index.sort()
 
-    def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor) -> Tensor:
+    def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
         """As the target has them."""
-        return self.target.paths(x, first, count, seed, purpose, index)
+        return self.target.path_logits(x, paths)
 
-    def ascend(
-        self, objective: Objective, x: Tensor, y: Tensor, first: int, count: int, seed: int, index: Tensor
-    ) -> Ascent:
+    def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
         """As the target does, and remembered."""
-        found = self.target.ascend(objective, x, y, first, count, seed, index)
-        rows = self._order[torch.searchsorted(self._names, index)]
+        found = self.target.ascend(objective, x, y, paths)
+        rows = self._order[torch.searchsorted(self._names, paths.index)]
         self.losses.append(torch.full_like(self.share, torch.nan))
         self.losses[-1][rows] = found.loss.to(self.share)
         share = right_share(found.logits, y)
@@ -97,7 +95,7 @@ class FixedPaths(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, classes)``."""
         same = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        logits = self.ensemble.paths(x, 0, self.count, self.seed, "report", same)
+        logits = self.ensemble.path_logits(x, PathRange(self.seed, "report", same, 0, self.count))
         return logits.log_softmax(-1).logsumexp(0) - math.log(self.count)
 
 
@@ -245,9 +243,10 @@ class Subject:
         return _VOTES if self.random else 1
 
     @torch.no_grad()
-    def paths(self, x: Tensor, rows: Tensor, count: int, first: int = 0, purpose: str = "selection") -> Tensor:
+    def path_logits(self, x: Tensor, rows: Tensor, count: int, first: int = 0, purpose: str = "selection") -> Tensor:
         """Logits ``(count, K, classes)`` along some paths, all that there are where there is no noise."""
-        return self.target.paths(x, first, self.target.distinct or count, self.seed, purpose, self.index[rows])
+        paths = PathRange(self.seed, purpose, self.index[rows], first, self.target.distinct or count)
+        return self.target.path_logits(x, paths)
 
     @cached_property
     def fixed(self) -> nn.Module | None:
@@ -277,7 +276,7 @@ class Subject:
         length = self.attack.step_size
         return replace(self.attack, eps=eps, step_size=length and length * eps / self.attack.eps)
 
-    def run(self, attack: Attack, target: Target, rows: Tensor, y: Tensor | None = None) -> Attacked:
+    def run(self, attack: Attack, target: Target, rows: Tensor, y: Tensor | None = None) -> AttackResult:
         """The attack itself, through any target, on the images at ``rows``; ``y``: labels if they are not the true."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of one path a gradient, of gradients that are not finite: checks say it

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..noise.keys import PathRange
 from .case import Subject
 from .check import Beside, _noisy, _objective, beyond_chance, check, from_to, percent
 
@@ -66,7 +67,8 @@ def solver_gradient(s: Subject) -> tuple[str, bool]:
 def _gradient(s: Subject, panel: int) -> Tensor:
     """Gradients at the clean images ``(N, D)``, on a set of paths of its own for every ``panel``."""
     count = s.target.distinct or s.attack.eot
-    found = s.target.ascend(_objective(s), s.x, s.y, panel * count, count, s.seed, s.index)
+    paths = PathRange(s.seed, "gradient", s.index, panel * count, count)
+    found = s.target.ascend(_objective(s), s.x, s.y, paths)
     return found.gradient.flatten(1)
 
 

@@ -54,7 +54,7 @@ def random_noise(s: Subject) -> tuple[str, bool]:
         batch = left.repeat_interleave(at_once)
         draws = torch.arange(done, done + at_once, device=s.x.device).repeat(len(left))
         x = s.noise(s.x[batch], batch, s.attack.eps, draws).clamp(0, 1)
-        logits = s.paths(x, batch, 1, first=done).mean(0)
+        logits = s.path_logits(x, batch, 1, first=done).mean(0)
         # Where logits are not finite there is no right answer.
         lost = torch.where(logits.isfinite().all(-1), margin(logits, s.y[batch]), torch.inf)
         ahead = lost.view(len(left), at_once)

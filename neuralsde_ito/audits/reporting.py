@@ -27,7 +27,7 @@ def selection_bias(s: Subject) -> tuple[str, bool]:
     """What the attack claims on its selection's paths, beside as many paths that it never saw, by the same rule."""
     _noisy(s, "selection and report are the same")
     rows = _known(s)
-    found = s.paths(s.main.images[rows], rows, s.attack.selection, purpose="report")
+    found = s.path_logits(s.main.images[rows], rows, s.attack.selection, purpose="report")
     stand = (winners(found) == s.y[rows]).double().mean(0) > 0.5
     claimed = ~s.main.claimed[rows]
     paired = Paired.of(claimed, stand)

@@ -263,7 +263,7 @@ def _sources(evidence: Evidence, radii: list[float]) -> Claim:
     for case in cases_of(evidence).values():
         outside |= (case.source != CLEAN) & (norms_of(evidence, case) > reached[case.source] + ROUNDING)
     # An image that a later step of a goal changed had not fallen before it.
-    met = torch.tensor(evidence.met).view(-1, goals)
+    met = torch.tensor(evidence.attacked).view(-1, goals)
     made = torch.stack([case.source for case in cases_of(evidence).values()])  # (2, N)
     least = torch.zeros_like(met)
     for number in range(len(evidence.attacks)):
@@ -497,21 +497,21 @@ def _costs(
         for limit in [_limits(step, ensemble, suite, x, evidence.clean_votes.shape[3]) for step in suite.steps(eps)]
     ]
     total = {}
-    for what in ("met", "forwards", "backwards"):
+    for what in ("attacked", "queries", "gradients"):
         batches = ([count for result in batch for count in getattr(result, what)] for batch in found)
         total[what] = [sum(counts) for counts in zip(*batches, strict=True)]
     level = _EACH / len(evidence.attacks)
     odd = []
-    for number, (met, own) in enumerate(zip(evidence.met, total["met"], strict=True)):
+    for number, (met, own) in enumerate(zip(evidence.attacked, total["attacked"], strict=True)):
         # Of n images ``met`` were met; a random sample has a hypergeometric share. One image more or less is rounding.
         law = hypergeom(n, min(met, n), sample)
         if met > n or min(law.cdf(own + 1), law.sf(own - 2)) < level / 2:
             odd.append(number)
     note = "By a random sample of the images, attack by attack"
-    yield _named("images met", f"{sum(evidence.met)} by {len(evidence.met)} attacks", odd, evidence, note)
+    yield _named("images met", f"{sum(evidence.attacked)} by {len(evidence.attacked)} attacks", odd, evidence, note)
     odd = []
     for number, limit in enumerate(limits):
-        met, own = evidence.met[number], total["met"][number]
+        met, own = evidence.attacked[number], total["attacked"][number]
         for what, (low, high) in limit.items():
             claimed = getattr(evidence, what)[number]
             near = True
@@ -522,7 +522,7 @@ def _costs(
                 near = abs(claimed / met - total[what][number] / own) <= slack
             if not (low * met <= claimed <= high * met and near):
                 odd.append(number)
-    said = f"{sum(evidence.backwards):,} gradients, {sum(evidence.forwards):,} queries"
+    said = f"{sum(evidence.gradients):,} gradients, {sum(evidence.queries):,} queries"
     yield _named("costs", said, odd, evidence, "Of each attack, against its settings and a sample of the images")
 
 
@@ -549,4 +549,4 @@ def _limits(step: Step, ensemble: ItoEnsemble, suite: Suite, x: Tensor, classes:
     least = ascents if not attack.stop else min(ascents, 1)
     # A query at each iterate, one more where it seems to have fallen, and those that compare attempts.
     queries = attempts * ((attack.steps + 2) * (eot + 2 * selection) + selection) + selection
-    return {"backwards": (least * eot, attempts * ascents * eot), "forwards": (selection, queries)}
+    return {"gradients": (least * eot, attempts * ascents * eot), "queries": (selection, queries)}

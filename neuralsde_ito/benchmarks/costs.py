@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import kernels
-from ..attacks.base import Attacked
+from ..attacks.base import AttackResult
 from ..attacks.objectives import Objective
 from ..attacks.other_libraries import peer_attack
 from ..attacks.pgd import PGD
@@ -34,7 +34,7 @@ from ..models.recast import ItoResNet, recast
 from ..models.resnets import load_resnet
 from ..modules import evaluating
 from ..noise.brownian import BrownianPath
-from ..noise.keys import make_keys
+from ..noise.keys import PathRange, make_keys
 from .turns import Pause, in_turns
 
 
@@ -216,12 +216,12 @@ def bench_attack(ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float]
         paused = _PausedModule(model, pause, eot)
         return torchattacks.EOTPGD(paused, eps=eps, alpha=2.5 * eps / steps, steps=steps, eot_iter=eot)(x, y).detach()
 
-    def ours(eps: float, pause: Pause, **settings) -> Attacked:
+    def ours(eps: float, pause: Pause, **settings) -> AttackResult:
         target = _PausedTarget(EnsembleTarget(one), pause)
         return PGD(eps=eps, steps=steps, eot=eot, **settings).run(target, x, y)
 
     for eps in radii:
-        cases: dict[str, Callable[[Pause], Tensor | Attacked]] = {
+        cases: dict[str, Callable[[Pause], Tensor | AttackResult]] = {
             "torchattacks EOTPGD, reference": partial(peer, member, eps),
             "torchattacks EOTPGD, our engine": partial(peer, quicken(member, x), eps),
             "ours, every image to the end": partial(ours, eps, stop=False, keep="last"),
@@ -250,19 +250,17 @@ class _PausedTarget:
     """A target that pauses before every gradient."""
 
     def __init__(self, target: EnsembleTarget, pause: Pause) -> None:
-        self.paths, self.distinct = target.paths, target.distinct
+        self.path_logits, self.distinct = target.path_logits, target.distinct
         self._ascend, self._pause = target.ascend, pause
 
-    def ascend(
-        self, objective: Objective, x: Tensor, y: Tensor, first: int, count: int, seed: int, index: Tensor
-    ) -> Ascent:
+    def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
         self._pause()
-        return self._ascend(objective, x, y, first, count, seed, index)
+        return self._ascend(objective, x, y, paths)
 
 
 def _attacked(
     part: str,
-    cases: dict[str, Callable[[Pause], Tensor | Attacked]],
+    cases: dict[str, Callable[[Pause], Tensor | AttackResult]],
     eps: float,
     right: Callable[[Tensor], int],
     device: torch.device,
@@ -270,9 +268,9 @@ def _attacked(
     """Attacks, by turns where they pause: their time, the images that stay right, and the gradients."""
     rows: list[Row] = []
     for name, (found, spent) in in_turns(cases, device).items():
-        note = f"{right(found.images if isinstance(found, Attacked) else found)} correct"
-        if isinstance(found, Attacked):
-            note += f"; {found.backwards:,} gradients, {found.forwards:,} queries"
+        note = f"{right(found.images if isinstance(found, AttackResult) else found)} correct"
+        if isinstance(found, AttackResult):
+            note += f"; {found.gradients:,} gradients, {found.queries:,} queries"
         rows.append(
             Row(part, f"{255 * eps:g}/255: {name}", spent, spent / (rows[0].seconds if rows else spent), note=note)
         )
@@ -294,19 +292,19 @@ def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, rad
         return []
     surrogates = {"resnet": net, "noise-free": NoiseFree(ensemble)}
 
-    def peer(eps: float, pause: Pause) -> Attacked:
+    def peer(eps: float, pause: Pause) -> AttackResult:
         return peer_attack("autoattack", ensemble, x, y, "linf", eps)
 
-    def ours(eps: float, pause: Pause) -> Attacked:
+    def ours(eps: float, pause: Pause) -> AttackResult:
         suite = Suite(partial(standard, "linf", noisy=ensemble.noisy), surrogates)
         *_, (_, found) = suite.run(ensemble, x, y, index, [eps])
         fooled = found.denial.labels != y
-        costs = sum(found.forwards), sum(found.backwards)
-        return Attacked(found.denial.images, fooled, *costs, torch.zeros_like(fooled))
+        costs = sum(found.queries), sum(found.gradients)
+        return AttackResult(found.denial.images, fooled, *costs, torch.zeros_like(fooled))
 
     rows = []
     for eps in radii:
-        cases: dict[str, Callable[[Pause], Tensor | Attacked]] = {
+        cases: dict[str, Callable[[Pause], Tensor | AttackResult]] = {
             "AutoAttack": partial(peer, eps),
             "ours, standard": partial(ours, eps),
         }
@@ -344,6 +342,7 @@ def bench_training(net: nn.Module, omega: float, x: Tensor, y: Tensor, repeats: 
 _PEAK = """
 import sys
 import torch
+from ..noise.keys import PathRange
 from neuralsde_ito.benchmarks.costs import gradient_peak
 print(gradient_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True", sys.argv[5]))
 """

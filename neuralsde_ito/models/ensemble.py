@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import mixes_images
-from ..noise.keys import fresh_keys, make_keys
+from ..noise.keys import PathRange, fresh_keys, make_keys
 from ..validation import ItoError, check_images, image_names, whole_number
 from .inference import infer, piece_of, quicken
 from .recast import ItoResNet
@@ -85,26 +85,25 @@ class ItoEnsemble(nn.Module):
         logits = torch.cat([self._infer(m, x, keys[m]) for m in range(len(self.members))])
         return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
-    def paths(self, x: Tensor, first: int, count: int, seed: int, purpose: str, index: Tensor | None = None) -> Tensor:
-        """Logits along ``count`` numbered paths: ``(count, N, classes)``, differentiable.
+    def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
+        """Logits along numbered paths: ``(count, N, classes)``, differentiable.
 
         Path ``q`` is inference ``q // members`` of member ``q % members``, so any run of paths is spread
         evenly over the members, and every path has the same noise however it is asked for.
 
         Args:
             x: images ``(N, C, H, W)``.
-            first, count: the numbers of the paths.
-            seed, purpose, index: the rest of the address; ``index`` ``(N,)`` names the images (default: position).
+            paths: of these images.
         """
         total = len(self.members)
-        index = image_names(index, x)
-        out: list[Tensor | None] = [None] * count
+        index = image_names(paths.index, x)
+        out: list[Tensor | None] = [None] * paths.count
         for m in range(total):
-            places = [p for p in range(count) if (first + p) % total == m]
+            places = [p for p in range(paths.count) if (paths.first + p) % total == m]
             if not places:
                 continue
-            inference = torch.tensor([(first + p) // total for p in places], device=x.device)
-            logits = self._infer(m, x, make_keys(seed, purpose, m, inference[:, None], index))
+            inference = torch.tensor([(paths.first + p) // total for p in places], device=x.device)
+            logits = self._infer(m, x, make_keys(paths.seed, paths.purpose, m, inference[:, None], index))
             for place, row in zip(places, logits, strict=True):
                 out[place] = row
         return torch.stack([row for row in out if row is not None])
@@ -184,6 +183,11 @@ class ItoEnsemble(nn.Module):
         drawn = poll.drawn.sum(0)
         labels = decide(poll.votes, self.rule, self.inferences) if full else poll.labels()[0]
         return Prediction(labels, poll.votes, drawn, drawn - poll.votes.sum((0, 2)))
+
+
+def as_ensemble(model: nn.Module) -> nn.Module:
+    """An `ItoResNet` as an ensemble of one; any other module as it is."""
+    return ItoEnsemble([model]) if isinstance(model, ItoResNet) else model
 
 
 class NoiseFree(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -112,3 +113,24 @@ def fresh_keys(n: int, device: torch.device | str | None = None) -> Tensor:
         raise ItoError("Fresh noise cannot be traced: the traced model would repeat it for ever; trace model(x, keys).")
     seed = secrets.randbits(63)
     return make_keys(seed, "fresh", index=torch.arange(n, device=device))
+
+
+@dataclass(frozen=True)
+class PathRange:
+    """Numbered paths of some images: all that a model must know to draw their noise, now or again.
+
+    Attributes:
+        seed, purpose: as in `make_keys`.
+        index: int64 ``(N,)``, the images' names.
+        first, count: the paths ``first`` to ``first + count - 1`` of each image.
+    """
+
+    seed: int
+    purpose: str
+    index: Tensor
+    first: int = 0
+    count: int = 1
+
+    def of(self, rows: Tensor | slice) -> PathRange:
+        """The same paths, of some of the images."""
+        return replace(self, index=self.index[rows])
