@@ -1,0 +1,1 @@
+"""A run: its configuration, training, folder and evaluation."""
