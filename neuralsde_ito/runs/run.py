@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from .config import Config
-from ..data import Dataset
-from ..validation import ItoError
-from pathlib import Path
-from .saving import RESNET
-from .training import Trainer
-from datetime import UTC
-from datetime import datetime
-from .config import differing_keys
 import json
-from .. import kernels
-from .saving import load_base
-from ..data import load_data
-from ..models.resnets import load_resnet
-from .saving import member_path
-from ..validation import nearest
-from torch import nn
 import os
 import platform
-from .saving import read_config
-from .saving import recast_as
-from .saving import save_weights
-from ..validation import shown
 import sys
-from .saving import to_resnet
-import torch
+from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib.metadata import version
-from ..files import write_atomically
+from pathlib import Path
 
+import torch
+from torch import nn
+
+from .. import kernels
+from ..data import Dataset, load_data
+from ..files import write_atomically
+from ..models.resnets import load_resnet
+from ..validation import ItoError, nearest, shown
+from .config import Config, differing_keys
+from .saving import RESNET, load_base, member_path, read_config, recast_as, save_weights, to_resnet
+from .training import Trainer
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -235,4 +225,3 @@ def new_run_name(root: Path, config: Config) -> str:
 def command_line() -> str:
     """The command as it was typed, for the record beside a result; bytes that are not UTF-8 are spelled out."""
     return " ".join(["ito-sde", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
-

@@ -6,34 +6,24 @@ A member's file holds a plain ResNet's weights under torchvision's names: any to
 
 from __future__ import annotations
 
-from typing import Any
-from ..sde.block import BlockSDE
-from .config import Config
-from ..data import IMAGE_SIZES
-from ..models.ensemble import ItoEnsemble
-from ..validation import ItoError
-from ..models.recast import ItoResNet
-from ..models.resnets import Normalize
-from pathlib import Path
-from torch import Tensor
-from ..models.recast import as_chain
-from ..modules import changes_of
-from ..models.resnets import default_normalization
-from ..modules import evaluating
-from .config import load_config
-from ..models.resnets import load_resnet
-from ..models.resnets import load_weights
-from ..noise.keys import make_keys
-from torch import nn
 import os
-from .config import parse_config
-from ..models.resnets import read_weights
-from ..models.recast import recast
-from safetensors.torch import save as safetensors_bytes
-from ..validation import shown
-import torch
-from ..files import write_atomically
+from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from ..data import IMAGE_SIZES
+from ..files import write_atomically
+from ..models.ensemble import ItoEnsemble
+from ..models.recast import ItoResNet, as_chain, recast
+from ..models.resnets import Normalize, default_normalization, load_resnet, load_weights, read_weights
+from ..modules import changes_of, evaluating
+from ..noise.keys import make_keys
+from ..sde.block import BlockSDE
+from ..validation import ItoError, shown
+from .config import Config, load_config, parse_config
 
 RESNET = "resnet.safetensors"  # of a run: the ResNet that its members began as
 
@@ -293,4 +283,3 @@ def _untrained(config: Config, classes: int, channels: int) -> nn.Sequential:
     """The configuration's network, with weights that do not matter: the global random state stays as it is."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return load_resnet(config.network.arch, None, classes, channels, config.network.mean, config.network.std)
-
