@@ -37,9 +37,8 @@ def command(
         options.without_effect({"confidence"}, "With --full")
     from neuralsde_ito.models.ensemble import ItoEnsemble
     from neuralsde_ito.outcomes import Paired
+    from neuralsde_ito.runs.build import load_dataset, recast_as
     from neuralsde_ito.runs.evaluate import evaluate
-    from neuralsde_ito.runs.run import load_dataset
-    from neuralsde_ito.runs.saving import recast_as
 
     opened = options.open_run(root, run, device, inferences, rule)
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from neuralsde_ito.models.ensemble import ItoEnsemble
     from neuralsde_ito.runs.config import Config
+    from neuralsde_ito.runs.run import Run
 
 Command = Callable[..., Any]
 
@@ -181,29 +182,45 @@ on_run = stacked(
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Opened:
-    """A finished run, read back."""
+    """A finished run with its networks on a device.
 
-    folder: Path
-    config: Config
+    Attributes:
+        run: the run.
+        device: where the networks are.
+        ensemble: with the number of inferences and the rule that the flags ask for.
+        resnet: the ResNet from which the members began.
+    """
+
+    run: Run
+    device: torch.device
     ensemble: ItoEnsemble
     resnet: nn.Sequential
-    device: torch.device
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.run.config
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.folder
 
 
 def open_run(
     root: Path, run: str | None, device: str, inferences: int | None = None, rule: str | None = None
 ) -> Opened:
-    """Read a run; says on stderr which, where none was named."""
+    """Read a finished run, by default the newest one, which is then named on stderr."""
     from neuralsde_ito.models.ensemble import ItoEnsemble
-    from neuralsde_ito.runs.run import find_run, pick_device
-    from neuralsde_ito.runs.saving import load_base, load_ensemble
+    from neuralsde_ito.runs.build import pick_device
+    from neuralsde_ito.runs.run import Run
 
-    folder, place = find_run(root, run), pick_device(device)
+    found, on = Run.find(root, run), pick_device(device)
     if run is None:
-        click.echo(f"Run {folder} (the newest finished one; --run names another).", err=True)
-    ensemble, config = load_ensemble(folder, place)
+        click.echo(f"Run {found.folder} (the newest finished one; --run names another).", err=True)
+    ensemble = found.ensemble(on)
     if inferences or rule:
         ensemble = ItoEnsemble(
             ensemble.members,
@@ -211,4 +228,4 @@ def open_run(
             rule or ensemble.rule,
             ensemble.paths_per_call,
         ).eval()
-    return Opened(folder, config, ensemble, load_base(folder, config, place), place)
+    return Opened(found, on, ensemble, found.resnet(on))

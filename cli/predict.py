@@ -35,7 +35,7 @@ def command(
     from neuralsde_ito.data import load_image
     from neuralsde_ito.noise.keys import content_index
     from neuralsde_ito.outcomes import ABSTAIN
-    from neuralsde_ito.runs.run import load_dataset
+    from neuralsde_ito.runs.build import load_dataset
 
     opened = options.open_run(root, run, device, inferences, rule)
     images = load_dataset(opened.config, train_limit=1, test_limit=1)

@@ -64,19 +64,10 @@ def command(
     ito-sde train --resume
     """
     from neuralsde_ito.files import write_atomically
+    from neuralsde_ito.runs.build import build_resnet, load_dataset, pick_device, with_image_size
     from neuralsde_ito.runs.config import load_config
     from neuralsde_ito.runs.evaluate import evaluate
-    from neuralsde_ito.runs.run import (
-        build_resnet,
-        find_run,
-        load_dataset,
-        new_run_name,
-        pick_device,
-        prepare_run,
-        train_run,
-        with_image_size,
-    )
-    from neuralsde_ito.runs.saving import load_base, load_ensemble, read_config
+    from neuralsde_ito.runs.run import Run, new_run_name
     from neuralsde_ito.runs.training import Diverged, Interrupted
 
     if resume and overwrite:
@@ -84,64 +75,65 @@ def command(
     if print_config:
         idle = {"overwrite", "device", "as_json"} | (set() if resume else {"name", "root"})
         options.without_effect(idle, "With --print-config")
-    folder = find_run(root, name, complete=False) if resume else None
+    run = Run.find(root, name, complete=False) if resume else None
     overrides = _overrides(data, flags)
     typed = [assignment.partition("=")[0].strip() for assignment in assignments]
-    config = load_config(source, os.environ, assignments, overrides, base=read_config(folder) if folder else None)
+    config = load_config(source, os.environ, assignments, overrides, base=run.config if run else None)
     if config.network.weights is not None and (idle_key := next((k for k in typed if k.startswith("resnet.")), None)):
         raise click.UsageError(f"With weights no ResNet is trained, --set {idle_key} would do nothing: leave it out.")
     if print_config:
         click.echo(config.to_yaml(), nl=False)
         return
     place = pick_device(device)
-    if folder is None:
+    if run is None:
         name = name or new_run_name(root, config)
         folder = Path(name) if Path(name).parent != Path() else root / name
-    elif name is None:
-        click.echo(f"Run {folder} (the newest unfinished one; --run names another).", err=True)
-    images = load_dataset(config)
-    if not resume:
+        images = load_dataset(config)
         config = with_image_size(config, images)
         build_resnet(config, images)  # weights that do not fit should leave no folder behind
-    if not os.path.isdir(folder):
-        options.check_folder(folder)
-    prepare_run(folder, config, resume, overwrite)
-    options.check_folder(folder)
+        if not os.path.isdir(folder):
+            options.check_folder(folder)
+        run = Run.create(folder, config, overwrite)
+    else:
+        if name is None:
+            click.echo(f"Run {run.folder} (the newest unfinished one; --run names another).", err=True)
+        images = load_dataset(config)
+        run.check_config(config)
+    options.check_folder(run.folder)
 
     show = _Progress()
     begun = time.monotonic()
     try:
-        train_run(folder, config, images, place, show.phase, show.step, show.epoch, show.should_stop)
+        run.train(images, place, show.phase, show.step, show.epoch, show.should_stop)
     except Interrupted:
         show.close()
-        click.echo(f"Interrupted; everything is saved. To go on: ito-sde train --run {folder} --resume", err=True)
+        click.echo(f"Interrupted; everything is saved. To go on: ito-sde train --run {run.folder} --resume", err=True)
         raise click.exceptions.Exit(130) from None
     except Diverged as error:
         raise click.ClickException(str(error)) from None  # exit code 1: no usage mistake, yet foreseen
     finally:
         show.close()
 
-    ensemble, _ = load_ensemble(folder, place)
     with output.progress(len(images.test), "vote", "images") as bar:
-        result = evaluate(ensemble, load_base(folder, config, place), images.test, config.seed, tick=bar.update)
+        result = evaluate(run.ensemble(place), run.resnet(place), images.test, config.seed, tick=bar.update)
     report = {
         "command": "train",
-        "run": str(folder),
+        "run": str(run.folder),
         "seconds": round(time.monotonic() - begun, 1),
         "seed": config.seed,
         "device": str(place),
         "config": config.model_dump(mode="json"),
         **output.evaluation_json(result),
     }
-    write_atomically(folder / "evaluation.json", output.json_bytes(report))
+    write_atomically(run.evaluation_file, output.json_bytes(report))
     from .pictures import evaluation_picture
 
-    picture = folder / "evaluation.png"
+    picture = run.evaluation_file.with_suffix(".png")
     evaluation_picture(picture, result, images)
     if as_json:
         output.print_json(report)
         return
-    output.describe(config, folder, config.ensemble.members, config.ensemble.inferences, config.ensemble.rule)
+    output.describe(config, run.folder, config.ensemble.members, config.ensemble.inferences, config.ensemble.rule)
     output.evaluation_table(result, images.name)
     click.echo(f"\nPicture   {picture}")
     click.echo("Next      ito-sde attack --norm linf --eps 8/255")

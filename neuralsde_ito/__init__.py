@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .noise.normals import normals
     from .outcomes import ABSTAIN, Outcomes, Paired, Rate, WorstCase
     from .runs.config import Config, load_config
-    from .runs.saving import load_ensemble, save_ensemble
+    from .runs.run import Run, load_ensemble
+    from .runs.storing import save_ensemble
     from .sde.block import BlockSDE
     from .sde.integrate import integrate
     from .sde.schedules import SCHEDULES, Schedule
@@ -39,7 +40,8 @@ _HOMES = {
     "audits.audit": ("Audit", "audit"),
     "audits.bundle": ("Evidence", "load_bundle", "save_bundle"),
     "audits.check": ("Check",),
-    "runs.saving": ("load_ensemble", "save_ensemble"),
+    "runs.run": ("Run", "load_ensemble"),
+    "runs.storing": ("save_ensemble",),
     "studies.compare": ("SolverComparison", "compare_solvers"),
     "runs.config": ("Config", "load_config"),
     "data": ("load_data",),
@@ -68,8 +70,8 @@ __all__ = [  # noqa: RUF022  (in the order of reading)
     "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "ItoEnsemble", "Prediction", "decide",
     "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks", "Suite", "standard", "least_norm", "audit",
     "Audit", "Check", "Evidence", "save_bundle", "load_bundle", "verify_bundle", "Verification", "load_data", "Config",
-    "load_config", "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison", "read_depths", "Reading",
-    "ItoError",
+    "load_config", "Run", "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison", "read_depths",
+    "Reading", "ItoError",
 ]  # fmt: skip
 
 

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from ..models.resnets import ARCHITECTURES
-from ..data import AUGMENTATIONS
-from typing import Any
-from pydantic import BaseModel
-from pydantic import ConfigDict
-from ..data import DATASETS
-from pydantic import Field
-from collections.abc import Iterable
-from ..validation import ItoError
-from typing import Literal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..data import AUGMENTATIONS, DATASETS
+from ..models.resnets import ARCHITECTURES
 from ..models.votes import RULES
 from ..sde.schedules import Schedule
-from importlib.resources.abc import Traversable
-from pydantic import ValidationError
 from ..sde.solvers import check_solver
-from pydantic import field_validator
-from importlib.resources import files
-from pydantic import model_validator
-from ..validation import nearest
-from ..validation import shown
-import yaml
-
+from ..validation import ItoError, nearest, shown
 
 ENVIRONMENT = "ITO_SDE_"  # ITO_SDE_SDE__OMEGA=0.4 sets sde.omega
 
@@ -261,4 +252,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return out
-

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from ..models.ensemble import ItoEnsemble
-from ..outcomes import Outcomes
-from ..outcomes import Paired
-from ..data import Split
-from torch import Tensor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
 from ..attacks.sweep import Tick
 from ..attacks.targets import classify
-from dataclasses import dataclass
-from torch import nn
-import torch
-
+from ..data import Split
+from ..models.ensemble import ItoEnsemble
+from ..outcomes import Outcomes, Paired
 
 
 @dataclass(frozen=True)
@@ -82,4 +81,3 @@ def evaluate(
         drawn,
         invalid,
     )
-

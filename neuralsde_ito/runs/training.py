@@ -6,26 +6,24 @@ Adam at a learning rate of 1e-4, through the SDE.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from torch.nn import functional as F
-from .config import Fit
-from ..validation import ItoError
-from ..models.recast import ItoResNet
-from pathlib import Path
-from ..data import Split
-from torch import Tensor
-from ..data import batch_bounds
-from dataclasses import dataclass
-from dataclasses import field
 import io
-from ..noise.keys import make_keys
 import math
-from torch import nn
-import numpy as np
 import time
-import torch
-from ..files import write_atomically
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data import Split, batch_bounds
+from ..files import write_atomically
+from ..models.recast import ItoResNet
+from ..noise.keys import make_keys
+from ..validation import ItoError
+from .config import Fit
 
 
 class Interrupted(Exception):
@@ -206,4 +204,3 @@ def _optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
     if settings.optimizer == "adam":
         return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.SGD(parameters, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay)
-
