@@ -216,13 +216,13 @@ def _orders(
 
     asked = list(dict.fromkeys(PROBLEMS if "all" in problems else problems))
     peers = tuple(dict.fromkeys(peers))
-    chosen = solvers or tuple(name for name, solver in SOLVERS.items() if solver.library != "torchdiffeq")
+    chosen = solvers or tuple(name for name, solver in SOLVERS.items() if solver.form != "ode")
     grid = tuple(sorted(set(steps))) or (8, 16, 32, 64, 128, 256)
     for name in asked:
         if name not in PROBLEMS:
             raise ItoError(nearest("problem", name, PROBLEMS))
     for solver in chosen:
-        if find_solver(solver).library == "torchdiffeq":
+        if find_solver(solver).form == "ode":
             raise ItoError(f"{solver!r} solves the ODE, without noise; these problems have noise.")
     if "diffrax" in peers and importlib.util.find_spec("diffrax") is None:
         raise ItoError("diffrax is not installed: pip install diffrax.")

@@ -153,13 +153,13 @@ class _Network:
 
     def solvers(self) -> list[str]:
         without = self.model.schedule.omega == 0
-        return [name for name, s in SOLVERS.items() if (s.library == "torchdiffeq") == without and not s.adaptive]
+        return [name for name, s in SOLVERS.items() if (s.form == "ode") == without and not s.adaptive]
 
     def reference(self, finest: int) -> tuple[str, int]:
         return ("srk" if self.model.schedule.omega else "ode:rk4", 4 * finest)
 
     def theory(self, solver: str) -> float:
-        return find_solver(solver).order[self.model.schedule.multiplicative]
+        return find_solver(solver).order.given(multiplicative=self.model.schedule.multiplicative)
 
     def solve(self, x: Tensor, solver: str, steps: int, checkpoint: bool) -> tuple[Tensor, Tensor]:
         """The last state and the logits."""
@@ -177,7 +177,8 @@ class _Network:
         """Blocks with a drift, times steps, times stages; jumps count once."""
         method = find_solver(solver)
         drifts = sum(not sde.jump for sde in self.model.sdes)
-        a_block = steps * method.evaluations[self.model.schedule.multiplicative] + method.starts
+        a_step = method.evaluations.given(multiplicative=self.model.schedule.multiplicative)
+        a_block = steps * a_step + method.initial_evaluations
         return drifts * a_block + len(self.model.sdes) - drifts
 
     def errors(self, logits: Tensor, fine: Tensor) -> dict[str, Any]:
@@ -238,9 +239,9 @@ class _Equation:
     def check(self, solver: str, steps: int) -> None:
         method = find_solver(solver)
         fitting = solvers_for(*self.kind)
-        if solver not in fitting and not (solver == "torchsde:euler" and "euler" in fitting):
+        if (method.same_as or solver) not in fitting:
             raise ItoError(f"{solver!r} does not solve {self.noise}; these do: {', '.join(fitting)}.")
-        check_solver(solver, 1.0 if method.library != "torchdiffeq" else 0.0, steps)
+        check_solver(solver, 0.0 if method.form == "ode" else 1.0, steps)
 
     def solvers(self) -> list[str]:
         return solvers_for(*self.kind)
@@ -253,7 +254,7 @@ class _Equation:
     def theory(self, solver: str) -> float:
         if self.kind[0] == "general":
             return 0.5
-        return find_solver(solver).order[not self.additive]
+        return find_solver(solver).order.given(multiplicative=not self.additive)
 
     def solve(self, x: Tensor, solver: str, steps: int, checkpoint: bool) -> tuple[Tensor, Tensor]:
         """The last state, twice: there is no head."""

@@ -94,8 +94,9 @@ def diffrax_orders(problem: str, solvers: Sequence[str], steps: Sequence[int]) -
             if name is None:
                 continue
             method = find_solver(ours)
-            run = solver_of(name, method.stratonovich)
+            run = solver_of(name, method.form == "stratonovich")
             missed = [torch.from_numpy(np.array(run(keys, float(n)) - fine)) for n in steps]
-            theory, evaluations = method.order[multiplicative], method.evaluations[multiplicative]
+            theory = method.order.given(multiplicative=multiplicative)
+            evaluations = method.evaluations.given(multiplicative=multiplicative)
             found[ours] = fit_order(ours, theory, evaluations, steps, missed, float(fine.std()))
     return found
