@@ -97,7 +97,7 @@ def command(
     else:
         opened = options.open_run(root, run, device)
         net, ensemble, place = opened.resnet, opened.ensemble, opened.device
-        model = ensemble.members[0]  # type: ignore[assignment]
+        model = ensemble.members[0]
         arch = opened.config.network.arch
         data = load_dataset(opened.config, train_limit=1, test_limit=max(batch, images))
         _, x, y = next(iter(data.test.batches(max(batch, images), place)))

@@ -92,7 +92,7 @@ def command(
     data = load_dataset(opened.config, train_limit=1, test_limit=limit)
     index, x, y = next(iter(data.test.batches(limit, opened.device)))
     seed = opened.config.seed if seed is None else seed
-    member: ItoResNet = opened.ensemble.members[0]  # type: ignore[assignment]
+    member: ItoResNet = opened.ensemble.members[0]
     if depth:
         networks, folders = {opened.folder.name: member}, [opened.folder.resolve()]
         for name in versus:
@@ -101,11 +101,11 @@ def command(
                 raise ItoError(f"--versus {shown(name)} would be read twice: name each run once.")
             folders.append(other.folder.resolve())
             unique = other.folder.name if other.folder.name not in networks else str(other.folder)
-            networks[unique] = other.ensemble.members[0]  # type: ignore[assignment]
+            networks[unique] = other.ensemble.members[0]
         _depths(networks, (index, x, y), data.name, solvers, steps, schedules, horizons, seed, save, as_json)
         return
     chosen = tuple(sorted(set(steps))) or (1, 2, 4, 8)
-    report = compare_solvers(member, x, y, solvers or None, chosen, seed, index, gradients=gradients)  # type: ignore[arg-type]
+    report = compare_solvers(member, x, y, solvers or None, chosen, seed, index, gradients=gradients)
     if save:
         from .pictures import compare_picture
 

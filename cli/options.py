@@ -291,7 +291,7 @@ def open_run(
     ensemble = found.ensemble(on)
     if inferences or rule:
         ensemble = ItoEnsemble(
-            ensemble.members,  # type: ignore[arg-type]
+            ensemble.members,
             inferences or ensemble.inferences,
             rule or ensemble.rule,
             ensemble.paths_per_call,

@@ -73,7 +73,7 @@ def surrogate_models(ensemble: ItoEnsemble, resnet: nn.Module, names: Sequence[s
         if name == "ensemble":
             models[name] = ensemble
         elif name == "member":
-            models[name] = ItoEnsemble([ensemble.members[0]])  # type: ignore[list-item]
+            models[name] = ItoEnsemble([ensemble.members[0]])
         else:
             models[name] = NoiseFree(ensemble) if name == "noise-free" else resnet
     return models

@@ -295,7 +295,7 @@ class EnsembleTarget:
     def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
         """See `Target`."""
         quick = self.quick(x)
-        members: list[ItoResNet] = list(quick.members)  # type: ignore[arg-type]
+        members: list[ItoResNet] = list(quick.members)
         size = quick.chunk or min(piece_of(member, x, gradient=True) for member in members)
 
         def piece(part: slice) -> Ascent:

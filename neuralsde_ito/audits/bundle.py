@@ -183,11 +183,9 @@ def fingerprint(ensemble: ItoEnsemble) -> str:
     digest = hashlib.sha256()
     for member in ensemble.members:
         schedule = member.schedule
-        times = [(sde.t0, sde.t1, sde.jump) for sde in member.sdes]  # type: ignore[union-attr]
+        times = [(sde.t0, sde.t1, sde.jump) for sde in member.sdes]
         kinds = [type(module).__name__ for module in member.modules()]
-        digest.update(
-            repr((schedule.omega, schedule.name, member.solver, member.steps, times, kinds)).encode()  # type: ignore[union-attr]
-        )
+        digest.update(repr((schedule.omega, schedule.name, member.solver, member.steps, times, kinds)).encode())
         for name, value in sorted([*member.named_parameters(), *member.named_buffers()], key=lambda pair: pair[0]):
             content = value.detach().cpu().contiguous().view(torch.uint8) if value.dim() else value.detach().cpu()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + content.numpy().tobytes())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..modules import mixes_images
+from ..modules import ModuleListOf, mixes_images
 from ..noise.keys import PathRange, fresh_keys, make_keys
 from ..validation import ItoError, check_images, image_names, whole_number
 from .inference import infer, piece_of, quicken
@@ -47,6 +48,7 @@ class ItoEnsemble(nn.Module):
         ItoError: no members, or no inferences.
     """
 
+    members: ModuleListOf[ItoResNet]
     chunk: int | None = None  # states that run through a member at once; None: what suits the device
 
     def __init__(
@@ -57,7 +59,7 @@ class ItoEnsemble(nn.Module):
         paths_per_call: int = 4,
     ) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members = cast("ModuleListOf[ItoResNet]", nn.ModuleList(members))
         if not len(self.members):
             raise ItoError("An ensemble needs at least one member, got 0.")
         self.inferences, self.rule = whole_number("inferences", inferences), check_rule(rule)
@@ -66,7 +68,7 @@ class ItoEnsemble(nn.Module):
     @property
     def noisy(self) -> bool:
         """Whether any member has noise: whether two inferences of an image can differ."""
-        return any(member.schedule.omega > 0 for member in self.members)  # type: ignore[union-attr, operator]
+        return any(member.schedule.omega > 0 for member in self.members)
 
     @property
     def channels(self) -> int | None:
@@ -110,7 +112,7 @@ class ItoEnsemble(nn.Module):
 
     def _infer(self, member: int, x: Tensor, keys: Tensor) -> Tensor:
         """Logits ``(P, N, classes)`` of one member for keys ``(P, N)``; what they have in common runs once."""
-        model: ItoResNet = self.members[member]  # type: ignore[assignment]
+        model: ItoResNet = self.members[member]
         if mixes_images(model) or any(module.training for module in model.modules()):
             return torch.stack([model(x, path) for path in keys])
         if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in model.parameters()))):
@@ -129,7 +131,7 @@ class ItoEnsemble(nn.Module):
         Args:
             x: the images at hand ``(N, C, H, W)``, on which the copies are compared with the members.
         """
-        members = [quicken(member, x) for member in self.members]  # type: ignore[arg-type]
+        members = [quicken(member, x) for member in self.members]
         quick = ItoEnsemble(members, self.inferences, self.rule, self.paths_per_call)
         quick.chunk = self.chunk
         return quick
@@ -178,7 +180,7 @@ class ItoEnsemble(nn.Module):
                 run = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
                 keys = make_keys(seed, purpose, m, before[m][rows] + run, index[rows])
                 place = torch.zeros_like(counts).index_put_((images,), torch.arange(len(images), device=x.device))
-                logits = infer(quick.members[m], x[images], place[rows], keys, self.chunk)  # type: ignore[arg-type]
+                logits = infer(quick.members[m], x[images], place[rows], keys, self.chunk)
                 poll.count(m, rows, winners(logits))
         drawn = poll.drawn.sum(0)
         labels = decide(poll.votes, self.rule, self.inferences) if full else poll.labels()[0]
@@ -196,7 +198,7 @@ class NoiseFree(nn.Module):
     def __init__(self, ensemble: ItoEnsemble) -> None:
         super().__init__()
         self.ensemble = ensemble  # by which `as_called` knows it as one of ours: in eval mode
-        self.bases = nn.ModuleList([member.base for member in ensemble.members])  # type: ignore[union-attr, misc]
+        self.bases = nn.ModuleList([member.base for member in ensemble.members])
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, classes)``."""

@@ -27,7 +27,7 @@ class FrozenResNet(ItoResNet):
     @property
     def by_hand(self) -> bool:
         """Whether its blocks and its solver are what this module is for."""
-        rest: list[BlockSDE] = list(self.sdes)[1:]  # type: ignore[assignment]
+        rest: list[BlockSDE] = list(self.sdes)[1:]
         return (
             kernels.library is not None and self.drifts_once and len(rest) > 0 and all(_is_plain(s.block) for s in rest)
         )
@@ -66,12 +66,12 @@ class _Chain(torch.autograd.Function):
     """States ``(N, ...)`` before the first noise -> ``(copies N, ...)`` after the last, along paths ``(copies N,)``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, keys: Tensor, copies: int, sdes: Sequence[BlockSDE]) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, keys: Tensor, copies: int, sdes: Sequence[BlockSDE]) -> Tensor:
         recorded = ctx.needs_input_grad[0]
         ctx.copies, ctx.steps = copies, []
         x = diffuse(sdes[0], torch.cat([x] * copies) if copies > 1 else x, keys, in_place=copies > 1)
         for sde in sdes[1:]:
-            block: BasicBlock = sde.block  # type: ignore[assignment]
+            block: BasicBlock = sde.block
             skip, shortcut = x, None
             if block.downsample is not None:
                 with torch.set_grad_enabled(recorded):
@@ -89,7 +89,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+    def backward(ctx, gradient: Tensor):
         gradient, skip = gradient.clone(), None  # what follows is in place
         for i, (block, before, inner, outer, shortcut) in reversed(list(enumerate(ctx.steps))):
             skip = kernels.gate_(gradient, outer, skip)

@@ -77,7 +77,7 @@ def _reference(model: ItoResNet) -> ItoResNet:
 
 def _folded(own: ItoResNet) -> FrozenResNet:
     """The quick form of a model that nobody else holds."""
-    sdes: list[BlockSDE] = list(own.sdes)  # type: ignore[arg-type]
+    sdes: list[BlockSDE] = list(own.sdes)
     quick = FrozenResNet(own.stem, sdes, own.head, own.solver, own.steps, own.checkpoint, own.image_shape)
     for sde in sdes:
         sde.in_place = well_known(sde.block)
@@ -125,7 +125,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 def piece_of(model: ItoResNet, x: Tensor, gradient: bool = False) -> int:
     """How many states go through a model at a time, for images of the size of ``x`` ``(N, C, H, W)``."""
-    largest: float = max(math.prod(sde.shape) for sde in model.sdes)  # type: ignore[union-attr, arg-type]
+    largest: float = max(math.prod(sde.shape) for sde in model.sdes)
     # States grow with the images, as those of convolutions do.
     largest *= max(1.0, math.prod(x.shape[1:]) / math.prod(model.image_shape))
     if gradient and not (isinstance(model, FrozenResNet) and model.by_hand):

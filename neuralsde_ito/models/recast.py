@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ..modules import copied, evaluating, untouched
+from ..modules import ModuleListOf, copied, evaluating, untouched
 from ..noise.keys import fresh_keys
 from ..sde.block import BlockSDE
 from ..sde.integrate import diffuse, integrate
@@ -30,9 +31,15 @@ class Chain(nn.Module):
         head: last state -> logits.
     """
 
+    stem: nn.Module
+    blocks: ModuleListOf[nn.Module]
+    head: nn.Module
+
     def __init__(self, stem: nn.Module, blocks: Iterable[nn.Module], head: nn.Module) -> None:
         super().__init__()
-        self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
+        self.stem = stem
+        self.blocks = cast("ModuleListOf[nn.Module]", nn.ModuleList(blocks))
+        self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(N, C, H, W)`` in [0, 1] -> logits ``(N, classes)``."""
@@ -89,6 +96,10 @@ class ItoResNet(nn.Module):
         image_shape: of the images that `recast` looked at the network with.
     """
 
+    stem: nn.Module
+    sdes: ModuleListOf[BlockSDE]
+    head: nn.Module
+
     def __init__(
         self,
         stem: nn.Module,
@@ -100,19 +111,21 @@ class ItoResNet(nn.Module):
         image_shape: tuple[int, ...] = (3, 32, 32),
     ) -> None:
         super().__init__()
-        self.stem, self.sdes, self.head = stem, nn.ModuleList(sdes), head
+        self.stem = stem
+        self.sdes = cast("ModuleListOf[BlockSDE]", nn.ModuleList(sdes))
+        self.head = head
         self.solver, self.steps, self.checkpoint = solver, steps, checkpoint
         self.image_shape = tuple(image_shape)
 
     @property
     def schedule(self) -> Schedule:
         """The diffusion that all blocks share."""
-        return self.sdes[0].schedule  # type: ignore[return-value]
+        return self.sdes[0].schedule
 
     @property
     def base(self) -> Chain:
         """The noise-free network: the same modules, as the ResNet that they are at omega = 0, one step a block."""
-        return Chain(self.stem, [sde.block for sde in self.sdes], self.head)  # type: ignore[misc]
+        return Chain(self.stem, [sde.block for sde in self.sdes], self.head)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """One inference of every image.
@@ -144,7 +157,7 @@ class ItoResNet(nn.Module):
         That is the stem, and the drift of the first block where Euler takes it in one step.
         """
         state = self.stem(x)
-        return self.sdes[0].block(state) if self.drifts_once else state  # type: ignore[operator]
+        return self.sdes[0].block(state) if self.drifts_once else state
 
     def propagate(self, state: Tensor, keys: Tensor) -> Tensor:
         """From what `start` has made, ``(N, ...)``, to logits along paths ``(N,)``, or ``(P, N)``: P of each."""
@@ -160,9 +173,9 @@ class ItoResNet(nn.Module):
             state = torch.cat([state] * copies)  # in the order in memory that it has
         rest = iter(self.sdes)
         if self.drifts_once:
-            state = diffuse(next(rest), state, keys)  # type: ignore[arg-type]
+            state = diffuse(next(rest), state, keys)
         for sde in rest:
-            state = integrate(sde, state, keys, self.solver, self.steps, self.checkpoint)  # type: ignore[arg-type]
+            state = integrate(sde, state, keys, self.solver, self.steps, self.checkpoint)
         return state
 
 

@@ -112,11 +112,11 @@ class _Shift(torch.autograd.Function):
     """A shift by a constant: the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...]) -> Tensor:
         return _add(x, keys, scale, address, torch.empty_like(x))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+    def backward(ctx, gradient: Tensor):
         return gradient, None, None, None
 
 

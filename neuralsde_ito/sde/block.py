@@ -33,6 +33,7 @@ class BlockSDE(nn.Module):
         jump: whether the block changes the shape.
     """
 
+    block: nn.Module
     noise_type = "diagonal"
     sde_type = "ito"
     in_place = False  # whether a solver may overwrite what the block returns: in copies that nobody else looks into

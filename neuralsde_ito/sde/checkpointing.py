@@ -85,7 +85,7 @@ class _Recomputed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run: Steps, x: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, run: Steps, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.run, ctx.parameters = run, parameters
         ctx.save_for_backward(x)
         kind = x.device.type
@@ -102,7 +102,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+    def backward(ctx, gradient: Tensor):
         run = ctx.run
         if _versions(run.sde.block) != ctx.versions:
             raise ItoError(

@@ -165,7 +165,7 @@ class _Network:
         """The last state and the logits."""
         state = self.model.stem(x)
         for sde in self.model.sdes:
-            state = integrate(sde, state, self.keys, solver, steps, checkpoint)  # type: ignore[arg-type]
+            state = integrate(sde, state, self.keys, solver, steps, checkpoint)
             if not bool(state.isfinite().all()):
                 raise NotFinite(f"block {sde.index} (t = {sde.t1:g})")
         return state, self.model.head(state)

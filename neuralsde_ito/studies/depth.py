@@ -69,7 +69,7 @@ def read_depths(
     rows = torch.arange(len(x), device=x.device)
     readings = []
     for name, model in networks.items():
-        own = (model.schedule.name, float(model.sdes[-1].t1), model.solver, model.steps)  # type: ignore[arg-type]
+        own = (model.schedule.name, float(model.sdes[-1].t1), model.solver, model.steps)
 
         def right(schedule: str, horizon: float, solver: str, n: int, model: ItoResNet = model) -> Tensor:
             shape = tuple(x.shape[1:])
