@@ -248,7 +248,9 @@ def test_help_and_version_do_not_wait_for_torch(tmp_path: Path) -> None:
         "import sys; from neuralsde_ito.cli import main\ntry: main()\n"
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
-    for words in (["--help"], ["--version"], ["nonsense"]):
+    from neuralsde_ito.cli import VERBS
+
+    for words in (["--help"], ["--version"], ["nonsense"], *([verb, "--help"] for verb in VERBS)):
         called = [sys.executable, "-c", code, *words]
         done = subprocess.run(called, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == (2 if words == ["nonsense"] else 0)
@@ -265,6 +267,10 @@ BAD = {
     "unknown architecture": (["train", "--arch", "resnet21"], "resnet20"),
     "unknown data set": (["train", "--data", "digit"], "digits"),
     "unknown solver": (["train", "--set", "sde.solver=milsten"], "milstein"),
+    "unknown solver by flag": (["train", "--solver", "milsten"], "milstein"),
+    "unknown schedule by flag": (["train", "--schedule", "inverse"], "inverse-time"),
+    "steps 3 by flag": (["train", "--steps", "3"], "power of two"),
+    "unknown rule": (["evaluate", "--rule", "flatt"], "flat"),
     "unknown schedule": (["train", "--set", "sde.schedule=inverse"], "inverse-time"),
     "omega negative": (["train", "--omega", "-0.1"], "omega"),
     "omega not a number": (["train", "--set", "sde.omega=nan"], "omega"),
@@ -335,6 +341,19 @@ def test_environment_variables_come_between_file_and_flags(trained: Path, capfd,
     code, _, err = in_process(["train", "--print-config"], trained, capfd)
     assert code == 2
     assert "sde.omega" in err
+
+
+def test_flags_set_keys_of_the_configuration(trained: Path, capfd) -> None:
+    flags = ["--solver", "srk", "--steps", "4", "--schedule", "multiplicative", "--omega", "0.1", "--limit", "50"]
+    assignments = ["--set", "sde.solver=euler", "--set", "sde.horizon=2.0"]
+    code, out, err = in_process(["train", *assignments, *flags, "--print-config"], trained, capfd)
+    assert code == 0, err
+    import yaml
+
+    tree = yaml.safe_load(out)
+    sde = {"omega": 0.1, "schedule": "multiplicative", "solver": "srk", "steps": 4, "horizon": 2.0}
+    assert tree["sde"] == {**sde, "checkpoint": False}  # a flag comes before --set
+    assert (tree["data"]["train_limit"], tree["data"]["test_limit"]) == (50, 50)
 
 
 @pytest.mark.parametrize(

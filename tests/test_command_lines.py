@@ -614,12 +614,32 @@ def test_json_holds_no_nan(here: Path, capfd: pytest.CaptureFixture) -> None:
 # --- words ----------------------------------------------------------------------------------------------
 
 
-def test_help_names_all_objectives_and_all_are_taken(here: Path, capfd: pytest.CaptureFixture) -> None:
-    from neuralsde_ito.cli.options import OBJECTIVES as named
+def test_the_names_of_the_options_are_those_of_the_library() -> None:
+    from neuralsde_ito.cli import options
 
+    from neuralsde_ito.attacks import BALLS, PRESETS
+    from neuralsde_ito.attacks.objectives import OBJECTIVES
+    from neuralsde_ito.attacks.other_libraries import PEERS
+    from neuralsde_ito.attacks.selection import NOISES
+    from neuralsde_ito.attacks.sweep import SURROGATES
+    from neuralsde_ito.models.resnets import ARCHITECTURES
+    from neuralsde_ito.models.votes import RULES
+    from neuralsde_ito.sde.schedules import SCHEDULES
+
+    assert tuple(BALLS) == options.NORMS
+    assert tuple(PRESETS) == options.PRESETS
+    assert tuple(OBJECTIVES) == options.OBJECTIVES
+    assert tuple(SURROGATES) == options.SURROGATES
+    assert tuple(NOISES) == options.NOISES
+    assert tuple(PEERS) == options.PEERS
+    assert tuple(RULES) == options.RULES
+    assert tuple(SCHEDULES) == options.SCHEDULES
+    assert tuple(ARCHITECTURES) == options.ARCHITECTURES
+
+
+def test_help_names_all_objectives_and_all_are_taken(here: Path, capfd: pytest.CaptureFixture) -> None:
     from neuralsde_ito.attacks.objectives import OBJECTIVES
 
-    assert tuple(OBJECTIVES) == named
     code, out, _ = ito_sde(["attack", "--help"], capfd)
     assert code == 0
     assert all(name in "".join(out.split()) for name in OBJECTIVES)  # a line may end at a hyphen
