@@ -172,9 +172,9 @@ def test_a_users_sde_is_compared_by_all_solvers_that_fit():
 def test_its_last_state_is_the_closed_form_on_the_same_path():
     # The reference is right, not only near to what it is held against: y0 exp((1/4 - 1/8) t + W / 2).
     y0, keys = start(), ito.make_keys(3, "report", index=torch.arange(64))
-    from neuralsde_ito.studies.compare import _Equation
+    from neuralsde_ito.studies.subjects import Equation
 
-    end = _Equation(Growth(), y0, keys, (0.0, 0.3)).solve(y0, "srk", 64, False)[0]
+    end = Equation(Growth(), y0, keys, (0.0, 0.3)).solve(y0, "srk", 64, False)[0]
     w = ito.BrownianPath(keys, 4, 0, 0.0, 0.3, dtype=torch.float64).increment(0, 0)
     torch.testing.assert_close(end, torch.exp(0.125 * 0.3 + 0.5 * w), rtol=1e-4, atol=0)
 
