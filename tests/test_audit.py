@@ -94,26 +94,26 @@ class Detached(nn.Module):
 def outcome(check: RunCheck, model: nn.Module, images: tuple[Tensor, Tensor], eps=EPS, **options) -> Check:
     """One check on a model; ``options`` that are not of the case are settings of its PGD."""
     own = {name: options.pop(name) for name in ("surrogates", "queries", "draws") if name in options}
-    found = check(AuditCase(model, *images, PGD(**{"eps": eps, **options}), **own))
-    assert found.note
-    assert found.source
-    assert found.threshold
-    return found
+    result = check(AuditCase(model, *images, PGD(**{"eps": eps, **options}), **own))
+    assert result.note
+    assert result.source
+    assert result.threshold
+    return result
 
 
 def passes(check: RunCheck, model: nn.Module, images: tuple[Tensor, Tensor], **options) -> None:
-    found = outcome(check, model, images, **options)
-    assert found.verdict == "pass", found
+    result = outcome(check, model, images, **options)
+    assert result.verdict == "pass", result
 
 
 def fails(check: RunCheck, model: nn.Module, images: tuple[Tensor, Tensor], **options) -> None:
-    found = outcome(check, model, images, **options)
-    assert found.verdict == "fail", found
+    result = outcome(check, model, images, **options)
+    assert result.verdict == "fail", result
 
 
 def does_not_apply(check: RunCheck, model: nn.Module, images: tuple[Tensor, Tensor], **options) -> None:
-    found = outcome(check, model, images, **options)
-    assert found.verdict == "not applicable", found
+    result = outcome(check, model, images, **options)
+    assert result.verdict == "not applicable", result
 
 
 def test_a_new_check_takes_ten_lines(net, images, monkeypatch):
@@ -123,19 +123,19 @@ def test_a_new_check_takes_ten_lines(net, images, monkeypatch):
     names = {"check": check, "AuditCase": AuditCase, "from_to": from_to, "beyond_chance": beyond_chance}
     exec(example, names)
     monkeypatch.setattr(audits, "CHECKS", (*CHECKS[:2], names["mirror_images"]))
-    found = audit(net, images[0][:20], images[1][:20], eps=EPS, steps=2)
-    assert [each.number for each in found.checks] == [1, 2, 21]
-    assert found.checks[2].verdict == "fail", found.checks[2]  # the network was trained without flips
-    assert found.as_dict()["checks"][2]["name"] == "mirror images"
+    result = audit(net, images[0][:20], images[1][:20], eps=EPS, steps=2)
+    assert [each.number for each in result.checks] == [1, 2, 21]
+    assert result.checks[2].verdict == "fail", result.checks[2]  # the network was trained without flips
+    assert result.as_dict()["checks"][2]["name"] == "mirror images"
 
 
 # --- one check at a time --------------------------------------------------------------------------------
 
 
 def test_there_are_twenty_checks_in_order(net, images):
-    found = audit(net, images[0][:4], images[1][:4], eps=EPS, steps=2, queries=5, draws=50)
-    assert [check.number for check in found.checks] == list(range(1, 21))
-    assert len({check.name for check in found.checks}) == 20
+    result = audit(net, images[0][:4], images[1][:4], eps=EPS, steps=2, queries=5, draws=50)
+    assert [check.number for check in result.checks] == list(range(1, 21))
+    assert len({check.name for check in result.checks}) == 20
 
 
 def test_1_randomness(net, images):
@@ -311,13 +311,13 @@ def test_18_an_adaptive_solver_fails_and_bars_the_others():
     chain = smooth_chain()
     model = ito.recast(chain, omega=0, solver="ode:dopri5", image_shape=(2, 6, 6))
     x = torch.rand(3, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = audit(model, x, torch.tensor([0, 1, 2]), eps=0.1)
-    verdicts = {check.number: check.verdict for check in found.checks}
+    result = audit(model, x, torch.tensor([0, 1, 2]), eps=0.1)
+    verdicts = {check.number: check.verdict for check in result.checks}
     assert verdicts.pop(18) == "fail"
     assert verdicts.pop(1) == verdicts.pop(2) == "pass"
     assert set(verdicts.values()) == {"not applicable"}
-    assert not found.passed
-    json.dumps(found.as_dict())
+    assert not result.passed
+    json.dumps(result.as_dict())
 
 
 class Fractions(nn.Module):
@@ -364,20 +364,20 @@ def test_20_extraordinary_claim(net, images):
 
 
 def test_a_plain_network_passes(net, images):
-    found = audit(net, *images, eps=EPS, queries=150, draws=1000)
-    assert 0 < found.attacked.correct < found.clean.correct
-    assert found.passed, found.failed
-    rates = [rate.value for _, rate in found.curve]
+    result = audit(net, *images, eps=EPS, queries=150, draws=1000)
+    assert 0 < result.attacked.correct < result.clean.correct
+    assert result.passed, result.failed
+    rates = [rate.value for _, rate in result.curve]
     assert rates == sorted(rates, reverse=True)
-    assert [eps / EPS for eps, _ in found.curve] == pytest.approx([0, 0.25, 0.5, 1, 2])
+    assert [eps / EPS for eps, _ in result.curve] == pytest.approx([0, 0.25, 0.5, 1, 2])
 
 
 @pytest.mark.parametrize(
     ("broken", "expected"), [(quantised, {3, 12, 17}), (Detached, {12, 18, 9}), (saturated, {3, 9, 12})]
 )
 def test_masked_gradients_are_caught_by_at_least_three_checks(net, images, broken, expected):
-    found = audit(broken(net), *images, eps=0.15, queries=150, draws=1000)
-    failed = {check.number for check in found.failed}
+    result = audit(broken(net), *images, eps=0.15, queries=150, draws=1000)
+    failed = {check.number for check in result.failed}
     assert len(failed) >= 3
     assert failed >= expected
 
@@ -392,27 +392,27 @@ def chain_audit() -> tuple[ito.ItoEnsemble, Audit]:
     x = torch.rand(10, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     y = ensemble.predict(x).labels.clamp_min(0)
     before = torch.get_rng_state()
-    found = audit(ensemble, x, y, eps=0.1, steps=4, eot=4, queries=20, draws=200, index=torch.arange(10) + 7)
+    result = audit(ensemble, x, y, eps=0.1, steps=4, eot=4, queries=20, draws=200, index=torch.arange(10) + 7)
     assert torch.equal(torch.get_rng_state(), before)
-    return ensemble, found
+    return ensemble, result
 
 
 def test_an_ensemble_is_audited_and_left_as_it_was(chain_audit):
-    ensemble, found = chain_audit
-    verdict = {check.number: check.verdict for check in found.checks}
+    ensemble, result = chain_audit
+    verdict = {check.number: check.verdict for check in result.checks}
     assert verdict[18] == verdict[19] == verdict[1] == "pass"
     assert verdict[20] == "not applicable"
     assert all(verdict[number] != "not applicable" for number in (4, 14, 15, 16))
     assert ensemble.training
     assert all(p.requires_grad for p in ensemble.parameters())
-    assert found.landscape.loss.shape == (21, 21)
+    assert result.landscape.loss.shape == (21, 21)
 
 
 def test_a_single_network_is_an_ensemble_of_one_and_figures_repeat(chain_audit):
     model = copy.deepcopy(chain_audit[0].members[0])
-    found = chain_audit[1]
+    result = chain_audit[1]
     settings = {"eps": 0.1, "steps": 2, "eot": 2, "queries": 5, "draws": 50}
-    first, second = (audit(model, found.x[:4], found.truth[:4], **settings) for _ in range(2))
+    first, second = (audit(model, result.x[:4], result.truth[:4], **settings) for _ in range(2))
     skip = 2  # the first two measure forwards on fresh noise, which cannot be repeated
     assert [c.figure for c in first.checks[skip:]] == [c.figure for c in second.checks[skip:]]
 
@@ -429,9 +429,9 @@ def test_the_generator_of_a_randomised_module_is_not_reset(net, images):
 
 
 def test_json_there_and_back(chain_audit):
-    found = chain_audit[1].as_dict()
-    assert json.loads(json.dumps(found)) == found
-    assert len(found["checks"]) == 20
+    result = chain_audit[1].as_dict()
+    assert json.loads(json.dumps(result)) == result
+    assert len(result["checks"]) == 20
 
 
 @pytest.mark.parametrize(
@@ -517,8 +517,8 @@ def test_json_and_strict(runs):
     words = ["audit", "--runs", runs, *QUICK, "--json"]
     done = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert done.exit_code == 0
-    found = json.loads(done.stdout)
-    assert len(found["checks"]) == 20
+    result = json.loads(done.stdout)
+    assert len(result["checks"]) == 20
     # One path a gradient on a randomised model: the first check fails, whatever the others say.
     weak = ["audit", "--runs", runs, *QUICK, "--eot", "1", "--json"]
     assert CliRunner().invoke(cli, weak, catch_exceptions=False).exit_code == 0

@@ -69,8 +69,8 @@ def _plant(case: AuditCase, model: nn.Module, rows: Tensor) -> tuple[_Readouts, 
     """Choose for every image a readout that one point of the ball's surface exceeds, and no point within eps / 2 does.
 
     The readout is Fisher's linear discriminant between that point and 100 points within eps / 2. Of 100 points on the
-    surface the one that is farthest from the inner points is planted: others would be found by chance too. The level
-    leaves 0.1 % of the gap between the inner points and the planted one.
+    surface the one that is farthest from the inner points is planted: random points would find the others too. The
+    level leaves 0.1 % of the gap between the inner points and the planted one.
 
     Returns:
         The readouts of the images that can be read apart; which these are, bool ``(N,)``; and the share of these

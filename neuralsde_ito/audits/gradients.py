@@ -75,7 +75,7 @@ def logits(case: AuditCase) -> tuple[str, bool]:
     "rounding, detached parts, or a root or a logarithm of 0.",
 )
 def zero_gradients(case: AuditCase) -> tuple[str, bool]:
-    """The share of images whose gradient is zero in every pixel, and the number of those where it is not finite."""
+    """The share of images whose gradient is zero in every pixel, and the number with one that is not finite."""
     gradient = _clean_gradients(case, panel=0)
     zero, odd = (gradient == 0).all(1), ~gradient.isfinite().all(1)
     not_finite = f", not finite at {int(odd.sum())} of {len(odd)}" if bool(odd.any()) else ""

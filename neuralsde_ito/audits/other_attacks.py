@@ -38,8 +38,8 @@ from .check import (
 def black_box(case: AuditCase) -> tuple[str, bool]:
     """The Square attack on the survivors of the white-box attack."""
     rows, attack = require_survivors(case), case.attack
-    # Every query of an image runs on the same paths, so fewer of them do than for a gradient; the second vote, on
-    # other paths, decides.
+    # All queries of an image run on the same paths, so fewer paths suffice than for a gradient. The second vote decides
+    # on other paths.
     eot = math.ceil(attack.eot / 4)
     square = Square(norm=attack.norm, eps=attack.eps, steps=case.queries, eot=eot, selection=attack.selection)
     before, after = second_vote(case, case.judge(square, rows).images)
