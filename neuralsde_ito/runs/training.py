@@ -217,7 +217,13 @@ class Trainer:
 
 
 def learning_rate(settings: Fit, step: int, total: int) -> float:
-    """The rate at a step: constant, or up over the first fifth and down to zero in straight lines."""
+    """The learning rate at a step: constant, or linear up over the first fifth and linear down to zero.
+
+    Args:
+        settings: rate and decay.
+        step: from 0.
+        total: steps of the whole training.
+    """
     if settings.decay == "constant" or total < 2:
         return settings.lr
     peak = max(1, total // 5)
@@ -225,11 +231,12 @@ def learning_rate(settings: Fit, step: int, total: int) -> float:
 
 
 def member_seed(seed: int, member: int) -> int:
-    """A member's own seed for the order of images and for augmentation."""
+    """A seed below 2**63 for a member's order of images and augmentation; members count from 1, the ResNet is 0."""
     return int(np.random.SeedSequence([seed, member]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
+    """The optimizer of the settings for all weights that take gradients."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if settings.optimizer == "adam":
         return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
