@@ -14,6 +14,8 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
+from neuralsde_ito.sde.schedules import Schedule
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -126,12 +128,7 @@ def paired_json(paired: Paired, other: str) -> dict[str, Any]:
 def describe(config: Config, folder: Path, members: int, inferences: int, rule: str) -> None:
     """Print the run, its ResNet, its SDE and its ensemble in four lines."""
     sde = config.sde
-    formula = {
-        "inverse-time": f"{sde.omega:g} / (1 + t)",
-        "constant": f"{sde.omega:g}",
-        "multiplicative": f"{sde.omega:g} / (1 + t) * x",
-        "constant-multiplicative": f"{sde.omega:g} * x",
-    }[sde.schedule]
+    formula = Schedule(sde.omega, sde.schedule).formula
     source = (
         f"weights {config.network.weights}"
         if config.network.weights
