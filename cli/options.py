@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from neuralsde_ito.sde.solvers import SOLVERS  # this table needs no torch
+from neuralsde_ito.sde.schedules import SCHEDULES
+from neuralsde_ito.sde.solvers import SOLVERS
 from neuralsde_ito.validation import ItoError, shown
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
-# The keys of the library's tables. To import those would import torch, and help should not wait seconds for it.
-# A test holds each tuple against its table.
+# The keys of those tables of the library whose files import torch: help should not wait seconds for it. A test holds
+# each tuple against its table.
 NORMS = ("linf", "l2")
 PRESETS = ("default", "madry20", "fgsm")
 OBJECTIVES = ("mean-loss", "loss-of-mean", "mean-logits", "margin", "dlr", "denial", "targeted-dlr", "targeted-vote")
@@ -35,7 +36,6 @@ SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 NOISES = ("fresh", "fixed", "known")
 PEERS = ("foolbox", "torchattacks", "autoattack")
 RULES = ("hierarchical", "flat")
-SCHEDULES = ("inverse-time", "constant", "multiplicative", "constant-multiplicative")
 ARCHITECTURES = (
     *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
     *("cifar-resnet18", "cifar-resnet34", "cifar-resnet50"),
@@ -50,7 +50,7 @@ one_surrogate = click.Choice(SURROGATES)
 one_noise = click.Choice(NOISES)
 one_peer = click.Choice(PEERS)
 one_rule = click.Choice(RULES)
-one_schedule = click.Choice(SCHEDULES)
+one_schedule = click.Choice(tuple(SCHEDULES))
 one_solver = click.Choice(tuple(SOLVERS))
 one_architecture = click.Choice(ARCHITECTURES)
 

@@ -190,6 +190,30 @@ def test_the_readme_has_command_lines() -> None:
     assert README.count("\n$ ito-sde ") > 10
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (
+            "compare --solver euler --problem double-well --steps 8",
+            "orders --solver euler --problem double-well --steps 8",
+        ),
+        ("compare --problem=all", "orders --problem all"),
+        ("compare --depth --versus single", "depth --versus single"),
+        ("compare --versus single --depth", "depth --versus single"),
+    ],
+)
+def test_an_option_that_became_a_verb_is_forwarded_with_a_hint(before: str, now: str, capfd) -> None:
+    from neuralsde_ito.cli import forwarded
+
+    assert forwarded(before.split()) == now.split()
+    out, err = capfd.readouterr()
+    assert out == ""
+    (hint,) = err.splitlines()
+    assert hint.endswith(f"is now 'ito-sde {now.split()[0]}'.")
+    assert forwarded(now.split()) == now.split()
+    assert capfd.readouterr().err == ""
+
+
 # --- files that cannot be written -----------------------------------------------------------------------
 
 WRITERS = {
@@ -599,7 +623,6 @@ def test_the_names_of_the_options_are_those_of_the_library() -> None:
     from neuralsde_ito.attacks.sweep import SURROGATES
     from neuralsde_ito.models.resnets import ARCHITECTURES
     from neuralsde_ito.models.votes import RULES
-    from neuralsde_ito.sde.schedules import SCHEDULES
 
     assert tuple(BALLS) == options.NORMS
     assert tuple(PRESETS) == options.PRESETS
@@ -608,7 +631,6 @@ def test_the_names_of_the_options_are_those_of_the_library() -> None:
     assert tuple(NOISES) == options.NOISES
     assert tuple(PEERS) == options.PEERS
     assert tuple(RULES) == options.RULES
-    assert tuple(SCHEDULES) == options.SCHEDULES
     assert tuple(ARCHITECTURES) == options.ARCHITECTURES
 
 

@@ -43,7 +43,7 @@ class Data(_Section):
     @field_validator("augment")
     @classmethod
     def _augment(cls, value: str | None) -> str | None:
-        return one_of("augmentation", value, AUGMENTATIONS)
+        return None if value is None else one_of("augmentation", value, AUGMENTATIONS)
 
 
 class Network(_Section):
