@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
-# The keys of those tables of the library whose files import torch: help should not wait seconds for it. A test holds
-# each tuple against its table.
+# The keys of library tables whose files import torch, for which help should not wait seconds. A test compares each
+# tuple with its table.
 NORMS = ("linf", "l2")
 PRESETS = ("default", "madry20", "fgsm")
 OBJECTIVES = ("mean-loss", "loss-of-mean", "mean-logits", "margin", "dlr", "denial", "targeted-dlr", "targeted-vote")
@@ -278,17 +278,17 @@ class Opened:
 
 
 def open_run(
-    root: Path, run: str | None, device: str, inferences: int | None = None, rule: str | None = None
+    root: Path, name: str | None, device: str, inferences: int | None = None, rule: str | None = None
 ) -> Opened:
     """Read a finished run, by default the newest one, which is then named on stderr."""
     from neuralsde_ito.models.ensemble import ItoEnsemble
     from neuralsde_ito.runs.build import pick_device
     from neuralsde_ito.runs.run import Run
 
-    found, on = Run.find(root, run), pick_device(device)
-    if run is None:
-        click.echo(f"Run {found.folder} (the newest finished one; --run names another).", err=True)
-    ensemble = found.ensemble(on)
+    run, torch_device = Run.find(root, name), pick_device(device)
+    if name is None:
+        click.echo(f"Run {run.folder} (the newest finished one; --run names another).", err=True)
+    ensemble = run.ensemble(torch_device)
     if inferences or rule:
         ensemble = ItoEnsemble(
             ensemble.members,
@@ -296,4 +296,4 @@ def open_run(
             rule or ensemble.rule,
             ensemble.paths_per_call,
         ).eval()
-    return Opened(found, on, ensemble, found.resnet(on))
+    return Opened(run, torch_device, ensemble, run.resnet(torch_device))

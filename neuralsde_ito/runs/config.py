@@ -76,7 +76,7 @@ class Sde(_Section):
 
     omega: float = Field(0.2, ge=0, description="Strength of the noise; 0 is the ResNet without noise.")
     schedule: str = Field("inverse-time", description="How the noise depends on time and state.")
-    solver: str = Field("euler", description="A name in SOLVERS; those with ode: need omega 0.")
+    solver: str = Field("euler", description="A name in SOLVERS; ode:... only with omega 0.")
     steps: int = Field(1, description="Solver steps a block, a power of two.")
     horizon: float | None = Field(None, gt=0, description="End of time; null: one unit a block.")
     checkpoint: bool = Field(False, description="Whether gradients save memory by computing steps twice.")
@@ -110,7 +110,7 @@ class Attack(_Section):
         {"linf": ("8/255",), "l2": ("0.5",)}, description="Radii by norm, in pixel units, if the user names none."
     )
     also: dict[Literal["linf", "l2"], tuple[str, ...]] = Field(
-        {}, description="Radii by norm that are attacked beside those of eps or of the user."
+        {}, description="More radii by norm, attacked whether or not the user names some."
     )
 
 
@@ -151,12 +151,14 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     base: Config | None = None,
 ) -> Config:
-    """Resolve a configuration. A later one of these replaces values of those before: ``source`` or, if there is
-    none, ``base``; ``environ``; ``assignments``; ``overrides``.
+    """Resolve a configuration from all of its sources.
+
+    It begins with ``source``, or without one with ``base``. Then ``environ`` replaces values, then ``assignments``,
+    then ``overrides``.
 
     Args:
         source: name of a preset, or path of a YAML file; by default the preset ``digits`` if there is no ``base``.
-        environ: environment variables; those named ``ITO_SDE_SECTION__KEY`` count, and their values are YAML.
+        environ: environment variables ``ITO_SDE_SECTION__KEY``, with YAML as values; all others are ignored.
         assignments: such as ``"sde.omega=0.4"``; the values are YAML.
         overrides: dotted key -> value; None has no effect.
         base: a configuration to begin with instead of a preset.
