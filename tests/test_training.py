@@ -2,6 +2,8 @@
 
 import io
 import math
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -377,6 +379,36 @@ def test_a_torn_configuration_is_one_sentence_and_hides_no_other_run(content: by
         ito.load_ensemble(tmp_path / "torn")
     assert "\n" not in str(caught.value)
     assert Run.find(tmp_path).folder == tmp_path / "good"
+
+
+def test_the_newest_run_of_a_kind_is_taken(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        ito.save_ensemble(tmp_path / name, small_ensemble(), tiny())
+    Run.create(tmp_path / "begun", tiny())
+    for name, written in (("old", 1e9), ("new", 1.1e9), ("begun", 1.2e9)):
+        os.utime(tmp_path / name / "config.yaml", (written, written))
+    assert Run.find(tmp_path).folder.name == "new"
+    assert Run.find(tmp_path, complete=False).folder.name == "begun"
+    assert Run.find(tmp_path, "old") == Run.open(tmp_path / "old") == Run.find(Path("nowhere"), str(tmp_path / "old"))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.yaml").write_text("[]")
+    assert Run.find(tmp_path).folder.name == "new"
+    with pytest.raises(ito.ItoError, match="damaged"):  # to resume an older one instead would surprise
+        Run.find(tmp_path, complete=False)
+
+
+def test_a_run_names_all_of_its_files(tmp_path: Path) -> None:
+    assert ito.Run is Run
+    made = Run.create(tmp_path / "a", tiny())
+    assert sorted(file.name for file in made.folder.iterdir()) == ["config.yaml", "environment.json"]
+    assert [file.relative_to(made.folder).as_posix() for file in made.member_files] == [
+        "members/00.safetensors",
+        "members/01.safetensors",
+    ]
+    record = made.result_file("attack", "linf")
+    assert re.fullmatch(r"attack-linf-\d{8}-\d{6}\.json", record.name)
+    assert record.parent == made.suite_state("abc").parent == made.evaluation_file.parent == made.folder
+    assert made.suite_state("abc").name == "suite-abc"
 
 
 def test_unfinished_missing_and_foreign_runs_are_refused(tmp_path: Path) -> None:
