@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,17 +16,51 @@ if TYPE_CHECKING:
     from neuralsde_ito.audits.audit import Audit
 
 
+@dataclass(frozen=True)
+class WhiteBoxOptions:
+    """The options of the white-box attack, as they were typed."""
+
+    norm: Literal["linf", "l2"]
+    eps: str | None
+    steps: int
+    step_size: str | None
+    restarts: int
+    eot: int
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of `PGD`, without the norm and the radius.
+
+        Raises:
+            ItoError: a setting, or the radius where one was typed, that cannot be used.
+        """
+        from neuralsde_ito.attacks import PGD, parse_eps
+        from neuralsde_ito.validation import ItoError
+
+        if self.eps is not None and parse_eps(self.eps) == 0:
+            raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
+        settings: dict[str, Any] = {"steps": self.steps, "restarts": self.restarts, "eot": self.eot}
+        settings["step_size"] = None if self.step_size is None else parse_eps(self.step_size)
+        PGD(norm=self.norm, eps=parse_eps(self.eps or 0), **settings)
+        return settings
+
+
+white_box = options.gathered(
+    "attack",
+    WhiteBoxOptions,
+    options.norm,
+    click.option("--eps", help="Radius in pixel units, 8/255 or 0.03.  [default: the run's largest]"),
+    click.option("--steps", type=int, default=20, show_default=True, help="Iterations of the white-box attack."),
+    click.option("--step-size", help="Length of an iteration in pixel units.  [default: 2.5 eps / steps]"),
+    click.option("--restarts", type=int, default=1, show_default=True, help="Attempts, each from a random start."),
+    click.option("--eot", type=int, default=20, show_default=True, help="Paths that a gradient averages."),
+)
+
+
 @click.command("audit")
-@options.on_run
-@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True, help="Norm of the ball.")
-@click.option("--eps", "radius", help="Radius in pixel units, 8/255 or 0.03.  [default: the run's largest]")
-@click.option("--steps", type=int, default=20, show_default=True, help="Iterations of the white-box attack.")
-@click.option("--step-size", help="Length of an iteration in pixel units.  [default: 2.5 eps / steps]")
-@click.option("--restarts", type=int, default=1, show_default=True, help="Attempts, each from a random start.")
-@click.option("--eot", type=int, default=20, show_default=True, help="Paths that a gradient averages.")
+@options.voting_run
+@white_box
 @click.option("--queries", type=int, default=500, show_default=True, help="Queries an image of the black-box attack.")
 @click.option("--draws", type=int, default=10_000, show_default=True, help="Random points in the ball, in all.")
-@options.votes
 @click.option("--limit", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="Use N test images.")
 @options.seed
 @click.option("--html", **options.out_file, metavar="FILE", help="Write a report, one page.")
@@ -34,22 +69,15 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     context: click.Context,
-    run: str | None,
-    root: Path,
-    device: str,
-    norm: Literal["linf", "l2"],
-    radius: str | None,
-    step_size: str | None,
-    inferences: int | None,
-    rule: str | None,
+    chosen: options.RunOptions,
+    attack: WhiteBoxOptions,
+    queries: int,
+    draws: int,
     limit: int,
     seed: int | None,
     html: Path | None,
     strict: bool,
     as_json: bool,
-    queries: int,
-    draws: int,
-    **settings: Any,
 ) -> None:
     """Check whether a robustness figure is the model's strength or the attack's weakness.
 
@@ -57,17 +85,13 @@ def command(
     ito-sde audit --eps 8/255 --html audit.html
     ito-sde audit --norm l2 --eps 0.5 --strict
     """
-    from neuralsde_ito.attacks import PGD, parse_eps
+    from neuralsde_ito.attacks import parse_eps
     from neuralsde_ito.audits.audit import CHECKS, audit
-    from neuralsde_ito.runs.run import load_dataset
-    from neuralsde_ito.validation import ItoError
+    from neuralsde_ito.runs.build import load_dataset
 
-    if radius is not None and parse_eps(radius) == 0:
-        raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
-    settings["step_size"] = None if step_size is None else parse_eps(step_size)
-    PGD(norm=norm, eps=parse_eps(radius or 0), **settings)  # refuse what is wrong before the run is read
-    opened = options.open_run(root, run, device, inferences, rule)
-    written = radius or max(opened.config.attack.eps.get(norm, ("8/255",)), key=parse_eps)
+    settings = attack.settings()  # which refuses what is wrong, before the run is read
+    opened = chosen.open()
+    eps = attack.eps or max(opened.config.attack.eps.get(attack.norm, ("8/255",)), key=parse_eps)
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)
     settings |= {"seed": opened.config.seed if seed is None else seed, "queries": queries, "draws": draws}
     index, x, y = next(images.test.batches(len(images.test), opened.device))
@@ -77,8 +101,8 @@ def command(
             opened.ensemble,
             x,
             y,
-            norm,
-            parse_eps(written),
+            attack.norm,
+            parse_eps(eps),
             index=index,
             surrogates={"resnet": opened.resnet},
             tick=bar.update,
@@ -94,18 +118,25 @@ def command(
     else:
         ensemble = opened.ensemble
         output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
-        _print(result, written, report, html)
+        _print(result, eps, report, html)
     if strict and not result.passed:
         context.exit(1)
 
 
 def _about(opened: options.Opened, data: str, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """How the audit was made, for ``--json`` and for the page."""
-    from neuralsde_ito.runs.run import command_line, environment
+    """How the audit was made, for ``--json`` and for the page.
+
+    Args:
+        opened: the run.
+        data: the images' name.
+        settings: of the audit, with ``seed``, ``queries`` and ``draws``.
+        seconds: how long it took.
+    """
+    from neuralsde_ito.runs.run import environment
 
     ensemble = opened.ensemble
     return {
-        "command": command_line(),
+        "command": output.command_line(),
         "run": str(opened.folder),
         "data": data,
         "seed": settings["seed"],
@@ -119,11 +150,11 @@ def _about(opened: options.Opened, data: str, settings: dict[str, Any], seconds:
     }
 
 
-def _print(result: Audit, written: str, about: dict[str, Any], html: Path | None) -> None:
-    """The table of checks, the figures and what to do next, for people."""
+def _print(result: Audit, eps: str, about: dict[str, Any], html: Path | None) -> None:
+    """Print the table of checks, the accuracies and what to do next; ``eps`` is the radius as it was typed."""
     attack = result.attack
     click.echo(
-        f"\n{output.count(result.clean.n, 'test image')} of {about['data']}, {attack.norm}, eps {written}; PGD, "
+        f"\n{output.count(result.clean.n, 'test image')} of {about['data']}, {attack.norm}, eps {eps}; PGD, "
         f"{output.count(attack.steps, 'step')}, {output.count(attack.eot, 'path')} a gradient; "
         f"{about['seconds']:.0f} s\n"
     )

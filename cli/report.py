@@ -90,7 +90,7 @@ def _pictures(audit: Audit) -> list[Picture]:
             "Robustness curve",
             {"accuracy against eps": curve_picture(audit)},
             f"Correct answers against eps ({audit.attack.norm}, pixel units), with 95 % Wilson intervals. An image "
-            "that falls counts as fallen at every larger eps.",
+            "that falls counts as fallen at every larger eps. Dotted: the audit's eps.",
         )
     ]
     if audit.landscape:

@@ -125,7 +125,7 @@ def test_a_new_check_takes_ten_lines(net, images, monkeypatch):
     monkeypatch.setattr(audits, "CHECKS", (*CHECKS[:2], names["mirror_images"]))
     found = audit(net, images[0][:20], images[1][:20], eps=EPS, steps=2)
     assert [each.number for each in found.checks] == [1, 2, 21]
-    assert found.checks[2].verdict == "fail", found.checks[2]  # no digit's mirror image was ever trained on
+    assert found.checks[2].verdict == "fail", found.checks[2]  # the network was trained without flips
     assert found.as_dict()["checks"][2]["name"] == "mirror images"
 
 
@@ -494,6 +494,23 @@ def test_the_command_prints_a_table_and_writes_a_page(runs, tmp_path):
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//)|@import|url\(|<script""", html)
     for number in range(1, 21):
         assert f'<td class="number">{number}</td>' in html
+
+
+def test_a_page_without_an_attack(tmp_path):
+    from neuralsde_ito.cli.report import write_report
+
+    model = ito.recast(smooth_chain(), omega=0, solver="ode:dopri5", image_shape=(2, 6, 6))
+    x = torch.rand(3, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    vote = {"members": 1, "inferences": 1, "rule": "flat"}
+    about = {"command": "ito-sde audit", "run": "<run>", "data": "noise", "seed": 0, "device": "cpu", "seconds": 1.0}
+    about |= {"vote": vote, "environment": {"date": "today", "packages": {"torch": "2"}}}
+    write_report(tmp_path / "page.html", audit(model, x, torch.tensor([0, 1, 2]), eps=0.1), about, ["a", "b", "c"])
+    html = (tmp_path / "page.html").read_text()
+    assert html.startswith("<!DOCTYPE html>")
+    assert html.count("not applicable</span>") == 17
+    assert "FAIL</span>" in html
+    assert "<img" not in html
+    assert "under attack" not in html
 
 
 def test_json_and_strict(runs):
