@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ..models.ensemble import ItoEnsemble, as_ensemble
 from ..validation import ItoError, check_images, check_labels, image_names, one_of, recordable, whole_number
 from .active import START, ActiveSet
+from .inspection import as_called
 from .norms import BALLS, check_eps
 from .objectives import AIMED, OBJECTIVES, nan_lowest, zero_invalid
 from .panels import GOALS, Panels, goal_reached
-from .targets import Target, as_called, as_target
+from .targets import Target, as_target
 
 
 @dataclass(frozen=True)
