@@ -1,4 +1,4 @@
-"""What an attack climbs, and through which model: losses over paths, and one face for every kind of model."""
+"""Objectives: what an attack raises, one number for each image from its logits along several paths."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def loss_of_mean(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def mean_logits(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of the mean logits over paths: no path is so confident that its gradient vanishes alone."""
+    """Cross-entropy of the mean logits over paths: the gradient of a single confident path does not vanish."""
     return F.cross_entropy(zero_invalid(logits).mean(0), y, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Lead of the best wrong class over the right one, ``(..., classes), (N,) -> (..., N)``; above 0 it is fooled.
+    """Lead of the best wrong class over the right one, ``(..., N, classes), (N,) -> (..., N)``; above 0 where fooled.
 
-    Infinite where the logits are not finite: such an inference is never right.
+    It is infinite where the logits are not finite: such an inference is never right.
     """
     right = F.one_hot(y, logits.shape[-1]).bool()
     valid, logits = logits.isfinite().all(-1), zero_invalid(logits)
@@ -57,21 +57,21 @@ def mean_margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio, averaged over paths: no scale of the logits hides it (Croce & Hein 2020, eq. 6)."""
+    """Difference of logits ratio (Croce & Hein 2020, eq. 6), averaged over paths; it is free of the logits' scale."""
     logits = zero_invalid(logits)
     ranked = logits.sort(-1, descending=True).values
-    # Two classes have no third logit: the second stands in for it.
+    # With two classes there is no third logit: the second one is used instead.
     width = ranked[..., 0] - ranked[..., min(2, logits.shape[-1] - 1)]
     return (margin(logits, y) / (width + 1e-12)).mean(0)
 
 
 def denial(logits: Tensor, y: Tensor) -> Tensor:
-    """A smooth count of the paths that the right class loses: what brings a vote down to an abstention."""
+    """A smooth share of the paths on which the right class loses: at a half, the vote abstains."""
     return margin(logits, y).sigmoid().mean(0)
 
 
 def targeted_dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """DLR towards a class: labels ``(N, 2)``, the right one and the one aimed at (Croce & Hein 2020, eq. 7)."""
+    """DLR towards a class (Croce & Hein 2020, eq. 7): labels ``(N, 2)`` are the right class and the class aimed at."""
     logits = zero_invalid(logits)
     right, aim = (column.expand(logits.shape[:-1])[..., None] for column in labels.unbind(1))
     ranked = logits.sort(-1, descending=True).values
@@ -81,7 +81,7 @@ def targeted_dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def targeted_vote(logits: Tensor, labels: Tensor) -> Tensor:
-    """A smooth count of the paths that a class wins: labels ``(N, 2)``, the right one and the one aimed at."""
+    """A smooth share of the paths on which the class aimed at wins; labels as in `targeted_dlr`."""
     return (-margin(logits, labels[:, 1])).sigmoid().mean(0)
 
 
@@ -96,4 +96,4 @@ OBJECTIVES: dict[str, Objective] = {
     "targeted-dlr": targeted_dlr,
     "targeted-vote": targeted_vote,
 }
-AIMED = ("targeted-dlr", "targeted-vote")  # those that need a class to aim at
+AIMED = ("targeted-dlr", "targeted-vote")  # these need a class to aim at
