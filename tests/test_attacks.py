@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import neuralsde_ito as ito
 from neuralsde_ito import ABSTAIN, ItoEnsemble, Outcomes, make_keys
 from neuralsde_ito.attacks import APGD, BALLS, OBJECTIVES, PGD, PRESETS, Attack, Square, active, fgsm, parse_eps, pgd
-from neuralsde_ito.attacks.objectives import AIMED, margin
+from neuralsde_ito.attacks.objectives import TARGETED, margin
 from neuralsde_ito.attacks.panels import right_share, wrong_share
 from neuralsde_ito.attacks.selection import Selection
 from neuralsde_ito.attacks.sweep import SURROGATES, Sweep, attack_sweep, surrogate_models
@@ -642,7 +642,7 @@ CROSS_ENTROPIES = ("loss-of-mean", "mean-logits", "mean-loss")
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_objectives_are_per_image_and_paths_have_no_order(name):
     logits, y = random(3, 4, 5), torch.tensor([0, 4, 2, 2])
-    if name in AIMED:
+    if name in TARGETED:
         y = torch.stack([y, (y + 1) % 5], 1)
     found = OBJECTIVES[name](logits, y)
     assert found.shape == (4,)
@@ -1268,7 +1268,7 @@ def test_logits_that_are_not_finite_are_a_denial_and_no_evasion(attack, value, s
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_a_path_without_an_answer_neither_hides_the_others_nor_wins(name):
-    y = torch.tensor([[0, 1], [0, 1]]) if name in AIMED else torch.tensor([0, 0])
+    y = torch.tensor([[0, 1], [0, 1]]) if name in TARGETED else torch.tensor([0, 0])
     logits = torch.tensor([[4.0, 1, 0, 0], [1, 4, 0, 0]]).expand(5, -1, -1).clone()  # one right, one wrong
     logits[2, :, 1] = math.nan
     logits.requires_grad_()

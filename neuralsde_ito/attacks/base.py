@@ -13,7 +13,7 @@ from ..validation import ItoError, check_images, check_labels, image_names, one_
 from .active import START, ActiveSet
 from .inspection import as_called
 from .norms import BALLS, check_eps
-from .objectives import AIMED, OBJECTIVES, nan_lowest, zero_invalid
+from .objectives import OBJECTIVES, TARGETED, nan_lowest, zero_invalid
 from .panels import GOALS, Panels, goal_reached
 from .targets import Target, as_target
 
@@ -187,7 +187,7 @@ class Attack:
 
     def _aims(self, panels: Panels, x: Tensor, y: Tensor) -> list[Tensor]:
         """The labels of the attempts in turn: ``(N,)``, or ``(N, 2)`` with the class aimed at, the likeliest first."""
-        if self.objective not in AIMED:
+        if self.objective not in TARGETED:
             return [y]
         shares = panels.rank(x, torch.arange(len(x), device=x.device))
         ranking = shares.scatter(1, y[:, None].clamp(0, shares.shape[1] - 1), -1).argsort(1, descending=True)
@@ -198,4 +198,4 @@ class Attack:
         """By what the results of several attempts are compared, ``(N,)``; it does not depend on the class aimed at."""
         if self.goal == "evasion":  # the mean probability of the best wrong class
             return zero_invalid(logits).softmax(-1).mean(0).scatter(1, y[:, None], 0).amax(1)
-        return nan_lowest(OBJECTIVES["mean-loss" if self.objective in AIMED else self.objective](logits, y))
+        return nan_lowest(OBJECTIVES["mean-loss" if self.objective in TARGETED else self.objective](logits, y))

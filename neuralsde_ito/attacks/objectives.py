@@ -96,4 +96,4 @@ OBJECTIVES: dict[str, Objective] = {
     "targeted-dlr": targeted_dlr,
     "targeted-vote": targeted_vote,
 }
-AIMED = ("targeted-dlr", "targeted-vote")  # these need a class to aim at
+TARGETED = ("targeted-dlr", "targeted-vote")  # these need a class to aim at

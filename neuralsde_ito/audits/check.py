@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attacks.objectives import AIMED, OBJECTIVES
+from ..attacks.objectives import OBJECTIVES, TARGETED
 from ..attacks.pgd import PGD
 from ..outcomes import Paired
 from .case import Subject
@@ -88,7 +88,7 @@ def from_to(before: Tensor, after: Tensor) -> str:
 
 def plain(attack: PGD) -> str:
     """The objective, unless it aims at a class and there is none to aim at."""
-    return "mean-loss" if attack.objective in AIMED else attack.objective
+    return "mean-loss" if attack.objective in TARGETED else attack.objective
 
 
 def _survivors(s: Subject) -> Tensor:
