@@ -6,7 +6,7 @@ Panels, active sets and claims of success are held to what they promise; sweeps 
 import copy
 import itertools
 import math
-import sys
+import textwrap
 import traceback
 import warnings
 from collections import defaultdict
@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 import neuralsde_ito as ito
 from neuralsde_ito import ABSTAIN, ItoEnsemble, Outcomes, make_keys
-from neuralsde_ito.attacks import APGD, BALLS, OBJECTIVES, PGD, PRESETS, Square, fgsm, parse_eps, pgd
-from neuralsde_ito.attacks.objectives import AIMED, margin
+from neuralsde_ito.attacks import APGD, BALLS, OBJECTIVES, PGD, PRESETS, Attack, Square, active, fgsm, parse_eps, pgd
+from neuralsde_ito.attacks.objectives import TARGETED, margin
 from neuralsde_ito.attacks.panels import right_share, wrong_share
 from neuralsde_ito.attacks.selection import Selection
 from neuralsde_ito.attacks.sweep import SURROGATES, Sweep, attack_sweep, surrogate_models
@@ -37,9 +37,6 @@ from neuralsde_ito.noise.keys import PathRange
 from neuralsde_ito.runs.config import Fit
 from neuralsde_ito.runs.evaluate import evaluate
 from neuralsde_ito.runs.training import Trainer
-
-# `neuralsde_ito.attacks.pgd` is the function; the module of that name has to be asked for.
-pgd_module = sys.modules["neuralsde_ito.attacks.pgd"]
 
 PLAIN: dict = {"random_start": False, "keep": "last", "stop": False}  # the attack of the textbook
 
@@ -526,7 +523,7 @@ def asked(monkeypatch) -> Asked:
         keys[purpose] |= set(out.flatten().tolist())
         return out
 
-    for module in (ensemble_module, pgd_module):
+    for module in (ensemble_module, active):
         monkeypatch.setattr(module, "make_keys", record)
     return keys
 
@@ -645,7 +642,7 @@ CROSS_ENTROPIES = ("loss-of-mean", "mean-logits", "mean-loss")
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_objectives_are_per_image_and_paths_have_no_order(name):
     logits, y = random(3, 4, 5), torch.tensor([0, 4, 2, 2])
-    if name in AIMED:
+    if name in TARGETED:
         y = torch.stack([y, (y + 1) % 5], 1)
     found = OBJECTIVES[name](logits, y)
     assert found.shape == (4,)
@@ -1145,6 +1142,22 @@ def test_a_model_that_errs_by_the_draw_but_not_by_the_vote_is_reported_as_robust
     assert (votes.mode(0).values == y).all()
 
 
+@pytest.mark.parametrize("omega", [0.0, 0.5])
+def test_the_attack_in_the_documentation_is_pgd_in_ten_lines(net, x, y, omega):
+    lines = str(Attack.__doc__).split("::\n", 1)[1].split("Attributes:")[0].strip("\n").rstrip()
+    code = textwrap.dedent(lines)
+    assert len(code.splitlines()) <= 10
+    names: dict = {"Attack": Attack}
+    exec(code, names)
+    model, settings = make_ensemble(net, omega, omega), {"eps": 0.1, "steps": 5, "eot": 4}
+    found = names["SignSteps"](**settings).run(model, x[:30], y[:30])
+    assert 0 < found.fooled.sum() < 30
+    wanted = PGD(**settings, step_size=0.1 / 4).run(model, x[:30], y[:30])
+    assert found.gradients == wanted.gradients
+    if omega == 0:  # PGD judges its last iterate, too
+        assert torch.equal(found.images[found.fooled], wanted.images[found.fooled])
+
+
 def test_a_start_is_where_the_first_attempt_begins(net, x, y):
     network = net.eval()
     begin = (x + 0.01).clamp(0, 1)
@@ -1255,7 +1268,7 @@ def test_logits_that_are_not_finite_are_a_denial_and_no_evasion(attack, value, s
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_a_path_without_an_answer_neither_hides_the_others_nor_wins(name):
-    y = torch.tensor([[0, 1], [0, 1]]) if name in AIMED else torch.tensor([0, 0])
+    y = torch.tensor([[0, 1], [0, 1]]) if name in TARGETED else torch.tensor([0, 0])
     logits = torch.tensor([[4.0, 1, 0, 0], [1, 4, 0, 0]]).expand(5, -1, -1).clone()  # one right, one wrong
     logits[2, :, 1] = math.nan
     logits.requires_grad_()
@@ -1324,19 +1337,19 @@ def test_no_two_uses_share_a_draw(net, x, y, monkeypatch, name, goal):
     uses: dict[tuple[str, int, int], list[tuple[object, ...]]] = defaultdict(list)
     attempts = 0
     attack = replace(STRONG[name]("linf", 0.15), restarts=3, goal=goal, steps=4)
-    path_logits, climb = ItoEnsemble.path_logits, type(attack)._climb
+    path_logits, attempt = ItoEnsemble.path_logits, type(attack).attempt
 
     def count(self, *args):
         nonlocal attempts
         attempts += 1
-        return climb(self, *args)
+        return attempt(self, *args)
 
     def record(self, x, paths):
         here = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).parent.name == "attacks"]
-        uses[paths.purpose, paths.first, paths.count].append((attempts if "_climb" in here else None, *here))
+        uses[paths.purpose, paths.first, paths.count].append((attempts if "attempt" in here else None, *here))
         return path_logits(self, x, paths)
 
-    monkeypatch.setattr(type(attack), "_climb", count)
+    monkeypatch.setattr(type(attack), "attempt", count)
     monkeypatch.setattr(ItoEnsemble, "path_logits", record)
     attack.run(make_ensemble(net, 1.0, 1.0), x[:8], y[:8])
     assert attempts == (9 if "targets" in name else 3)
@@ -1346,7 +1359,7 @@ def test_no_two_uses_share_a_draw(net, x, y, monkeypatch, name, goal):
     for draw, found in uses.items():
         assert len(set(found)) == 1, draw
         # Again and again: the candidates of all attempts; within one of them APGD's iterates and Square's queries.
-        compared, repeated = "_climb" not in found[0], not isinstance(attack, PGD) and "beaten" not in found[0]
+        compared, repeated = "attempt" not in found[0], not isinstance(attack, PGD) and "settle" not in found[0]
         assert len(found) == 1 or compared or (repeated and "ascend" not in found[0]), draw
 
 

@@ -391,7 +391,7 @@ def test_a_peer_sees_fresh_noise_and_is_counted(ensemble, x):
     assert not torch.equal(model(x), model(x))
     at = x.clone().requires_grad_()
     model(at).sum().backward()
-    assert (model.forwards, model.backwards) == (3 * N, N)
+    assert (model.inferences, model.gradients) == (3 * N, N)
 
 
 def test_a_peer_that_is_unknown_or_absent(monkeypatch):

@@ -32,7 +32,7 @@ from scipy.stats import binom, hypergeom
 from torch import Tensor
 
 from ..attacks.apgd import APGD
-from ..attacks.objectives import AIMED
+from ..attacks.objectives import TARGETED
 from ..attacks.selection import worst_labels
 from ..attacks.square import Square
 from ..attacks.suite import Step, Suite, SuiteResult
@@ -544,7 +544,7 @@ def _limits(step: Step, ensemble: ItoEnsemble, suite: Suite, x: Tensor, classes:
     else:
         distinct = None if ensemble.noisy else len(ensemble.members)
     eot, selection = distinct or attack.eot, distinct or attack.selection
-    attempts = attack.restarts * (min(attack.targets, classes - 1) if attack.objective in AIMED else 1)
+    attempts = attack.restarts * (min(attack.targets, classes - 1) if attack.objective in TARGETED else 1)
     ascents = 0 if isinstance(attack, Square) else attack.steps + isinstance(attack, APGD)
     least = ascents if not attack.stop else min(ascents, 1)
     # A query at each iterate, one more where it seems to have fallen, and those that compare attempts.
