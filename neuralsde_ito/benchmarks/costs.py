@@ -23,12 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import kernels
 from ..attacks.base import AttackResult
+from ..attacks.images import Images
 from ..attacks.objectives import Objective
 from ..attacks.other_libraries import peer_attack
 from ..attacks.pgd import PGD
-from ..attacks.suite import Suite, standard
+from ..attacks.suite_run import SuiteSettings
 from ..attacks.targets import Ascent, EnsembleTarget
-from ..models.ensemble import ItoEnsemble, NoiseFree
+from ..models.ensemble import ItoEnsemble
 from ..models.inference import infer, quicken
 from ..models.recast import ItoResNet, recast
 from ..models.resnets import load_resnet
@@ -290,14 +291,12 @@ def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, rad
     x, y, index = x[right], y[right], index[right]
     if not len(x):
         return []
-    surrogates = {"resnet": net, "noise-free": NoiseFree(ensemble)}
 
     def peer(eps: float, pause: Pause) -> AttackResult:
         return peer_attack("autoattack", ensemble, x, y, "linf", eps)
 
     def ours(eps: float, pause: Pause) -> AttackResult:
-        suite = Suite(partial(standard, "linf", noisy=ensemble.noisy), surrogates)
-        *_, (_, found) = suite.run(ensemble, x, y, index, [eps])
+        [found] = SuiteSettings("linf", (eps,)).suite(ensemble, net).attack(ensemble, Images(x, y, index), [eps])
         fooled = found.denial.labels != y
         costs = sum(found.queries), sum(found.gradients)
         return AttackResult(found.denial.images, fooled, *costs, torch.zeros_like(fooled))
