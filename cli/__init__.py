@@ -21,7 +21,9 @@ VERBS = {
     "audit": "Check whether a robustness figure is the model's strength or the attack's weakness.",
     "verify": "Recompute the figures of an evidence bundle on fresh noise, and say which claims stand.",
     "predict": "Label pictures, or abstain.",
-    "compare": "Hold SDE solvers against a fine reference on the same paths, or measure their orders.",
+    "compare": "Compare SDE solvers with a fine reference on the same paths.",
+    "orders": "Measure strong and weak orders of solvers on problems with known solutions, beside theory.",
+    "depth": "Read networks on finer grids: an SDE, or a ResNet in disguise?",
     "bench": "Measure what inferences, votes, attacks and training cost beside the plain network.",
 }
 

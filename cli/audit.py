@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("audit")
 @options.on_run
-@click.option("--norm", default="linf", show_default=True, help="linf or l2.")
+@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True, help="Norm of the ball.")
 @click.option("--eps", "radius", help="Radius in pixel units, 8/255 or 0.03.  [default: the run's largest]")
 @click.option("--steps", type=int, default=20, show_default=True, help="Iterations of the white-box attack.")
 @click.option("--step-size", help="Length of an iteration in pixel units.  [default: 2.5 eps / steps]")
@@ -37,14 +37,9 @@ def command(
     run: str | None,
     root: Path,
     device: str,
-    norm: str,
+    norm: Literal["linf", "l2"],
     radius: str | None,
-    steps: int,
     step_size: str | None,
-    restarts: int,
-    eot: int,
-    queries: int,
-    draws: int,
     inferences: int | None,
     rule: str | None,
     limit: int,
@@ -52,6 +47,9 @@ def command(
     html: Path | None,
     strict: bool,
     as_json: bool,
+    queries: int,
+    draws: int,
+    **settings: Any,
 ) -> None:
     """Check whether a robustness figure is the model's strength or the attack's weakness.
 
@@ -59,91 +57,92 @@ def command(
     ito-sde audit --eps 8/255 --html audit.html
     ito-sde audit --norm l2 --eps 0.5 --strict
     """
-    from neuralsde_ito.attacks import BALLS, PGD, parse_eps
+    from neuralsde_ito.attacks import PGD, parse_eps
     from neuralsde_ito.audits.audit import CHECKS, audit
-    from neuralsde_ito.runs.run import command_line, environment, load_dataset
-    from neuralsde_ito.validation import ItoError, nearest
+    from neuralsde_ito.runs.run import load_dataset
+    from neuralsde_ito.validation import ItoError
 
-    if norm not in BALLS:
-        raise ItoError(nearest("norm", norm, BALLS))
     if radius is not None and parse_eps(radius) == 0:
         raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
-    length = None if step_size is None else parse_eps(step_size)
-    settings: dict[str, Any] = {"steps": steps, "step_size": length, "restarts": restarts, "eot": eot}
+    settings["step_size"] = None if step_size is None else parse_eps(step_size)
     PGD(norm=norm, eps=parse_eps(radius or 0), **settings)  # refuse what is wrong before the run is read
     opened = options.open_run(root, run, device, inferences, rule)
-    defaults = opened.config.attack
-    written = radius or max(defaults.eps.get(norm, ("8/255",)), key=parse_eps)  # type: ignore[call-overload]
+    written = radius or max(opened.config.attack.eps.get(norm, ("8/255",)), key=parse_eps)
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)
-    seed = opened.config.seed if seed is None else seed
+    settings |= {"seed": opened.config.seed if seed is None else seed, "queries": queries, "draws": draws}
     index, x, y = next(images.test.batches(len(images.test), opened.device))
-
-    begun = time.monotonic()
+    start = time.monotonic()
     with output.progress(len(CHECKS), "audit", "checks") as bar:
-        found = audit(
+        result = audit(
             opened.ensemble,
             x,
             y,
             norm,
             parse_eps(written),
-            seed=seed,
             index=index,
             surrogates={"resnet": opened.resnet},
-            queries=queries,
-            draws=draws,
             tick=bar.update,
             **settings,
         )
-    ensemble = opened.ensemble
-    report: dict[str, Any] = {
-        "command": command_line(),
-        "run": str(opened.folder),
-        "data": images.name,
-        "seed": seed,
-        "device": str(opened.device),
-        "seconds": round(time.monotonic() - begun, 1),
-        "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
-        "queries": queries,
-        "draws": draws,
-        "config": opened.config.model_dump(mode="json"),
-        "environment": environment(),
-        **found.as_dict(),
-    }
+    report = _about(opened, images.name, settings, round(time.monotonic() - start, 1)) | result.as_dict()
     if html is not None:
         from .report import write_report
 
-        write_report(html, found, report, images.classes)
+        write_report(html, result, report, images.classes)
     if as_json:
         output.print_json(report)
     else:
+        ensemble = opened.ensemble
         output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
-        _print(found, written, images.name, report["seconds"], html)
-    if strict and not found.passed:
+        _print(result, written, report, html)
+    if strict and not result.passed:
         context.exit(1)
 
 
-def _print(found: Audit, written: str, data: str, seconds: float, html: Path | None) -> None:
-    attack = found.attack
+def _about(opened: options.Opened, data: str, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """How the audit was made, for ``--json`` and for the page."""
+    from neuralsde_ito.runs.run import command_line, environment
+
+    ensemble = opened.ensemble
+    return {
+        "command": command_line(),
+        "run": str(opened.folder),
+        "data": data,
+        "seed": settings["seed"],
+        "device": str(opened.device),
+        "seconds": seconds,
+        "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
+        "queries": settings["queries"],
+        "draws": settings["draws"],
+        "config": opened.config.model_dump(mode="json"),
+        "environment": environment(),
+    }
+
+
+def _print(result: Audit, written: str, about: dict[str, Any], html: Path | None) -> None:
+    """The table of checks, the figures and what to do next, for people."""
+    attack = result.attack
     click.echo(
-        f"\n{output.count(found.clean.n, 'test image')} of {data}, {attack.norm}, eps {written}; PGD, "
-        f"{output.count(attack.steps, 'step')}, {output.count(attack.eot, 'path')} a gradient; {seconds:.0f} s\n"
+        f"\n{output.count(result.clean.n, 'test image')} of {about['data']}, {attack.norm}, eps {written}; PGD, "
+        f"{output.count(attack.steps, 'step')}, {output.count(attack.eot, 'path')} a gradient; "
+        f"{about['seconds']:.0f} s\n"
     )
-    rows = [
-        (c.number, textwrap.fill(c.name, 22), textwrap.fill(c.figure, 40), textwrap.fill(c.threshold, 30), c.verdict)
-        for c in found.checks
-    ]
+    rows = []
+    for check in result.checks:
+        cells = [textwrap.fill(text, n) for text, n in ((check.name, 20), (check.figure, 36), (check.threshold, 26))]
+        rows.append((check.number, *cells, "FAIL" if check.verdict == "fail" else check.verdict))
     output.table(rows, ["", "check", "figure", "fails if", "verdict"])
     click.echo()
-    if found.attacked is not None:
+    if result.attacked is not None:
         output.sentence(
-            f"Correct: {output.percent(found.clean.rate('correct')).strip()} % without attack, "
-            f"{output.percent(found.attacked.rate('correct')).strip()} % under it (95 % Wilson intervals)."
+            f"Correct: {output.percent(result.clean.rate('correct')).strip()} % without attack, "
+            f"{output.percent(result.attacked.rate('correct')).strip()} % under it (95 % Wilson intervals)."
         )
-    output.sentence(found.verdict)
-    for check in found.failed:
+    output.sentence(result.verdict)
+    for check in result.failed:
         output.sentence(f"{check.number} {check.name}: {check.note}")
     click.echo()
-    if found.failed:
+    if result.failed:
         output.sentence(
             "Next: mend the attack as said above, and audit again, or take 'ito-sde attack --suite standard'; the "
             "lower accuracy is the one to report."

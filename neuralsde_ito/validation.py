@@ -9,12 +9,10 @@ import difflib
 import itertools
 import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, SupportsIndex, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Name = TypeVar("Name", str, "str | None")
 
 
 class ItoError(ValueError):
@@ -39,7 +37,7 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(cast(SupportsIndex, value))
     except TypeError:
         number = least - 1
     if number < least:
@@ -47,13 +45,13 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     return number
 
 
-def one_of(kind: str, value: Name, known: Iterable[str]) -> Name:
-    """``value``, if it is a known name; ``kind`` says in the message what it names.
+def one_of(kind: str, value: str, known: Iterable[str]) -> str:
+    """``value``, if it is a known name; the message calls it an unknown ``kind``.
 
     Raises:
         ItoError: it is unknown; the nearest known name is offered.
     """
-    if value is not None and value not in known:
+    if value not in known:
         raise ItoError(nearest(kind, value, known))
     return value
 

@@ -434,12 +434,12 @@ def test_compare_prints_a_table_and_writes_a_picture(trained: Path, capfd, tmp_p
     assert len(json.loads(out)["rows"]) == 6
 
 
-def test_compare_measures_orders(trained: Path, capfd) -> None:
-    words = ["compare", "--problem", "geometric-brownian", "--solver", "milstein", "--steps", "8", "--steps", "16"]
+def test_orders_are_measured(trained: Path, capfd) -> None:
+    words = ["orders", "--problem", "geometric-brownian", "--solver", "milstein", "--steps", "8", "--steps", "16"]
     code, out, err = in_process([*words, "--steps", "32", "--json"], trained, capfd)
     assert code == 0, err
     (order,) = json.loads(out)["problems"]["geometric-brownian"]
     assert abs(order["fit"] - order["theory"]) < 0.15
-    code, _, err = in_process(["compare", "--problem", "double-wall"], trained, capfd)
+    code, _, err = in_process(["orders", "--problem", "double-wall"], trained, capfd)
     assert code == 2
     assert "double-well" in err

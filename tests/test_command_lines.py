@@ -108,31 +108,6 @@ IDLE = {
         )
     },
     **{
-        f"problem {words}": (f"compare --problem double-well --steps 8 --solver euler {words}", words.split()[0])
-        for words in (
-            "--csv c.csv",
-            "--save c.png",
-            "--limit 4",
-            "--run tiny",
-            "--runs runs",
-            "--device cpu",
-            "--seed 1",
-            "--no-gradients",
-            "--depth",
-            "--versus single",
-            "--schedule constant",
-            "--horizon 2",
-        )
-    },
-    **{
-        f"depth {words}": (f"compare --depth --limit 4 --steps 1 {words}", words.split()[0])
-        for words in ("--csv c.csv", "--no-gradients", "--peer torchsde")
-    },
-    **{
-        f"compare {words}": (f"compare --limit 4 --steps 1 {words}", words.split()[0])
-        for words in ("--versus single", "--schedule constant", "--horizon 2", "--peer diffrax")
-    },
-    **{
         f"bench {words}": (f"bench --part training {words}", words.split()[0])
         for words in ("--eps 0.1", "--images 4", "--steps 2", "--eot 2", "--compile")
     },
@@ -161,8 +136,8 @@ def test_an_option_that_would_do_nothing_is_refused(case: str, here: Path, capfd
 def test_options_that_go_together_are_taken(here: Path, capfd: pytest.CaptureFixture) -> None:
     for line in (
         "train --print-config --resume --run tiny",
-        "compare --run tiny --depth --versus single --schedule constant --horizon 2 --limit 4 --steps 1 --save d.png",
-        "compare --problem geometric-brownian --peer torchsde --solver euler --steps 8",
+        "depth --run tiny --versus single --schedule constant --horizon 2 --limit 4 --steps 1 --save d.png",
+        "orders --problem geometric-brownian --peer torchsde --solver euler --steps 8",
         "attack --eps 0.1 --limit 2 --objective targeted-vote --steps 1 --eot 2 --surrogate resnet --no-random-start",
     ):
         code, _, err = ito_sde(line, capfd)
@@ -220,7 +195,7 @@ def test_the_readme_has_command_lines() -> None:
 WRITERS = {
     "compare --save": ("compare --limit 2 --steps 1 --save", ".png"),
     "compare --csv": ("compare --limit 2 --steps 1 --csv", ".csv"),
-    "compare --depth --save": ("compare --depth --limit 2 --steps 1 --save", ".png"),
+    "depth --save": ("depth --limit 2 --steps 1 --save", ".png"),
     "bench --save": ("bench --part training --repeats 1 --save", ".png"),
     "audit --html": ("audit --limit 2 --steps 1 --html", ".html"),
     "attack --save": ("attack --limit 2 --steps 1 --eps 0.1 --save", ""),
@@ -411,9 +386,9 @@ def test_a_picture_of_an_attack_shows_however_many_fell(fallen: int, tmp_path: P
         "predict {}.png {}.png",
         "verify {}",
         "compare --solver {}",
-        "compare --problem {}",
-        "compare --versus {} --depth",
-        "compare --schedule {} --depth",
+        "orders --problem {}",
+        "depth --versus {}",
+        "depth --schedule {}",
         "compare --save {}",
         "bench --arch {}",
         "bench --part {}",
@@ -719,10 +694,18 @@ VERBS = {
     ),
     "compare": (
         ["--limit", "2", "--steps", "1", "--solver", "euler"],
-        {**RUN, "--problem": ["double-well"], "--depth": None, "--versus": ["single", "tiny"],
-         "--schedule": ["constant"], "--horizon": ["2", "0.3"], "--gradients": None, "--no-gradients": None,
-         "--save": ["c.png", "new/c.svg"],
-         "--csv": ["c.csv"], "--json": None, "--solver": ["euler", "srk", "heun"], "--peer": ["torchsde"]},
+        {**RUN, "--gradients": None, "--no-gradients": None, "--save": ["c.png", "new/c.svg"], "--csv": ["c.csv"],
+         "--json": None, "--solver": ["euler", "srk", "heun"]},
+    ),
+    "orders": (
+        ["--problem", "geometric-brownian", "--steps", "8", "--solver", "euler"],
+        {"--problem": ["geometric-brownian"], "--solver": ["euler", "milstein"], "--peer": ["torchsde"],
+         "--json": None},
+    ),
+    "depth": (
+        ["--limit", "2", "--steps", "1"],
+        {**RUN, "--versus": ["single", "tiny"], "--schedule": ["constant"], "--horizon": ["2", "0.3"],
+         "--solver": ["euler", "srk"], "--save": ["d.png", "new/d.svg"], "--json": None},
     ),
     "bench": (
         ["--repeats", "1"],

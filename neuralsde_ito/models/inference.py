@@ -80,7 +80,7 @@ def _folded(own: ItoResNet) -> FrozenResNet:
     sdes: list[BlockSDE] = list(own.sdes)
     quick = FrozenResNet(own.stem, sdes, own.head, own.solver, own.steps, own.checkpoint, own.image_shape)
     for sde in sdes:
-        sde.in_place = well_known(sde.block)
+        sde.overwrite_output = well_known(sde.block)
     for module in list(quick.modules()):
         # Exactly these classes, and as they are: what derives from them, or has a hook, may do something else.
         if not untouched(module):

@@ -36,7 +36,7 @@ class BlockSDE(nn.Module):
     block: nn.Module
     noise_type = "diagonal"
     sde_type = "ito"
-    in_place = False  # whether a solver may overwrite what the block returns: in copies that nobody else looks into
+    overwrite_output = False  # whether a solver may write into what the block returns; only in copies of our own
 
     def __init__(
         self,
