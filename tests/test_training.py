@@ -443,7 +443,7 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
 
 
 def one_pixel_net() -> torch.nn.Sequential:
-    """A network whose BatchNorm meets one number an image and channel, as a deep ResNet's does on small images."""
+    """A network whose BatchNorm gets one number for an image and channel, as a deep ResNet's does on small images."""
     torch.manual_seed(0)
     layers = (torch.nn.Conv2d(1, 4, 8), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4, 10))
     return torch.nn.Sequential(*layers)
