@@ -17,6 +17,7 @@ VERBS = {
     "train": "Train a ResNet (or take yours), recast it, fine-tune the members, and evaluate the ensemble.",
     "evaluate": "Let a run's ensemble vote on test images, beside the original ResNet.",
     "attack": "Attack a run's ensemble by FGSM or PGD, and the original ResNet beside it.",
+    "suite": "Attack after attack on the images that the last ones left, for the ensemble and for the ResNet.",
     "audit": "Check whether a robustness figure is the model's strength or the attack's weakness.",
     "verify": "Recompute the figures of an evidence bundle on fresh noise, and say which claims stand.",
     "predict": "Label pictures, or abstain.",

@@ -25,8 +25,10 @@ from torch.nn import functional as F
 import neuralsde_ito as ito
 from neuralsde_ito import ABSTAIN, ItoEnsemble, Outcomes, make_keys
 from neuralsde_ito.attacks import APGD, BALLS, OBJECTIVES, PGD, PRESETS, Attack, Square, active, fgsm, parse_eps, pgd
+from neuralsde_ito.attacks.images import Images
 from neuralsde_ito.attacks.objectives import TARGETED, margin
 from neuralsde_ito.attacks.panels import right_share, wrong_share
+from neuralsde_ito.attacks.report import Report
 from neuralsde_ito.attacks.selection import Selection
 from neuralsde_ito.attacks.sweep import SURROGATES, Sweep, attack_sweep, surrogate_models
 from neuralsde_ito.attacks.targets import classify
@@ -913,11 +915,11 @@ def test_a_sweep_from_end_to_end(exact, digits):
             assert (images - x).abs().max() <= eps + 1e-6
             assert 0 <= images.min() <= images.max() <= 1
             assert torch.equal(sweep.labels[level][name], ensemble.predict(images, 4, index).labels)
-            backwards, forwards = sweep.cost[level][name]
+            cost = sweep.cost[level][name]
             # Two steps on 9 images, and two paths where there is noise; the first step is never saved.
             paths = 2 if name in ("ensemble", "member") else 1
-            assert 9 * paths <= backwards <= 2 * 9 * paths
-            assert forwards >= 9
+            assert 9 * paths <= cost.gradients <= 2 * 9 * paths
+            assert cost.queries >= 9
         # The ResNet is right where it is under every attack: the one on itself, and the images of all surrogates.
         met = torch.stack([classify(exact, sweep.images[level][name]) == y for name in SURROGATES]).all(0)
         assert (met | (sweep.resnet[level] != y)).all()
@@ -964,16 +966,16 @@ def test_images_that_abstain_are_attacked_on_for_evasion(exact, digits, monkeypa
     attacks = [PGD(eps=eps, steps=3, eot=4, selection=8) for eps in (0.02, 0.1)]
     sweep = attack_sweep(ensemble, exact, split, attacks, seed=1)
     ((index, x, y),) = split.batches(20)
-    clean = Selection(ensemble, x, y, index, seed=1)
-    clean.begin()
-    refused = set(index[clean.standing("evasion")].tolist())
+    clean = Selection(ensemble, Images(x, y, index), Report(1))
+    clean.offer_clean()
+    refused = set(index[clean.to_attack("evasion")].tolist())
     assert refused  # abstained on already without attack
     evaded = [set(names) for goal, names in met if goal == "evasion"]
     assert len(evaded) == 8  # through every source, at both radii
     assert refused <= evaded[0]
     assert evaded[0] & evaded[4]  # and again at the larger radius
     assert all(first >= then for first, then in itertools.pairwise(evaded[:4]))  # whom it fooled is left alone
-    assert all(backwards > 0 for backwards, _ in sweep.evasion_cost)
+    assert all(cost.gradients > 0 for cost in sweep.evasion_cost)
 
     def wrong(labels: Tensor) -> int:
         return int(((labels != y) & (labels != ABSTAIN)).sum())
@@ -1001,7 +1003,7 @@ def test_the_resnet_meets_as_much_as_the_ensemble(exact, digits, monkeypatch):
     sweep = attack_sweep(ensemble, exact, split, [PGD(eps=1e-6, steps=2, eot=2, restarts=2)])
     assert [attack.restarts for attack in own] == [2 * len(SURROGATES)]
     assert (sweep.worst_resnet(0) != y).all()  # what was made for the ensemble fools the ResNet
-    assert sweep.resnet_cost[0][1] >= len(SURROGATES) * 6
+    assert sweep.resnet_cost[0].queries >= len(SURROGATES) * 6
 
 
 def test_the_batch_size_changes_no_label(exact, digits):
