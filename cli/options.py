@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from neuralsde_ito.sde.solvers import SOLVERS  # this table needs no torch
+from neuralsde_ito.sde.schedules import SCHEDULES
+from neuralsde_ito.sde.solvers import SOLVERS
 from neuralsde_ito.validation import ItoError, shown
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
-# The keys of the library's tables. To import those would import torch, and help should not wait seconds for it.
-# A test holds each tuple against its table.
+# The keys of library tables whose files import torch, for which help should not wait seconds. A test compares each
+# tuple with its table.
 NORMS = ("linf", "l2")
 PRESETS = ("default", "madry20", "fgsm")
 OBJECTIVES = ("mean-loss", "loss-of-mean", "mean-logits", "margin", "dlr", "denial", "targeted-dlr", "targeted-vote")
@@ -35,7 +36,6 @@ SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 NOISES = ("fresh", "fixed", "known")
 PEERS = ("foolbox", "torchattacks", "autoattack")
 RULES = ("hierarchical", "flat")
-SCHEDULES = ("inverse-time", "constant", "multiplicative", "constant-multiplicative")
 ARCHITECTURES = (
     *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
     *("cifar-resnet18", "cifar-resnet34", "cifar-resnet50"),
@@ -50,7 +50,7 @@ one_surrogate = click.Choice(SURROGATES)
 one_noise = click.Choice(NOISES)
 one_peer = click.Choice(PEERS)
 one_rule = click.Choice(RULES)
-one_schedule = click.Choice(SCHEDULES)
+one_schedule = click.Choice(tuple(SCHEDULES))
 one_solver = click.Choice(tuple(SOLVERS))
 one_architecture = click.Choice(ARCHITECTURES)
 
@@ -278,17 +278,17 @@ class Opened:
 
 
 def open_run(
-    root: Path, run: str | None, device: str, inferences: int | None = None, rule: str | None = None
+    root: Path, name: str | None, device: str, inferences: int | None = None, rule: str | None = None
 ) -> Opened:
     """Read a finished run, by default the newest one, which is then named on stderr."""
     from neuralsde_ito.models.ensemble import ItoEnsemble
     from neuralsde_ito.runs.build import pick_device
     from neuralsde_ito.runs.run import Run
 
-    found, on = Run.find(root, run), pick_device(device)
-    if run is None:
-        click.echo(f"Run {found.folder} (the newest finished one; --run names another).", err=True)
-    ensemble = found.ensemble(on)
+    run, torch_device = Run.find(root, name), pick_device(device)
+    if name is None:
+        click.echo(f"Run {run.folder} (the newest finished one; --run names another).", err=True)
+    ensemble = run.ensemble(torch_device)
     if inferences or rule:
         ensemble = ItoEnsemble(
             ensemble.members,
@@ -296,4 +296,4 @@ def open_run(
             rule or ensemble.rule,
             ensemble.paths_per_call,
         ).eval()
-    return Opened(found, on, ensemble, found.resnet(on))
+    return Opened(run, torch_device, ensemble, run.resnet(torch_device))

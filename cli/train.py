@@ -115,7 +115,7 @@ class Typed:
         "--solver",
         type=options.one_solver,
         metavar="NAME",
-        help=f"Solver of the SDE: {', '.join(options.SOLVERS)}; those with ode: only at omega 0.",
+        help=f"Solver of the SDE: {', '.join(options.SOLVERS)}; ode:... only at omega 0.",
     ),
     click.option("--steps", type=int, help="Solver steps a block, a power of two."),
     click.option("--members", type=int, help="Members of the ensemble."),
@@ -165,7 +165,7 @@ def command(
     if print_config:
         click.echo(config.to_yaml(), nl=False)
         return
-    on = pick_device(device)
+    torch_device = pick_device(device)
     if run is None:
         name = name or new_run_name(root, config)
         folder = Path(name) if Path(name).parent != Path() else root / name
@@ -178,14 +178,14 @@ def command(
     options.check_folder(run.folder)
 
     begun = time.monotonic()
-    _train(run, images, on)
-    result = _evaluate(run, images, on)
+    _train(run, images, torch_device)
+    result = _evaluate(run, images, torch_device)
     report = {
         "command": "train",
         "run": str(run.folder),
         "seconds": round(time.monotonic() - begun, 1),
         "seed": run.config.seed,
-        "device": str(on),
+        "device": str(torch_device),
         "config": run.config.model_dump(mode="json"),
         **output.evaluation_json(result),
     }

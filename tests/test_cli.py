@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in processes of its own, from another directory."""
+"""The command line as a user runs it: in processes of its own, from another directory."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 PROGRAM = [sys.executable, "-c", "from neuralsde_ito.cli import main; main()"]
-# One thread: two that wait for each other on a busy machine are slower, and the result is the same.
+# One thread: on a busy machine two threads wait for each other and are slower; the result is the same.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL = ["--limit", "120", "--set", "resnet.epochs=3", "--epochs", "2", "--members", "2", "--inferences", "4"]
 
@@ -194,8 +194,8 @@ def test_a_killed_suite_goes_on_to_the_same_table_and_its_evidence_stands(traine
     assert json.loads(done.stdout)["attacked"] == json.loads(alone.stdout)["attacked"]
     assert json.loads(done.stdout)["clean"] == json.loads(alone.stdout)["clean"]
     assert not list(run.glob("suite-*/"))  # a finished suite leaves its record only
-    found = ito_sde("verify", str(evidence / "linf-0.1"), "--run", "small", "--json", cwd=trained)
-    assert found.returncode == 0, found.stdout + found.stderr
+    verified = ito_sde("verify", str(evidence / "linf-0.1"), "--run", "small", "--json", cwd=trained)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
     text = ito_sde(*words[:-1], cwd=trained).stdout
     for said in ("step by step", "transfer, noise-free", "Square", "report", "An upper bound on robustness"):
         assert said in text

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import neuralsde_ito as ito
 from neuralsde_ito.attacks import PGD, Square, targets
+from neuralsde_ito.attacks.inspection import as_called, replay
 from neuralsde_ito.attacks.objectives import mean_loss
 from neuralsde_ito.attacks.sweep import surrogate_models
-from neuralsde_ito.attacks.targets import ModuleTarget, as_called, as_target, classify
+from neuralsde_ito.attacks.targets import ModuleTarget, as_target, classify
 from neuralsde_ito.audits.audit import CHECKS, audit
 from neuralsde_ito.audits.case import AuditCase, JudgedAttack, input_gradients_only
 from neuralsde_ito.audits.check import percent
@@ -273,7 +274,7 @@ def test_a_graph_stays_within_its_bound(x, monkeypatch):
     y, sizes = known(model, x), []
     each = targets.graph_bytes(model, x[:4]) // 4
     assert 0 < 8 * each == targets.graph_bytes(model, x[:8])  # what an image's layers hold, not the weights
-    monkeypatch.setattr(targets, "_GRAPH", {"cpu": 5 * each * 2})
+    monkeypatch.setattr(targets, "_GRAPH_BYTES", {"cpu": 5 * each * 2})
     target = ModuleTarget(model, x)
     model.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     target.at_once(1)
@@ -641,7 +642,7 @@ def test_replayed_draws_leave_other_generators_alone(x, monkeypatch):
     model = with_dropout()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", touched.append)
     state = torch.get_rng_state()
-    assert torch.equal(targets.replay(model, x, 3), targets.replay(model, x, 3))
+    assert torch.equal(replay(model, x, 3), replay(model, x, 3))
     assert torch.equal(torch.get_rng_state(), state)
     assert not touched
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attacks.base import Attack, AttackResult
+from ..attacks.inspection import alike, answers, as_called, check_weights, replay
 from ..attacks.norms import BALLS
 from ..attacks.objectives import Objective
 from ..attacks.panels import right_share
 from ..attacks.pgd import PGD
-from ..attacks.targets import NO_GRADIENT, Ascent, Target, alike, answers, as_called, as_target, check_weights, replay
+from ..attacks.targets import NO_GRADIENT, Ascent, Target, as_target
 from ..models.ensemble import ItoEnsemble, NoiseFree, as_ensemble
 from ..models.recast import ItoResNet
 from ..models.votes import decide, winners

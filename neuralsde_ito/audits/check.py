@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attacks.objectives import AIMED
+from ..attacks.objectives import TARGETED
 from ..attacks.pgd import PGD
 from ..outcomes import Paired
 from .case import AuditCase
@@ -153,7 +153,7 @@ def more_than_luck(case: AuditCase, before: Tensor, after: Tensor) -> bool:
 
 def untargeted_objective(attack: PGD) -> str:
     """The name of the attack's objective; ``"mean-loss"`` where it aims at a class, as no class is chosen here."""
-    return "mean-loss" if attack.objective in AIMED else attack.objective
+    return "mean-loss" if attack.objective in TARGETED else attack.objective
 
 
 # --- how figures are written ----------------------------------------------------------------------------

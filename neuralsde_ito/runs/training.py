@@ -36,14 +36,14 @@ class Diverged(RuntimeError):
 
 
 @dataclass
-class _Phase:
-    """One training of one network, and how far it is.
+class _Training:
+    """The training of one network, and how far it is.
 
     Attributes:
-        name: in metrics and in the state.
+        name: the phase that metrics and state name.
         model, optimizer: on one device.
-        totals: ``(2,)``, this epoch's summed loss and number of correct images.
-        epoch, step: epochs, and steps of the current epoch, that are done.
+        totals: ``(2,)``, the loss of this epoch's images and the number of correct ones, both as sums.
+        epoch, step: finished epochs, and finished steps of the current epoch.
     """
 
     name: str
@@ -140,84 +140,91 @@ class Trainer:
         device = next(model.parameters()).device
         steps = len(batch_bounds(len(data), settings.batch_size, training=True))
         double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        now = _Phase(phase, model, _optimizer(model, settings), torch.zeros(2, dtype=double, device=device))
-        self._restore(now, steps)
+        training = _Training(phase, model, _optimizer(model, settings), torch.zeros(2, dtype=double, device=device))
+        self._restore(training, steps)
         saved = time.monotonic()
         order = member_seed(seed, member)
-        while now.epoch < settings.epochs:
+        while training.epoch < settings.epochs:
             model.train()
-            for index, x, y in data.batches(settings.batch_size, device, (order, now.epoch), skip=now.step):
-                rate = learning_rate(settings, now.epoch * steps + now.step, settings.epochs * steps)
-                now.train_on(x, y, make_keys(seed, "train", member, now.epoch, index), rate)
-                self.on_step(now.epoch, now.step, steps)
-                if now.step < steps and (self.should_stop() or time.monotonic() - saved > self.save_every):
-                    self._save(now)
+            for index, x, y in data.batches(settings.batch_size, device, (order, training.epoch), skip=training.step):
+                rate = learning_rate(settings, training.epoch * steps + training.step, settings.epochs * steps)
+                training.train_on(x, y, make_keys(seed, "train", member, training.epoch, index), rate)
+                self.on_step(training.epoch, training.step, steps)
+                if training.step < steps and (self.should_stop() or time.monotonic() - saved > self.save_every):
+                    self._save(training)
                     saved = time.monotonic()
                     if self.should_stop():
                         raise Interrupted
-            row = now.end_epoch(len(data), settings.lr, rate)
+            row = training.end_epoch(len(data), settings.lr, rate)
             self.rows.append(row)
-            self._save(now)
+            self._save(training)
             saved = time.monotonic()
             self.on_epoch(row)
             if self.should_stop():
                 raise Interrupted
         model.eval()
 
-    def _save(self, now: _Phase) -> None:
+    def _save(self, training: _Training) -> None:
         """Write the state of a training, with the rows of all."""
         buffer = io.BytesIO()
         state = {
-            "phase": now.name,
-            "model": now.model.state_dict(),
-            "optimizer": now.optimizer.state_dict(),
-            "epoch": now.epoch,
-            "step": now.step,
-            "totals": now.totals,
+            "phase": training.name,
+            "model": training.model.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "epoch": training.epoch,
+            "step": training.step,
+            "totals": training.totals,
             "rows": self.rows,
         }
         torch.save(state, buffer)
         write_atomically(self.state_file, buffer.getvalue())
 
-    def _restore(self, now: _Phase, steps: int) -> None:
+    def _restore(self, training: _Training, steps: int) -> None:
         """Read the rows of all trainings so far and, if this training had begun, its weights, optimizer and position.
 
         Args:
-            now: the training, as it begins; changed in place.
+            training: the training, as it begins; changed in place.
             steps: steps of an epoch.
         """
-        if not (state := self._read_state(now)):
+        if not (state := self._read_state(training)):
             # An attempt whose state was lost may have written rows.
-            self.rows[:] = [row for row in self.rows if row["phase"] != now.name]
+            self.rows[:] = [row for row in self.rows if row["phase"] != training.name]
             return
-        now.epoch, now.step, now.totals = state["epoch"], state["step"], state["totals"].to(now.totals.device)
-        if now.step >= steps:
+        training.epoch, training.step = state["epoch"], state["step"]
+        training.totals = state["totals"].to(training.totals.device)
+        if training.step >= steps:
             raise ItoError(
-                f"The training state {str(self.state_file)!r} is {now.step} batches into an epoch of {steps}: the data "
-                "have changed since; delete it, and resume."
+                f"The training state {str(self.state_file)!r} is {training.step} batches into an epoch of {steps}: "
+                "the data have changed since; delete it, and resume."
             )
 
-    def _read_state(self, now: _Phase) -> dict[str, Any]:
+    def _read_state(self, training: _Training) -> dict[str, Any]:
         """The saved position of this training, empty if there is none; loads rows, weights and optimizer."""
         if not self.state_file.is_file():
             return {}
         try:
             state = torch.load(self.state_file, map_location="cpu", weights_only=True)
             self.rows[:] = state["rows"]
-            if state["phase"] != now.name:
+            if state["phase"] != training.name:
                 return {}
-            now.model.load_state_dict(state["model"])
-            now.optimizer.load_state_dict(state["optimizer"])
+            training.model.load_state_dict(state["model"])
+            training.optimizer.load_state_dict(state["optimizer"])
             return {name: state[name] for name in ("epoch", "step", "totals")}
         except Exception as error:  # a damaged file can fail in any way
             raise ItoError(
                 f"The training state {str(self.state_file)!r} cannot be read, or is of another network; delete it, and "
-                f"resume: what is finished stays, {now.name!r} begins anew."
+                f"resume: what is finished stays, {training.name!r} begins anew."
             ) from error
 
 
 def learning_rate(settings: Fit, step: int, total: int) -> float:
-    """The rate at a step: constant, or up over the first fifth and down to zero in straight lines."""
+    """The learning rate at a step: constant, or linear up over the first fifth and linear down to zero.
+
+    Args:
+        settings: rate and decay.
+        step: from 0.
+        total: steps of the whole training.
+    """
     if settings.decay == "constant" or total < 2:
         return settings.lr
     peak = max(1, total // 5)
@@ -225,11 +232,12 @@ def learning_rate(settings: Fit, step: int, total: int) -> float:
 
 
 def member_seed(seed: int, member: int) -> int:
-    """A member's own seed for the order of images and for augmentation."""
+    """A seed below 2**63 for a member's order of images and augmentation; members count from 1, the ResNet is 0."""
     return int(np.random.SeedSequence([seed, member]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _optimizer(model: nn.Module, settings: Fit) -> torch.optim.Optimizer:
+    """The optimizer of the settings for all weights that take gradients."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if settings.optimizer == "adam":
         return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
