@@ -20,17 +20,19 @@ _BEYOND_LUCK = 0.15
 
 
 def choose(condition: Tensor, images: Tensor, others: Tensor) -> Tensor:
-    """Where ``condition`` ``(K,)`` holds the one image, elsewhere the other, ``(K, C, H, W)``."""
+    """The first images where ``condition`` ``(K,)`` holds, elsewhere the others, ``(K, C, H, W)``."""
     return torch.where(condition[:, None, None, None], images, others)
 
 
 class ActiveSet:
     """The ``K`` images of one attempt that are still attacked. An image leaves when it is fooled beyond luck.
 
+    A *draw* is the number of some paths of noise in this attempt, see `Panels`.
+
     Attributes:
         rows: ``(K,)``, their numbers among all images of the attack.
         origin: the clean images ``(K, C, H, W)``.
-        iterate: what the attack has made of them so far. The attack sets it.
+        iterate: the current adversarial images ``(K, C, H, W)``. The attack sets it.
         best, best_loss: the best iterate so far ``(K, C, H, W)`` and its loss ``(K,)``, see `keep_best`.
     """
 
@@ -77,7 +79,7 @@ class ActiveSet:
         return nan_lowest(self.objective(logits, self.panels.labels[rows]))
 
     def keep_best(self, loss: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Keep the iterate where it is better than the best one so far; where that is, bool ``(K,)``.
+        """Keep the iterate where it is better than the best one so far; returns where, bool ``(K,)``.
 
         The higher ``loss`` is better. With ``logits`` and without noise, an iterate that fools is better than one that
         does not, however high the loss of that. With noise it may have been a lucky draw, and the loss judges better.
@@ -92,7 +94,7 @@ class ActiveSet:
         return better
 
     def keep_last(self, draw: int) -> None:
-        """Let the last iterate compete with the best one, under noise both on paths that neither has met."""
+        """Let the last iterate compete with the best one, under noise on paths that neither has seen."""
         if not len(self):
             return
         if not self.panels.noisy:
@@ -105,7 +107,7 @@ class ActiveSet:
         self.best = choose(last > best, self.iterate, self.best)
 
     def settle(self, logits: Tensor, draw: int) -> Tensor:
-        """Make the iterate the result of every image that is fooled beyond luck; which images, bool ``(K,)``.
+        """Make the iterate the result of every image that is fooled beyond luck; returns which, bool ``(K,)``.
 
         They stay in the set until `drop`. Where the attack does not ``stop``, no image is settled.
 
@@ -139,6 +141,6 @@ class ActiveSet:
         return tuple(tensor[stay] for tensor in tensors)
 
     def result(self) -> Tensor:
-        """What the attempt has made of all its images ``(N, C, H, W)``: of those still active, the best iterate."""
+        """The result for all images of the attempt ``(N, C, H, W)``: settled iterates, else the best iterate."""
         self._result[self._positions] = self.best
         return self._result

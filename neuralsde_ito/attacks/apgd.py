@@ -99,7 +99,7 @@ class _StepLength:
         self._rises = self._rises + rose
 
     def halve(self, span: int, best_loss: Tensor) -> Tensor:
-        """Halve the length where the search does not get on; which images, bool ``(K,)``.
+        """Halve the length where the search makes no progress; returns where, bool ``(K,)``.
 
         Either fewer than 75 % of the ``span`` steps since the last checkpoint raised the loss, or neither the length
         nor the highest loss has changed since.

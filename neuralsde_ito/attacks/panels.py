@@ -1,6 +1,6 @@
 """The paths of one attack: gradients average one panel of noise, iterates are judged on another, and both are counted.
 
-A third panel, the report's, is for whoever judges the attack: nothing here ever sees it.
+A third panel, the report's, judges the attack when it has ended: nothing here ever sees it.
 
 An attack takes the paths of a panel in numbered draws, of ``eot`` paths for gradients and of ``selection`` paths for
 judging. No two uses share a draw. An attempt has ``draws`` numbers of its own on each panel. On the selection panel two

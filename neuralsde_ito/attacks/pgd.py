@@ -1,7 +1,7 @@
 """Projected gradient descent on a randomised model (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
 
 Three panels of noise keep the attack honest: gradients average ``eot`` paths of the first, iterates are chosen on the
-second, and whoever reports uses a third one, which the attack never sees.
+second, and reports use a third one, which the attack never sees.
 """
 
 from __future__ import annotations
