@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from neuralsde_ito.validation import ItoError
+
 from . import options, output
 
-OF_A_RUN = ("vote", "attack", "suite")  # parts that random weights cannot have
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from neuralsde_ito.benchmarks.measuring import Row
+    from neuralsde_ito.models.ensemble import ItoEnsemble
+    from neuralsde_ito.models.recast import ItoResNet
+
 PARTS = ("inference", "vote", "path", "attack", "suite", "training", "memory")
-READ_BY = {  # the parts that an option has to do with
+OF_A_RUN = ("vote", "attack", "suite")  # parts that mean nothing with random weights
+READ_BY = {  # the parts that obey an option
     "batch": ("inference", "vote", "path", "training"),
     "repeats": ("inference", "vote", "path", "training"),
     "radii": ("attack", "suite"),
@@ -61,8 +72,8 @@ def command(
 ) -> None:
     """Measure inferences, votes, attacks, training steps and memory against the plain network.
 
-    Every figure is a ratio to the part's first row, measured in turn with it: machines are noisy, and bare seconds
-    say little. A run gives the network, the members and the images; --arch needs none.
+    Every figure is a ratio to the part's first row, measured in turn with it, since seconds alone vary with whatever
+    else the machine does. A run gives the network, the members and the images; --arch needs no run.
     """
     asked = tuple(dict.fromkeys(parts)) or tuple(part for part in PARTS if part != "suite")
     if arch is not None:
@@ -73,85 +84,41 @@ def command(
     idle = {name for name, readers in READ_BY.items() if not set(readers) & set(asked)}
     options.without_effect(idle, f"With {'--part ' + ' and --part '.join(parts) if parts else '--arch'}")
 
-    import torch
-
     from neuralsde_ito.attacks.norms import check_eps, parse_eps
     from neuralsde_ito.attacks.other_libraries import check_peer
-    from neuralsde_ito.benchmarks import costs as benchmark
-    from neuralsde_ito.models.recast import recast
-    from neuralsde_ito.models.resnets import load_resnet
-    from neuralsde_ito.runs.run import load_dataset, pick_device
-    from neuralsde_ito.validation import ItoError
+    from neuralsde_ito.benchmarks.measuring import machine
 
     eps = [check_eps("linf", parse_eps(text)) for text in radii]
     for part, library in (("attack", "torchattacks"), ("suite", "autoattack")):
         if part in parts:
             check_peer(library)
     if arch is not None:
-        place = pick_device(device)
-        net = load_resnet(arch).eval().to(place)
-        model = recast(net)
-        x = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(place)
-        y = torch.arange(batch, device=place) % 10
-        ensemble, what = None, f"{arch} with random weights, random images"
+        subject = _random_subject(arch, device, batch)
     else:
-        opened = options.open_run(root, run, device)
-        net, ensemble, place = opened.resnet, opened.ensemble, opened.device
-        model = ensemble.members[0]
-        arch = opened.config.network.arch
-        data = load_dataset(opened.config, train_limit=1, test_limit=max(batch, images))
-        _, x, y = next(iter(data.test.batches(max(batch, images), place)))
-        batch, images = min(batch, len(x)), min(images, len(x))
-        what = f"{arch} of {opened.folder}, test images of {data.name}"
-    left_out: list[str] = []
-    if "attack" in asked and importlib.util.find_spec("torchattacks") is None:
-        asked = tuple(part for part in asked if part != "attack")
-        left_out.append("Attacks are left out: pip install torchattacks, to measure against its EOTPGD.")
-    if "memory" in asked and (tuple(x.shape[1:]) != (3, 32, 32) or importlib.util.find_spec("resource") is None):
-        asked = tuple(part for part in asked if part != "memory")
-        left_out.append("Memory is left out: it is measured with images of 3x32x32, on Linux and macOS.")
+        subject = _subject_of_run(options.open_run(root, run, device), max(batch, images))
+        batch, images = min(batch, len(subject.x)), min(images, len(subject.x))
+    asked, left_out = _possible(asked, subject)
     if parts and left_out:
         raise ItoError(left_out[0].replace("left out", "not measured", 1))
-    rows: list[benchmark.Row] = []
+    rows: list[Row] = []
     with output.progress(len(asked), "bench", "parts") as bar:
         for part in asked:
             bar.set_postfix_str(part)
-            if part == "inference":
-                rows += benchmark.bench_inference(net, model, x[:batch], repeats, compiled)
-            elif part == "vote" and ensemble is not None:
-                rows += benchmark.bench_votes(net, ensemble, x[:batch], repeats)
-            elif part == "path":
-                rows += benchmark.bench_path(torch.empty(batch, 16 * 32 * 32, device=place), repeats)
-            elif part == "attack" and ensemble is not None:
-                rows += benchmark.bench_attack(ensemble, x[:images], y[:images], eps, steps, eot)
-            elif part == "suite" and ensemble is not None:
-                rows += benchmark.bench_suite(net, ensemble, x[:images], y[:images], eps)
-            elif part == "training":
-                rows += benchmark.bench_training(net, model.schedule.omega, x[:batch][:128], y[:batch][:128], repeats)
-            elif part == "memory":
-                rows += benchmark.bench_memory(arch, 128, place)
+            rows += _measure(part, subject, batch, repeats, eps, images, steps, eot, compiled)
             bar.update()
     if save:
         from .pictures import bench_picture
 
         bench_picture(rows, save)
     if as_json:
-        head = {"command": "bench", "network": what, "batch": batch, "repeats": repeats}
+        head = {"command": "bench", "network": subject.description, "batch": batch, "repeats": repeats}
         date = datetime.now().isoformat(timespec="seconds")
-        head |= {"machine": ", ".join(benchmark.machine(place)), "date": date}
+        head |= {"machine": ", ".join(machine(subject.device)), "date": date}
         output.print_json({**head, "rows": [asdict(row) for row in rows], "left_out": left_out})
         return
-    click.echo(f"Network  {what}")
-    click.echo(f"Machine  {', '.join(benchmark.machine(place))}")
-    shown = []
-    for part in asked:
-        for i, row in enumerate(row for row in rows if row.part == part):
-            unit = f"{row.seconds:.0f} MiB" if part == "memory" else output.seconds(row.seconds)
-            cold = output.seconds(row.cold) if row.cold is not None else ""
-            shown.append([part if i == 0 else "", row.name, unit, f"{row.ratio:.2f}", cold, row.note])
-    click.echo()
-    output.table(shown, ["part", "what", "cost", "ratio", "first call", "remarks"])
-    click.echo()
+    click.echo(f"Network  {subject.description}")
+    click.echo(f"Machine  {', '.join(machine(subject.device))}")
+    _print_table(rows, asked)
     output.sentence(
         f"Ratio: to the first row of the part (attacks: of each radius; paths: of each number of steps), measured in "
         f"turn, median of {output.count(repeats, 'repeat')}. Attacks run once, step by step in turn; suites and memory "
@@ -162,3 +129,100 @@ def command(
         output.sentence(sentence)
     if save:
         click.echo(f"\nPicture  {save}")
+
+
+@dataclass
+class _Subject:
+    """What is measured: a network, its recast, images and labels; an ensemble only if it comes from a run."""
+
+    description: str
+    arch: str
+    net: nn.Module
+    model: ItoResNet
+    ensemble: ItoEnsemble | None
+    x: Tensor
+    y: Tensor
+    device: torch.device
+
+
+def _random_subject(arch: str, device: str, batch: int) -> _Subject:
+    import torch
+
+    from neuralsde_ito.models.recast import recast
+    from neuralsde_ito.models.resnets import load_resnet
+    from neuralsde_ito.runs.run import pick_device
+
+    on = pick_device(device)
+    net = load_resnet(arch).eval().to(on)
+    x = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(on)
+    y = torch.arange(batch, device=on) % 10
+    return _Subject(f"{arch} with random weights, random images", arch, net, recast(net), None, x, y, on)
+
+
+def _subject_of_run(opened: options.Opened, images: int) -> _Subject:
+    from neuralsde_ito.runs.run import load_dataset
+
+    ensemble, arch = opened.ensemble, opened.config.network.arch
+    data = load_dataset(opened.config, train_limit=1, test_limit=images)
+    _, x, y = next(iter(data.test.batches(images, opened.device)))
+    description = f"{arch} of {opened.folder}, test images of {data.name}"
+    member: ItoResNet = ensemble.members[0]
+    return _Subject(description, arch, opened.resnet, member, ensemble, x, y, opened.device)
+
+
+def _possible(asked: tuple[str, ...], subject: _Subject) -> tuple[tuple[str, ...], list[str]]:
+    """The parts that can be measured here, and a sentence for each of the others."""
+    left_out: list[str] = []
+    if "attack" in asked and importlib.util.find_spec("torchattacks") is None:
+        asked = tuple(part for part in asked if part != "attack")
+        left_out.append("Attacks are left out: pip install torchattacks, to measure against its EOTPGD.")
+    small = tuple(subject.x.shape[1:]) == (3, 32, 32)
+    if "memory" in asked and (not small or importlib.util.find_spec("resource") is None):
+        asked = tuple(part for part in asked if part != "memory")
+        left_out.append("Memory is left out: it is measured with images of 3x32x32, on Linux and macOS.")
+    return asked, left_out
+
+
+def _measure(
+    part: str,
+    subject: _Subject,
+    batch: int,
+    repeats: int,
+    eps: list[float],
+    images: int,
+    steps: int,
+    eot: int,
+    compiled: bool,
+) -> list[Row]:
+    """The rows of one part."""
+    import torch
+
+    from neuralsde_ito.benchmarks import attacks, costs, memory
+
+    net, model, ensemble, x, y = subject.net, subject.model, subject.ensemble, subject.x, subject.y
+    if part == "inference":
+        return costs.bench_inference(net, model, x[:batch], repeats, compiled)
+    if part == "path":
+        return costs.bench_path(torch.empty(batch, 16 * 32 * 32, device=subject.device), repeats)
+    if part == "training":
+        return costs.bench_training(net, model.schedule.omega, x[:batch][:128], y[:batch][:128], repeats)
+    if part == "memory":
+        return memory.bench_memory(subject.arch, 128, subject.device)
+    assert ensemble is not None, "parts of a run are not asked for without one"
+    if part == "vote":
+        return costs.bench_votes(net, ensemble, x[:batch], repeats)
+    if part == "attack":
+        return attacks.bench_attack(ensemble, x[:images], y[:images], eps, steps, eot)
+    return attacks.bench_suite(net, ensemble, x[:images], y[:images], eps)
+
+
+def _print_table(rows: list[Row], parts: tuple[str, ...]) -> None:
+    cells = []
+    for part in parts:
+        for i, row in enumerate(row for row in rows if row.part == part):
+            cost = f"{row.seconds:.0f} MiB" if part == "memory" else output.seconds(row.seconds)
+            cold = output.seconds(row.cold) if row.cold is not None else ""
+            cells.append([part if i == 0 else "", row.name, cost, f"{row.ratio:.2f}", cold, row.note])
+    click.echo()
+    output.table(cells, ["part", "what", "cost", "ratio", "first call", "remarks"])
+    click.echo()

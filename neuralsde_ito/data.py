@@ -1,7 +1,9 @@
-"""Images: digits, CIFAR and folders of pictures, small sets in memory, large ones streamed.
+"""Images: digits, CIFAR and folders of pictures. Small sets are held in memory, large ones are streamed.
 
-Images are floats in [0, 1], ``(N, C, H, W)``. Order and augmentation are pure functions of
-``(seed, epoch)``, so that a run which is resumed in the middle of an epoch sees what it would have seen.
+Images are floats in [0, 1], ``(N, C, H, W)``. Their order and augmentation are pure functions of ``(seed, epoch)``: a
+run that is resumed in the middle of an epoch gets the same batches as one that was not interrupted.
+
+`DATASETS` is the table of data sets, and shows how to add one.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import io
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 from urllib.error import URLError
 
 import numpy as np
@@ -25,13 +28,11 @@ from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from .validation import ItoError, nearest, shown
+from .validation import ItoError, one_of, shown
 
-DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
-IMAGE_SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32}  # in pixels, square; a folder's is chosen
 AUGMENTATIONS = ("none", "shift", "flip-crop", "imagenet")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-_IN_MEMORY = 64  # folders of images up to this size are held in memory
+_IN_MEMORY = 64  # pixels: images up to this size are held in memory
 
 Batch = tuple[Tensor, Tensor, Tensor]  # index (N,) int64, images (N, C, H, W) in [0, 1], labels (N,) int64
 
@@ -46,7 +47,7 @@ class Split(Protocol):
 
     @property
     def names(self) -> Tensor | None:
-        """The images' numbers in the whole split, int64 ``(N,)``; None: their positions."""
+        """The images' numbers in the whole split, int64 ``(N,)``; None: their positions in this one."""
         ...
 
     def __len__(self) -> int:
@@ -60,20 +61,36 @@ class Split(Protocol):
         epoch: tuple[int, int] | None = None,
         skip: int = 0,
     ) -> Iterator[Batch]:
-        """Batches in order; with ``epoch = (seed, number)`` shuffled, augmented and cut (`batch_bounds`) for training.
+        """Yield batches.
 
-        ``skip`` leaves out the first batches, without making them.
+        Args:
+            size: images a batch.
+            device: where the batches are put.
+            epoch: ``(seed, number)``, for training: the images are shuffled and augmented, and `batch_bounds` cuts
+                the batches. None: the images as they are, in order.
+            skip: number of batches at the beginning that are left out, without the work of making them.
         """
         ...
 
     def first(self, count: int | None) -> Split:
-        """The split cut down to ``count`` images, spread evenly over the split's fixed order."""
+        """``count`` images, a fixed random choice in the split's order; None or a large count: all of them.
+
+        Raises:
+            ItoError: ``count`` is below 1.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test split, and what a network must know of them."""
+    """A training and a test split, with what a network must know about them.
+
+    Attributes:
+        name: for messages and tables.
+        classes: names of the classes; a label is a position in it.
+        image_shape: ``(C, H, W)``.
+        train, test: the splits.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -82,7 +99,8 @@ class Dataset:
     test: Split
 
 
-def _order(n: int, epoch: tuple[int, int] | None) -> tuple[Tensor, torch.Generator]:
+def _epoch_order(n: int, epoch: tuple[int, int] | None) -> tuple[Tensor, torch.Generator]:
+    """The order of the images in an epoch, int64 ``(n,)``, and a generator for whatever else is random in it."""
     generator = torch.Generator()
     if epoch is None:
         return torch.arange(n, device="cpu"), generator
@@ -93,10 +111,10 @@ def _order(n: int, epoch: tuple[int, int] | None) -> tuple[Tensor, torch.Generat
 
 
 def batch_bounds(n: int, size: int, training: bool = False) -> list[tuple[int, int]]:
-    """Where batches of ``n`` images begin and end.
+    """Begin and end of each batch, for ``n`` images in batches of ``size``.
 
-    In training a last batch of one image joins the one before it: BatchNorm has no variance of a single value, and a
-    step on one image would weigh as much as one on a whole batch.
+    In training, a last batch of one image joins the batch before it: BatchNorm has no variance of a single value, and
+    a step on one image would weigh as much as a step on a whole batch.
     """
     starts = list(range(0, n, size))
     if training and size > 1 and n % size == 1:
@@ -104,8 +122,8 @@ def batch_bounds(n: int, size: int, training: bool = False) -> list[tuple[int, i
     return list(itertools.pairwise([*starts, n]))
 
 
-def _spread(n: int, count: int | None) -> Tensor:
-    """``count`` of ``n`` places: a fixed random choice, in order, so that every class is met."""
+def _fixed_choice(n: int, count: int | None) -> Tensor:
+    """``count`` of the numbers below ``n``: a fixed random choice, in order, in which every class is likely to be."""
     if count is None or count >= n:
         return torch.arange(n, device="cpu")
     if count < 1:
@@ -115,13 +133,15 @@ def _spread(n: int, count: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class InMemory:
-    """Images held as uint8, augmented in batches on the device.
+    """A split whose images are held as uint8, and augmented in batches on the device.
 
     Attributes:
         pixels: uint8 ``(N, C, H, W)``.
         labels: int64 ``(N,)``.
-        augment: ``none``; ``shift`` by up to one pixel; ``flip-crop``, CIFAR's flip and crop after 4 pixels of padding.
-        names: the images' numbers in the whole split, their index in the noise's address.
+        augment: ``none``; ``shift``, by up to one pixel; or ``flip-crop``, CIFAR's usual flip, and crop after 4 pixels
+            of padding (He et al. 2015, section 4.2, https://arxiv.org/abs/1512.03385).
+        names: int64 ``(N,)``, the images' numbers in the whole split, which name them in the noise's address; None:
+            their positions.
     """
 
     pixels: Tensor
@@ -134,7 +154,7 @@ class InMemory:
 
     def first(self, count: int | None) -> InMemory:
         """See `Split`."""
-        keep = _spread(len(self), count)
+        keep = _fixed_choice(len(self), count)
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         return replace(self, pixels=self.pixels[keep], labels=self.labels[keep], names=names[keep])
 
@@ -146,7 +166,7 @@ class InMemory:
         skip: int = 0,
     ) -> Iterator[Batch]:
         """See `Split`."""
-        order, generator = _order(len(self), epoch)
+        order, generator = _epoch_order(len(self), epoch)
         # Offsets for the whole epoch at once, so that skipping batches does not change the others.
         draws = torch.rand(len(self), 3, generator=generator, device="cpu")
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
@@ -160,7 +180,7 @@ class InMemory:
 
 
 def _shifted(x: Tensor, draws: Tensor, pad: int, flip: bool) -> Tensor:
-    """Every image shifted by its own offset and maybe mirrored: ``(N, C, H, W)``, draws ``(N, 3)`` in [0, 1)."""
+    """Shift each image by its own offset, and maybe mirror it: ``(N, C, H, W)``, draws ``(N, 3)`` in [0, 1)."""
     n, c, h, w = x.shape
     offset = (draws[:, :2] * (2 * pad + 1)).long()
     rows = offset[:, :1] + torch.arange(h, device=x.device)  # (N, H)
@@ -174,12 +194,13 @@ def _shifted(x: Tensor, draws: Tensor, pad: int, flip: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Streamed:
-    """Image files read by workers, as they are needed, with ImageNet's standard crops.
+    """A split whose image files are read by workers when a batch needs them, with ImageNet's standard crops.
 
     Attributes:
-        files, labels: the images.
-        size: of the crop in pixels; the shorter edge is first brought to ``size * 256 / 224``.
-        augment: ``imagenet`` (random resized crop and flip in training) or ``none``.
+        files: the images' paths.
+        labels: int64 ``(N,)``.
+        size: height and width of the crop in pixels; before it, the shorter edge is scaled to ``size * 256 / 224``.
+        augment: ``imagenet`` (in training, a random resized crop and a flip) or ``none``.
         names: see `InMemory`.
     """
 
@@ -194,7 +215,7 @@ class Streamed:
 
     def first(self, count: int | None) -> Streamed:
         """See `Split`."""
-        keep = _spread(len(self), count)
+        keep = _fixed_choice(len(self), count)
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         files = tuple(self.files[i] for i in keep.tolist())
         return replace(self, files=files, labels=self.labels[keep], names=names[keep])
@@ -207,38 +228,38 @@ class Streamed:
         skip: int = 0,
     ) -> Iterator[Batch]:
         """See `Split`."""
-        order, _ = _order(len(self), epoch)
+        order, _ = _epoch_order(len(self), epoch)
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         loader = torch.utils.data.DataLoader(
-            _Files(self, epoch),
+            _ImageFiles(self, epoch),
             batch_sampler=[order[a:b].tolist() for a, b in batch_bounds(len(self), size, epoch is not None)[skip:]],
             num_workers=min(8, os.cpu_count() or 1),
             pin_memory=torch.device(device).type == "cuda",
         )
-        said = False
+        warned = False
         try:
             for rows, pixels, transparent in loader:
-                if bool(transparent.any()) and not said:
-                    said = True
-                    _say_white(f"Pictures of {str(self.files[0].parent.parent)!r} are")
+                if bool(transparent.any()) and not warned:
+                    warned = True
+                    _warn_transparent(f"Pictures of {str(self.files[0].parent.parent)!r} are")
                 x = pixels.to(device, non_blocking=True).float() / 255
                 yield names[rows].to(device), x, self.labels[rows].to(device)
-        except ItoError as error:  # a worker sends its whole traceback as the message; its last line says it
+        except ItoError as error:  # a worker's message is its whole traceback; the last line has ours
             raise ItoError(str(error).strip().splitlines()[-1].partition("Error: ")[2]) from None
 
 
-class _Files(torch.utils.data.Dataset):
-    """Row -> (row, uint8 pixels, was it transparent?); a module-level class, as workers must be able to receive it."""
+class _ImageFiles(torch.utils.data.Dataset):
+    """From a row to (row, uint8 pixels, whether the picture is transparent). Workers pickle it, so it is not nested."""
 
     def __init__(self, split: Streamed, epoch: tuple[int, int] | None) -> None:
         self.split, self.epoch = split, epoch
 
     def __getitem__(self, row: int) -> tuple[int, Tensor, bool]:
-        image, transparent = _open(self.split.files[row], "RGB")
+        image, transparent = _read_image(self.split.files[row], "RGB")
         size = self.split.size
         if self.epoch is None or self.split.augment != "imagenet":
-            return row, _pixels(_centred(image, size)), transparent
-        # The crop belongs to (seed, epoch, image), whichever worker makes it.
+            return row, _pixels(_centre_crop(image, size)), transparent
+        # The crop is a function of (seed, epoch, image), whichever worker makes it.
         seed = np.random.SeedSequence([abs(int(self.epoch[0])), self.epoch[1], row]).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed >> np.uint64(1)))
@@ -249,25 +270,29 @@ class _Files(torch.utils.data.Dataset):
 
 
 def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """One image file with 8 bits a channel, as it stands: turned as its EXIF data say, and on a white ground.
+    """Read one image file with 8 bits a channel, upright as its EXIF data say, and on a white ground.
 
-    Sixteen bits of grey and floats in [0, 1] are scaled; other colours are converted as Pillow does; of a file with
-    several pictures it is the first.
+    Sixteen bits of grey and floats in [0, 1] are scaled. Other colours are converted as Pillow does. Of a file with
+    several pictures, the first is read.
+
+    Args:
+        path: the file.
+        mode: Pillow's name for the colours, ``RGB`` or ``L``.
 
     Raises:
-        ItoError: the file is missing or cannot be read, or its values do not say what is white; its path is named.
+        ItoError: the file is missing or cannot be read, or its values do not say what is white; the message names it.
     """
-    return _open(path, mode)[0]
+    return _read_image(path, mode)[0]
 
 
-def _open(path: str | Path, mode: str) -> tuple[Image.Image, bool]:
-    """`open_image`, and whether the picture was transparent anywhere."""
+def _read_image(path: str | Path, mode: str) -> tuple[Image.Image, bool]:
+    """`open_image`, and whether the picture is transparent anywhere."""
     try:
-        # From memory: on damaged TIFFs a file descriptor was closed that was already in use elsewhere.
+        # From memory: with a damaged TIFF, Pillow closed a file descriptor that something else already used.
         with Image.open(io.BytesIO(Path(path).read_bytes())) as opened:
-            # Pillow turns a TIFF by itself, while it loads.
+            # Pillow turns a TIFF upright by itself while it loads.
             upright = opened if opened.format == "TIFF" else ImageOps.exif_transpose(opened)
-            image = _eight_bits(upright, opened.format, path)
+            image = _to_eight_bits(upright, opened.format, path)
             if not (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
                 return image.convert(mode), False
             layer = image.convert("RGBA")
@@ -284,8 +309,8 @@ def _open(path: str | Path, mode: str) -> tuple[Image.Image, bool]:
         raise ItoError(f"The image file {str(path)!r} cannot be read: {reason.rstrip('.')}.") from error
 
 
-def _eight_bits(image: Image.Image, kind: str | None, path: str | Path) -> Image.Image:
-    """Scale what Pillow would clip to 8 bits; ``kind`` is the file's format, ``path`` its place for messages."""
+def _to_eight_bits(image: Image.Image, kind: str | None, path: str | Path) -> Image.Image:
+    """Scale values that Pillow would clip to 8 bits; ``kind`` is the file's format, and messages name ``path``."""
     if image.mode == "F":
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())  # NaN if any pixel is
@@ -297,38 +322,48 @@ def _eight_bits(image: Image.Image, kind: str | None, path: str | Path) -> Image
         return Image.fromarray((values * 255).round().astype(np.uint8))
     if not image.mode.startswith("I"):
         return image
-    if image.mode == "I" and kind not in ("PNG", "PPM"):  # which hold 16 bits at most
+    if image.mode == "I" and kind not in ("PNG", "PPM"):  # these two formats hold 16 bits at most
         raise ItoError(
             f"The image file {str(path)!r} holds whole numbers of 32 bits, of which it is not known what is white; "
             "save it with 8 or 16 bits."
         )
     values = np.asarray(image)
     grey = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
-    if (clear := image.info.get("transparency")) is not None:  # one grey, which stands for the ground
+    if (clear := image.info.get("transparency")) is not None:  # this grey means transparent
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
 
 
-def _say_white(what: str) -> None:
+def _warn_transparent(what: str) -> None:
     warnings.warn(f"{what} transparent in places: read on a white ground.", UserWarning, stacklevel=3)
 
 
 def load_image(path: str | Path, image_shape: tuple[int, int, int]) -> Tensor:
-    """A picture as a network of ``image_shape`` wants it: ``(C, H, W)`` in [0, 1], resized and cropped if need be.
+    """Read a picture for a network, ``(C, H, W)`` in [0, 1]; a picture of another size is scaled and cropped.
 
-    `open_image` says how files are read; it warns where a picture is transparent.
+    `open_image` says how the file is read. A warning says if the picture is transparent.
+
+    Args:
+        path: the file.
+        image_shape: ``(C, H, W)``; with one channel the picture becomes grey.
+
+    Raises:
+        ItoError: see `open_image`.
     """
     channels, height, width = image_shape
-    image, transparent = _open(path, "L" if channels == 1 else "RGB")
+    image, transparent = _read_image(path, "L" if channels == 1 else "RGB")
     if transparent:
-        _say_white(f"The picture {str(path)!r} is")
+        _warn_transparent(f"The picture {str(path)!r} is")
     if image.size != (width, height):
-        image = _centred(image, height)
+        image = _centre_crop(image, height)
     return _pixels(image).float() / 255
 
 
-def _centred(image: Image.Image, size: int) -> Image.Image:
-    """The centre of the picture, ``size`` square. Small images are only scaled; large ones as for ImageNet."""
+def _centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre of the picture, ``size`` square; before it, the shorter edge is scaled to ``size``.
+
+    For images that are not small, to ``size * 256 / 224``, as usual for ImageNet.
+    """
     if image.size == (size, size):
         return image
     edge = size if size <= _IN_MEMORY else round(size * 256 / 224)
@@ -336,8 +371,24 @@ def _centred(image: Image.Image, size: int) -> Image.Image:
 
 
 def _pixels(image: Image.Image) -> Tensor:
+    """uint8 ``(C, H, W)``."""
     array = np.asarray(image)
     return torch.from_numpy(np.array(array[None] if array.ndim == 2 else array.transpose(2, 0, 1)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from: a row of `DATASETS`.
+
+    Attributes:
+        load: from ``data.path`` and ``data.size`` (None: not given) to the data set, not augmented and not limited.
+        size: height and width of its images in pixels; None: they are chosen.
+        augment: the default augmentation in training; None: ``flip-crop``, or ``imagenet`` for large image files.
+    """
+
+    load: Callable[[str | Path | None, int | None], Dataset]
+    size: int | None = None
+    augment: str | None = None
 
 
 def load_data(
@@ -348,49 +399,64 @@ def load_data(
     train_limit: int | None = None,
     test_limit: int | None = None,
 ) -> Dataset:
-    """A data set by name.
+    """Load a data set by name.
 
     Args:
         name: ``digits`` (scikit-learn's 1,797 real 8x8 scans, no download), ``cifar10``, ``cifar100``
-            (downloaded by torchvision on first use) or ``imagefolder``.
+            (torchvision downloads them on first use) or ``imagefolder``.
         path: for ``imagefolder`` the folder that holds ``train/CLASS/*`` and ``test/CLASS/*`` (or ``val``); for
-            CIFAR where the download is kept, default ``~/.cache/ito-sde``. Pictures are read as `open_image` says;
-            where some are transparent, one warning says that they stand on white.
-        size: image size for ``imagefolder``; default: that of the first image if it is square and at most
-            64 pixels wide, else 224.
+            CIFAR the folder of the download, default ``~/.cache/ito-sde``. `open_image` says how pictures are read;
+            if some are transparent, one warning says that they stand on white.
+        size: height and width of the images in pixels, for ``imagefolder``; default: those of the first test image
+            if it is square and at most 64 pixels wide, else 224.
         augment: a name in `AUGMENTATIONS`; the default suits the data.
         train_limit, test_limit: use so many images, a fixed choice.
 
     Raises:
-        ItoError: unknown names, a folder that is missing or empty, a corrupt image, or no network.
+        ItoError: a name is unknown, a folder is missing or empty, an image is corrupt, or there is no network.
     """
-    if name not in DATASETS:
-        raise ItoError(nearest("data set", name, DATASETS))
-    if augment is not None and augment not in AUGMENTATIONS:
-        raise ItoError(nearest("augmentation", augment, AUGMENTATIONS))
+    source = DATASETS[one_of("data set", name, DATASETS)]
+    if augment is not None:
+        one_of("augmentation", augment, AUGMENTATIONS)
     for limit in (train_limit, test_limit):
-        _spread(1, limit)  # refuse limits below 1 before anything is read
-    if name != "imagefolder" and size not in (None, IMAGE_SIZES[name]):
+        _fixed_choice(1, limit)  # refuse limits below 1 before anything is read
+    if source.size is not None and size not in (None, source.size):
         raise ItoError(
-            f"data.size is for image folders: {name} has {IMAGE_SIZES[name]} pixels, got {size}; set data.size=null."
+            f"data.size is for image folders: {name} has {source.size} pixels, got {size}; set data.size=null."
         )
-    if name == "digits" and path is not None:
-        raise ItoError("data.path is for CIFAR and image folders, digits come with scikit-learn; set data.path=null.")
-    if name == "imagefolder":
-        return _folder(path, size, augment, train_limit, test_limit)
-    data = _digits() if name == "digits" else _cifar(name, path)
-    style = augment or ("shift" if name == "digits" else "flip-crop")
-    if style == "imagenet":
+    data = source.load(path, size)
+    pixels, streamed = data.image_shape[1], isinstance(data.train, Streamed)
+    large = streamed and pixels > _IN_MEMORY
+    style = augment or source.augment or ("imagenet" if large else "flip-crop")
+    if style == "imagenet" and not streamed:
         raise ItoError(f"The augmentation 'imagenet' is for image folders larger than {_IN_MEMORY} pixels.")
-    assert isinstance(data.train, InMemory)
-    train = replace(data.train, augment=style).first(train_limit)
-    return replace(data, train=train, test=data.test.first(test_limit))
+    if streamed and style != "none" and (style == "imagenet") != large:
+        raise ItoError(f"The augmentation {style!r} does not fit images of {pixels} pixels.")
+    train = _ready(replace(cast("InMemory | Streamed", data.train), augment=style).first(train_limit))
+    return replace(data, train=train, test=_ready(data.test.first(test_limit)))
 
 
-def _digits() -> Dataset:
+def _ready(split: Split) -> Split:
+    """The split itself; if it is of files with small images, these are read into memory."""
+    if not isinstance(split, Streamed) or split.size > _IN_MEMORY:
+        return split
+    pixels = torch.empty(len(split), 3, split.size, split.size, dtype=torch.uint8, device="cpu")
+    count = 0
+    for row, file in enumerate(split.files):
+        image, transparent = _read_image(file, "RGB")
+        pixels[row] = _pixels(_centre_crop(image, split.size))
+        count += transparent
+    if count:
+        _warn_transparent(f"{count} of {len(split)} pictures of {str(split.files[0].parent.parent)!r} are")
+    return InMemory(pixels, split.labels, split.augment, split.names)
+
+
+def _digits(path: str | Path | None, size: int | None) -> Dataset:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
+    if path is not None:
+        raise ItoError("data.path is for CIFAR and image folders, digits come with scikit-learn; set data.path=null.")
     images, labels = load_digits(return_X_y=True)
     pixels = (images.reshape(-1, 1, 8, 8) * (255 / 16)).round().astype("uint8")  # 17 grey levels
     rows = train_test_split(np.arange(len(labels)), test_size=500, stratify=labels, random_state=0)
@@ -398,7 +464,7 @@ def _digits() -> Dataset:
     return Dataset("digits", tuple("0123456789"), (1, 8, 8), train, test)
 
 
-def _cifar(name: str, path: str | Path | None) -> Dataset:
+def _cifar(name: str, path: str | Path | None, size: int | None) -> Dataset:
     root = Path(path) if path else Path.home() / ".cache" / "ito-sde"
     kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
     try:
@@ -415,51 +481,30 @@ def _cifar(name: str, path: str | Path | None) -> Dataset:
     return Dataset(name, tuple(splits[0].classes), (3, 32, 32), train, test)
 
 
-def _folder(
-    path: str | Path | None,
-    size: int | None,
-    augment: str | None,
-    train_limit: int | None,
-    test_limit: int | None,
-) -> Dataset:
+def _image_folder(path: str | Path | None, size: int | None) -> Dataset:
     if path is None:
         raise ItoError("The data set 'imagefolder' needs data.path: a folder with train/CLASS/* and test/CLASS/*.")
     root = Path(path)
     if not os.path.isdir(root):
         raise ItoError(f"There is no folder {shown(str(root))}.")
     held_out = next((root / part for part in ("test", "val") if (root / part).is_dir()), root / "test")
-    found = [_listing(root / "train"), _listing(held_out)]
-    if found[0][0] != found[1][0]:
-        odd = sorted(set(found[0][0]) ^ set(found[1][0]))
+    classes, train_files, train_labels = _list_images(root / "train")
+    test_classes, test_files, test_labels = _list_images(held_out)
+    if classes != test_classes:
+        odd = sorted(set(classes) ^ set(test_classes))
         raise ItoError(f"{str(root)!r} has other classes in train than in {held_out.name}: {', '.join(odd[:5])}.")
     if size is None:
-        wide, high = open_image(found[1][1][0]).size
-        size = wide if wide == high and wide <= _IN_MEMORY else 224
-    small = size <= _IN_MEMORY
-    style = augment or ("flip-crop" if small else "imagenet")
-    if (style == "imagenet") == small and style != "none":
-        raise ItoError(f"The augmentation {style!r} does not fit images of {size} pixels.")
-    splits: list[Split] = []
-    for (_, files, labels), limit, way in zip(found, (train_limit, test_limit), (style, "none"), strict=True):
-        split = Streamed(tuple(files), torch.tensor(labels, device="cpu"), size, way).first(limit)
-        splits.append(_in_memory(split) if small else split)
-    return Dataset(root.resolve().name, tuple(found[0][0]), (3, size, size), *splits)
+        width, height = open_image(test_files[0]).size
+        size = width if width == height and width <= _IN_MEMORY else 224
+    train, test = (
+        Streamed(tuple(files), torch.tensor(labels, device="cpu"), size)
+        for files, labels in ((train_files, train_labels), (test_files, test_labels))
+    )
+    return Dataset(root.resolve().name, tuple(classes), (3, size, size), train, test)
 
 
-def _in_memory(split: Streamed) -> InMemory:
-    pixels = torch.empty(len(split), 3, split.size, split.size, dtype=torch.uint8, device="cpu")
-    count = 0
-    for row, file in enumerate(split.files):
-        image, transparent = _open(file, "RGB")
-        pixels[row] = _pixels(_centred(image, split.size))
-        count += transparent
-    if count:
-        _say_white(f"{count} of {len(split)} pictures of {str(split.files[0].parent.parent)!r} are")
-    return InMemory(pixels, split.labels, split.augment, split.names)
-
-
-def _listing(folder: Path) -> tuple[list[str], list[Path], list[int]]:
-    """Classes (alphabetical), image files, labels."""
+def _list_images(folder: Path) -> tuple[list[str], list[Path], list[int]]:
+    """Classes in alphabetical order, image files, and a label for each file."""
     if not folder.is_dir():
         raise ItoError(f"There is no folder {str(folder)!r}; it should hold one folder of images a class.")
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -474,3 +519,20 @@ def _listing(folder: Path) -> tuple[list[str], list[Path], list[int]]:
             f"The folder {str(folder)!r} holds no images in class folders ({', '.join(_SUFFIXES[:4])}, ...)."
         )
     return classes, files, labels
+
+
+# To add a data set, write a loader and give it a row below; the command line and the configuration follow. SVHN, say:
+#
+#     def _svhn(path: str | Path | None, size: int | None) -> Dataset:
+#         splits = [torchvision.datasets.SVHN(str(path), part, download=True) for part in ("train", "test")]
+#         train, test = (InMemory(torch.from_numpy(s.data), torch.from_numpy(s.labels).long()) for s in splits)
+#         return Dataset("svhn", tuple("0123456789"), (3, 32, 32), train, test)
+#
+#     "svhn": Source(_svhn, size=32, augment="shift"),
+DATASETS: dict[str, Source] = {
+    "digits": Source(_digits, size=8, augment="shift"),
+    "cifar10": Source(partial(_cifar, "cifar10"), size=32, augment="flip-crop"),
+    "cifar100": Source(partial(_cifar, "cifar100"), size=32, augment="flip-crop"),
+    "imagefolder": Source(_image_folder),
+}
+IMAGE_SIZES = {name: source.size for name, source in DATASETS.items() if source.size is not None}

@@ -5,8 +5,9 @@ import torch
 
 import neuralsde_ito as ito
 from neuralsde_ito.benchmarks import turns
-from neuralsde_ito.benchmarks.costs import bench_attack, bench_suite, bf16_peak, operations
-from neuralsde_ito.benchmarks.turns import in_turns
+from neuralsde_ito.benchmarks.attacks import bench_attack, bench_suite
+from neuralsde_ito.benchmarks.costs import bf16_peak, operations
+from neuralsde_ito.benchmarks.turns import run_in_turns
 
 CPU = torch.device("cpu")
 
@@ -34,9 +35,9 @@ def test_cases_take_turns_and_none_is_charged_for_the_others(monkeypatch):
 
         return run
 
-    found = in_turns({"a": case("a", 2, 1.0), "b": case("b", 4, 5.0), "c": case("c", 3, 0.5)}, CPU)
+    results = run_in_turns({"a": case("a", 2, 1.0), "b": case("b", 4, 5.0), "c": case("c", 3, 0.5)}, CPU)
     assert order == list("abcabcbcb")
-    assert found == {"a": ("a", 2.0), "b": ("b", 20.0), "c": ("c", 1.5)}
+    assert results == {"a": ("a", 2.0), "b": ("b", 20.0), "c": ("c", 1.5)}
 
 
 def test_an_error_of_a_turn_is_raised_and_the_others_end():
@@ -47,7 +48,7 @@ def test_an_error_of_a_turn_is_raised_and_the_others_end():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        in_turns({"wrong": wrong, "right": lambda pause: ended.append(pause())}, CPU)
+        run_in_turns({"wrong": wrong, "right": lambda pause: ended.append(pause())}, CPU)
     assert ended == [None]
 
 

@@ -108,31 +108,6 @@ IDLE = {
         )
     },
     **{
-        f"problem {words}": (f"compare --problem double-well --steps 8 --solver euler {words}", words.split()[0])
-        for words in (
-            "--csv c.csv",
-            "--save c.png",
-            "--limit 4",
-            "--run tiny",
-            "--runs runs",
-            "--device cpu",
-            "--seed 1",
-            "--no-gradients",
-            "--depth",
-            "--versus single",
-            "--schedule constant",
-            "--horizon 2",
-        )
-    },
-    **{
-        f"depth {words}": (f"compare --depth --limit 4 --steps 1 {words}", words.split()[0])
-        for words in ("--csv c.csv", "--no-gradients", "--peer torchsde")
-    },
-    **{
-        f"compare {words}": (f"compare --limit 4 --steps 1 {words}", words.split()[0])
-        for words in ("--versus single", "--schedule constant", "--horizon 2", "--peer diffrax")
-    },
-    **{
         f"bench {words}": (f"bench --part training {words}", words.split()[0])
         for words in ("--eps 0.1", "--images 4", "--steps 2", "--eot 2", "--compile")
     },
@@ -161,8 +136,8 @@ def test_an_option_that_would_do_nothing_is_refused(case: str, here: Path, capfd
 def test_options_that_go_together_are_taken(here: Path, capfd: pytest.CaptureFixture) -> None:
     for line in (
         "train --print-config --resume --run tiny",
-        "compare --run tiny --depth --versus single --schedule constant --horizon 2 --limit 4 --steps 1 --save d.png",
-        "compare --problem geometric-brownian --peer torchsde --solver euler --steps 8",
+        "depth --run tiny --versus single --schedule constant --horizon 2 --limit 4 --steps 1 --save d.png",
+        "orders --problem geometric-brownian --peer torchsde --solver euler --steps 8",
         "attack --eps 0.1 --limit 2 --objective targeted-vote --steps 1 --eot 2 --surrogate resnet --no-random-start",
     ):
         code, _, err = ito_sde(line, capfd)
@@ -215,12 +190,36 @@ def test_the_readme_has_command_lines() -> None:
     assert README.count("\n$ ito-sde ") > 10
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (
+            "compare --solver euler --problem double-well --steps 8",
+            "orders --solver euler --problem double-well --steps 8",
+        ),
+        ("compare --problem=all", "orders --problem all"),
+        ("compare --depth --versus single", "depth --versus single"),
+        ("compare --versus single --depth", "depth --versus single"),
+    ],
+)
+def test_an_option_that_became_a_verb_is_forwarded_with_a_hint(before: str, now: str, capfd) -> None:
+    from neuralsde_ito.cli import forwarded
+
+    assert forwarded(before.split()) == now.split()
+    out, err = capfd.readouterr()
+    assert out == ""
+    (hint,) = err.splitlines()
+    assert hint.endswith(f"is now 'ito-sde {now.split()[0]}'.")
+    assert forwarded(now.split()) == now.split()
+    assert capfd.readouterr().err == ""
+
+
 # --- files that cannot be written -----------------------------------------------------------------------
 
 WRITERS = {
     "compare --save": ("compare --limit 2 --steps 1 --save", ".png"),
     "compare --csv": ("compare --limit 2 --steps 1 --csv", ".csv"),
-    "compare --depth --save": ("compare --depth --limit 2 --steps 1 --save", ".png"),
+    "depth --save": ("depth --limit 2 --steps 1 --save", ".png"),
     "bench --save": ("bench --part training --repeats 1 --save", ".png"),
     "audit --html": ("audit --limit 2 --steps 1 --html", ".html"),
     "attack --save": ("attack --limit 2 --steps 1 --eps 0.1 --save", ""),
@@ -239,10 +238,10 @@ def _fails_if_it_works(*_: object, **__: object) -> None:
     raise AssertionError("the work began")
 
 
-@pytest.mark.parametrize("place", CANNOT)
+@pytest.mark.parametrize("path", CANNOT)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_file_that_cannot_be_written_is_noticed_before_the_work(
-    writer: str, place: str, here: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    writer: str, path: str, here: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from neuralsde_ito.attacks import sweep as evaluation
     from neuralsde_ito.attacks.base import Attack
@@ -263,7 +262,7 @@ def test_a_file_that_cannot_be_written_is_noticed_before_the_work(
     Path("file").write_text("")
     words, ending = WRITERS[writer]
     before = sorted(here.rglob("*"))
-    code, out, err = ito_sde([*words.split(), CANNOT[place].format("x") + ending], capfd)
+    code, out, err = ito_sde([*words.split(), CANNOT[path].format("x") + ending], capfd)
     assert code == 2, err
     complaint(code, err)
     assert out == ""
@@ -364,8 +363,8 @@ def test_a_run_whose_folder_cannot_be_written_into_is_noticed_before_the_attack(
     assert "permission denied" in err
 
 
-@pytest.mark.parametrize("fallen", [0, 1, 2])
-def test_a_picture_of_an_attack_shows_however_many_fell(fallen: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fooled", [0, 1, 2])
+def test_a_picture_of_an_attack_is_drawn_for_any_number_of_fooled_images(fooled: int, tmp_path: Path) -> None:
     from neuralsde_ito.cli.pictures import attack_picture
 
     import neuralsde_ito as ito
@@ -374,11 +373,11 @@ def test_a_picture_of_an_attack_shows_however_many_fell(fallen: int, tmp_path: P
 
     data = ito.load_data("digits", test_limit=4)
     index, x, y = next(data.test.batches(4))
-    found = y.clone()
-    found[:fallen] = -1
-    case = WorstCase(x, torch.zeros_like(y), found, torch.zeros(1, 4, 10).long())
+    labels = y.clone()
+    labels[:fooled] = -1
+    case = WorstCase(x, torch.zeros_like(y), labels, torch.zeros(1, 4, 10).long())
     settings = {"denial": [case], "evasion": [case]}
-    sweep = Sweep([0.0], y, index, {"resnet": y, "ito": y}, [{"resnet": found}], [y], [{"resnet": x}], **settings)
+    sweep = Sweep([0.0], y, index, {"resnet": y, "ito": y}, [{"resnet": labels}], [y], [{"resnet": x}], **settings)
     attack_picture(tmp_path / "a.png", sweep, {0.0: "0"}, "linf", data)
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
@@ -411,9 +410,9 @@ def test_a_picture_of_an_attack_shows_however_many_fell(fallen: int, tmp_path: P
         "predict {}.png {}.png",
         "verify {}",
         "compare --solver {}",
-        "compare --problem {}",
-        "compare --versus {} --depth",
-        "compare --schedule {} --depth",
+        "orders --problem {}",
+        "depth --versus {}",
+        "depth --schedule {}",
         "compare --save {}",
         "bench --arch {}",
         "bench --part {}",
@@ -576,15 +575,15 @@ def test_evaluate_says_how_many_inferences_voted_for_nobody(here: Path, capfd, m
 
     predict = ItoEnsemble.predict
 
-    def half_blind(self, x, *rest, **settings):
-        found = predict(self, x, *rest, **settings)
-        return replace(found, invalid=torch.full_like(found.drawn, 2))
+    def partly_invalid(self, x, *rest, **settings):
+        prediction = predict(self, x, *rest, **settings)
+        return replace(prediction, invalid=torch.full_like(prediction.drawn, 2))
 
     said = "inferences had logits that are not finite and voted for nobody."
     code, out, _ = ito_sde("evaluate --run tiny --limit 3", capfd)
     assert code == 0
     assert said not in out
-    monkeypatch.setattr(ItoEnsemble, "predict", half_blind)
+    monkeypatch.setattr(ItoEnsemble, "predict", partly_invalid)
     code, out, _ = ito_sde("evaluate --run tiny --limit 3 --untrained", capfd)
     assert f"\n6 {said}" in out
     assert f"Before fine-tuning: 6 {said}" in out
@@ -614,12 +613,30 @@ def test_json_holds_no_nan(here: Path, capfd: pytest.CaptureFixture) -> None:
 # --- words ----------------------------------------------------------------------------------------------
 
 
-def test_help_names_all_objectives_and_all_are_taken(here: Path, capfd: pytest.CaptureFixture) -> None:
-    from neuralsde_ito.cli.options import OBJECTIVES as named
+def test_the_names_of_the_options_are_those_of_the_library() -> None:
+    from neuralsde_ito.cli import options
 
+    from neuralsde_ito.attacks import BALLS, PRESETS
+    from neuralsde_ito.attacks.objectives import OBJECTIVES
+    from neuralsde_ito.attacks.other_libraries import PEERS
+    from neuralsde_ito.attacks.selection import NOISES
+    from neuralsde_ito.attacks.sweep import SURROGATES
+    from neuralsde_ito.models.resnets import ARCHITECTURES
+    from neuralsde_ito.models.votes import RULES
+
+    assert tuple(BALLS) == options.NORMS
+    assert tuple(PRESETS) == options.PRESETS
+    assert tuple(OBJECTIVES) == options.OBJECTIVES
+    assert tuple(SURROGATES) == options.SURROGATES
+    assert tuple(NOISES) == options.NOISES
+    assert tuple(PEERS) == options.PEERS
+    assert tuple(RULES) == options.RULES
+    assert tuple(ARCHITECTURES) == options.ARCHITECTURES
+
+
+def test_help_names_all_objectives_and_all_are_taken(here: Path, capfd: pytest.CaptureFixture) -> None:
     from neuralsde_ito.attacks.objectives import OBJECTIVES
 
-    assert tuple(OBJECTIVES) == named
     code, out, _ = ito_sde(["attack", "--help"], capfd)
     assert code == 0
     assert all(name in "".join(out.split()) for name in OBJECTIVES)  # a line may end at a hyphen
@@ -699,10 +716,18 @@ VERBS = {
     ),
     "compare": (
         ["--limit", "2", "--steps", "1", "--solver", "euler"],
-        {**RUN, "--problem": ["double-well"], "--depth": None, "--versus": ["single", "tiny"],
-         "--schedule": ["constant"], "--horizon": ["2", "0.3"], "--gradients": None, "--no-gradients": None,
-         "--save": ["c.png", "new/c.svg"],
-         "--csv": ["c.csv"], "--json": None, "--solver": ["euler", "srk", "heun"], "--peer": ["torchsde"]},
+        {**RUN, "--gradients": None, "--no-gradients": None, "--save": ["c.png", "new/c.svg"], "--csv": ["c.csv"],
+         "--json": None, "--solver": ["euler", "srk", "heun"]},
+    ),
+    "orders": (
+        ["--problem", "geometric-brownian", "--steps", "8", "--solver", "euler"],
+        {"--problem": ["geometric-brownian"], "--solver": ["euler", "milstein"], "--peer": ["torchsde"],
+         "--json": None},
+    ),
+    "depth": (
+        ["--limit", "2", "--steps", "1"],
+        {**RUN, "--versus": ["single", "tiny"], "--schedule": ["constant"], "--horizon": ["2", "0.3"],
+         "--solver": ["euler", "srk"], "--save": ["d.png", "new/d.svg"], "--json": None},
     ),
     "bench": (
         ["--repeats", "1"],
@@ -801,4 +826,4 @@ def test_random_lines_end_in_a_result_or_a_sentence(here: Path, capfd: pytest.Ca
             failed.append(f"{written}\n    {type(error).__name__}: {str(error)[:1500]}")
     assert not failed, f"{len(failed)} of {LINES} lines (seed {SEED}):\n" + "\n".join(failed)
     print(f"{LINES} lines, seed {SEED}, by exit code: {ends}")
-    assert min(ends[0], ends[2]) > LINES / 10, ends  # both kinds are met
+    assert min(ends[0], ends[2]) > LINES / 10, ends  # both ends occur

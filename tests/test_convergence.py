@@ -1,6 +1,8 @@
 """Solvers held against a reference: the figures are what they are said to be, and instability is called so."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from neuralsde_ito.sde.schedules import Schedule
 from neuralsde_ito.studies.compare import compare_solvers
 from neuralsde_ito.studies.depth import Reading, read_depths, verdicts
 from neuralsde_ito.studies.orders import measure_order, slope
-from neuralsde_ito.studies.problems import Pointwise, Problem, geometric_brownian_motion
+from neuralsde_ito.studies.problems import PROBLEMS, Pointwise, Problem, geometric_brownian_motion
 
 
 def test_a_slope_is_the_power_of_the_step():
@@ -172,9 +174,9 @@ def test_a_users_sde_is_compared_by_all_solvers_that_fit():
 def test_its_last_state_is_the_closed_form_on_the_same_path():
     # The reference is right, not only near to what it is held against: y0 exp((1/4 - 1/8) t + W / 2).
     y0, keys = start(), ito.make_keys(3, "report", index=torch.arange(64))
-    from neuralsde_ito.studies.compare import _Equation
+    from neuralsde_ito.studies.subjects import Equation
 
-    end = _Equation(Growth(), y0, keys, (0.0, 0.3)).solve(y0, "srk", 64, False)[0]
+    end = Equation(Growth(), y0, keys, (0.0, 0.3)).solve(y0, "srk", 64, False)[0]
     w = ito.BrownianPath(keys, 4, 0, 0.0, 0.3, dtype=torch.float64).increment(0, 0)
     torch.testing.assert_close(end, torch.exp(0.125 * 0.3 + 0.5 * w), rtol=1e-4, atol=0)
 
@@ -348,6 +350,20 @@ def test_a_network_that_loses_on_a_finer_grid_is_called_a_resnet():
 
 
 # --- peers ----------------------------------------------------------------------------------------------
+
+
+def test_the_names_that_help_shows_without_torch_are_those_of_the_tables():
+    from neuralsde_ito.cli import depth, orders
+
+    assert tuple(PROBLEMS) == orders.PROBLEMS
+    assert tuple(ito.SCHEDULES) == depth.SCHEDULES
+
+
+@pytest.mark.parametrize("verb", ["compare", "orders", "depth"])
+def test_help_does_not_wait_for_torch(verb):
+    code = f"import sys; from neuralsde_ito.cli import {verb}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_torchsde_on_its_own_path_agrees():

@@ -16,9 +16,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from neuralsde_ito import data as data_module
 from neuralsde_ito import load_data
-from neuralsde_ito.data import Dataset, InMemory, Split, Streamed, load_image, open_image
+from neuralsde_ito.data import (
+    DATASETS,
+    Dataset,
+    InMemory,
+    Source,
+    Split,
+    Streamed,
+    _ImageFiles,
+    load_image,
+    open_image,
+)
 from neuralsde_ito.validation import ItoError
 
 
@@ -216,10 +225,23 @@ def test_a_limited_split_is_shuffled_and_augmented_with_its_names(digits):
 
 @pytest.mark.parametrize("limit", [0, -5])
 def test_limits_below_one_are_refused_before_anything_is_read(limit, monkeypatch):
-    monkeypatch.setattr(data_module, "_digits", lambda: pytest.fail("was read"))
+    monkeypatch.setitem(DATASETS, "digits", Source(lambda path, size: pytest.fail("was read"), size=8))
     for name in ("train_limit", "test_limit"):
         with pytest.raises(ValueError, match=f"at least 1, got {limit}"):
             load_data("digits", **{name: limit})
+
+
+def test_a_data_set_is_added_by_one_row_of_the_table(monkeypatch):
+    def load(path, size):
+        train, test = (InMemory(torch.full((n, 1, 6, 6), 255, dtype=torch.uint8), torch.arange(n) % 2) for n in (8, 4))
+        return Dataset("white", ("a", "b"), (1, 6, 6), train, test)
+
+    monkeypatch.setitem(DATASETS, "white", Source(load, size=6))
+    data = load_data("white", train_limit=5, test_limit=3)
+    assert (len(data.train), len(data.test)) == (5, 3)
+    assert (data.train.augment, data.test.augment) == ("flip-crop", "none")
+    with pytest.raises(ItoError, match="white has 6 pixels, got 7"):
+        load_data("white", size=7)
 
 
 # --- folders of pictures --------------------------------------------------------------------------------
@@ -317,7 +339,7 @@ def test_the_crops_differ_between_images_and_leave_the_global_generator(tmp_path
     split = load_data("imagefolder", root, size=72).train
     assert isinstance(split, Streamed)
     state = torch.get_rng_state()
-    files = data_module._Files(split, (0, 0))
+    files = _ImageFiles(split, (0, 0))
     crops = [files[row][1] for row in range(6)]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(crop.shape == (3, 72, 72) for crop in crops)

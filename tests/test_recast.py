@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
-from neuralsde_ito.benchmarks.costs import bench_memory
+from neuralsde_ito.benchmarks.memory import bench_memory
 from neuralsde_ito.models.recast import Chain, ItoResNet, as_chain, recast
 from neuralsde_ito.models.resnets import ARCHITECTURES, MEAN, STD, Normalize, load_resnet
 from neuralsde_ito.noise.keys import make_keys

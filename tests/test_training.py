@@ -2,6 +2,8 @@
 
 import io
 import math
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -379,6 +381,36 @@ def test_a_torn_configuration_is_one_sentence_and_hides_no_other_run(content: by
     assert Run.find(tmp_path).folder == tmp_path / "good"
 
 
+def test_the_newest_run_of_a_kind_is_taken(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        ito.save_ensemble(tmp_path / name, small_ensemble(), tiny())
+    Run.create(tmp_path / "begun", tiny())
+    for name, written in (("old", 1e9), ("new", 1.1e9), ("begun", 1.2e9)):
+        os.utime(tmp_path / name / "config.yaml", (written, written))
+    assert Run.find(tmp_path).folder.name == "new"
+    assert Run.find(tmp_path, complete=False).folder.name == "begun"
+    assert Run.find(tmp_path, "old") == Run.open(tmp_path / "old") == Run.find(Path("nowhere"), str(tmp_path / "old"))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.yaml").write_text("[]")
+    assert Run.find(tmp_path).folder.name == "new"
+    with pytest.raises(ito.ItoError, match="damaged"):  # to resume an older one instead would surprise
+        Run.find(tmp_path, complete=False)
+
+
+def test_a_run_names_all_of_its_files(tmp_path: Path) -> None:
+    assert ito.Run is Run
+    made = Run.create(tmp_path / "a", tiny())
+    assert sorted(file.name for file in made.folder.iterdir()) == ["config.yaml", "environment.json"]
+    assert [file.relative_to(made.folder).as_posix() for file in made.member_files] == [
+        "members/00.safetensors",
+        "members/01.safetensors",
+    ]
+    record = made.result_file("attack", "linf")
+    assert re.fullmatch(r"attack-linf-\d{8}-\d{6}\.json", record.name)
+    assert record.parent == made.suite_state("abc").parent == made.evaluation_file.parent == made.folder
+    assert made.suite_state("abc").name == "suite-abc"
+
+
 def test_unfinished_missing_and_foreign_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no finished run"):
         Run.find(tmp_path)
@@ -443,7 +475,7 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
 
 
 def one_pixel_net() -> torch.nn.Sequential:
-    """A network whose BatchNorm meets one number an image and channel, as a deep ResNet's does on small images."""
+    """A network whose BatchNorm gets one number for an image and channel, as a deep ResNet's does on small images."""
     torch.manual_seed(0)
     layers = (torch.nn.Conv2d(1, 4, 8), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4, 10))
     return torch.nn.Sequential(*layers)

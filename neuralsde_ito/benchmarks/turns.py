@@ -1,4 +1,4 @@
-"""Long measurements side by side, a little of each in turn."""
+"""Long measurements side by side: each runs for a little while, then the next one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ Result = TypeVar("Result")
 Pause = Callable[[], None]
 
 
-def in_turns(cases: dict[str, Callable[[Pause], Result]], device: torch.device) -> dict[str, tuple[Result, float]]:
-    """Run long cases side by side, but one at a time: whoever calls his ``pause()`` lets the next one go on.
+def run_in_turns(cases: dict[str, Callable[[Pause], Result]], device: torch.device) -> dict[str, tuple[Result, float]]:
+    """Run long cases one at a time, in turns: a case that calls its ``pause()`` lets the next one go on.
 
-    Each case has a thread. So what disturbs the machine for a minute disturbs all of them.
+    Each case has its own thread. A disturbance of the machine that lasts for a minute falls on all cases.
+
+    Args:
+        cases: by name; each is called with its ``pause``.
+        device: is waited for at each pause.
 
     Returns:
-        What each case returned, and the seconds that it was not paused.
+        For each case its result, and the seconds that it ran.
+
+    Raises:
+        BaseException: the first error of a case, after all others have ended.
     """
     go = {name: threading.Semaphore(0) for name in cases}
-    row = list(cases)  # those that have not ended; the first one runs
+    queue = list(cases)  # cases that have not ended; the first one runs
     spent = dict.fromkeys(cases, 0.0)
-    found: dict[str, Result] = {}
+    results: dict[str, Result] = {}
     errors: list[BaseException] = []
 
     def run(name: str) -> None:
@@ -42,26 +49,26 @@ def in_turns(cases: dict[str, Callable[[Pause], Result]], device: torch.device) 
         def pause() -> None:
             nonlocal began
             stop()
-            row.append(row.pop(0))
-            go[row[0]].release()
+            queue.append(queue.pop(0))
+            go[queue[0]].release()
             began = begin()
 
         began = begin()
         try:
-            found[name] = cases[name](pause)
+            results[name] = cases[name](pause)
             stop()
         except BaseException as error:
             errors.append(error)
-        row.pop(0)
-        if row:
-            go[row[0]].release()
+        queue.pop(0)
+        if queue:
+            go[queue[0]].release()
 
     threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in cases]
     for thread in threads:
         thread.start()
-    go[row[0]].release()
+    go[queue[0]].release()
     for thread in threads:
         thread.join()
     if errors:
         raise errors[0]
-    return {name: (found[name], spent[name]) for name in cases}
+    return {name: (results[name], spent[name]) for name in cases}

@@ -1,1 +1,1 @@
-"""A run: its configuration, training, folder and evaluation."""
+"""Runs: configuration, folder, training and clean evaluation."""

@@ -56,7 +56,7 @@ def with_image_size(config: Config, data: Dataset) -> Config:
 
 
 def build_resnet(config: Config, data: Dataset) -> nn.Sequential:
-    """The ResNet from which a run starts: its weights are those of ``network.weights``, or random from the seed."""
+    """The ResNet from which a run starts: with the weights of ``network.weights``, or random ones from the seed."""
     network = config.network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""The clean table: an ensemble beside the ResNet that it came from."""
+"""The clean table: an ensemble and the ResNet from which it began, on the same images."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from ..outcomes import Outcomes, Paired
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Decisions of a ResNet and of an ensemble on the same clean images.
+    """Decisions of a ResNet and of an ensemble on the same ``N`` clean images, on the CPU.
 
     Attributes:
-        resnet, ito: outcomes.
-        paired: the two compared image by image.
-        index, truth, resnet_labels, labels: ``(N,)``.
-        votes: ``(members, N, classes)``, as far as they were drawn.
-        drawn: ``(N,)``, inferences made.
-        invalid: ``(N,)``, those whose logits were not finite: they voted for nobody.
+        resnet, ito: outcomes of the ResNet and of the ensemble.
+        paired: the two compared image by image (the ResNet first).
+        index, truth: int64 ``(N,)``, the images' names in the noise's address, and their true labels.
+        resnet_labels, labels: int64 ``(N,)``, the ResNet's and the ensemble's.
+        votes: int64 ``(members, N, classes)``, inferences for each class, as far as they were made.
+        drawn: int64 ``(N,)``, inferences that were made.
+        invalid: int64 ``(N,)``, inferences among them whose logits were not finite; they cast no vote.
     """
 
     resnet: Outcomes
@@ -49,14 +50,14 @@ def evaluate(
     full: bool = False,
     confidence: float | None = None,
 ) -> Evaluation:
-    """Let the ensemble vote on every image, and the ResNet answer beside it.
+    """Let the ensemble vote on every image, and classify it with the ResNet, too.
 
     Args:
         ensemble, resnet: on one device.
         data: the images, usually a test split.
         seed: of the report's noise.
-        batch_size: images at a time; does not change the result.
-        tick: called with the number of images done.
+        batch_size: images at a time; the result does not depend on it.
+        tick: called after each batch with its number of images.
         full, confidence: see `ItoEnsemble.predict`.
     """
     device = next(ensemble.parameters()).device
@@ -64,20 +65,20 @@ def evaluate(
     votes = []
     for index, x, y in data.batches(batch_size, device):
         prediction = ensemble.predict(x, seed, index, full=full, confidence=confidence)
-        found = (prediction.labels.cpu(), prediction.drawn.cpu(), prediction.invalid.cpu())
-        parts.append((index.cpu(), y.cpu(), classify(resnet, x).cpu(), *found))
+        columns = (index, y, classify(resnet, x), prediction.labels, prediction.drawn, prediction.invalid)
+        parts.append(tuple(column.cpu() for column in columns))
         votes.append(prediction.votes.cpu())
         tick(len(y))
-    index, truth, base, labels, drawn, invalid = (torch.cat(column) for column in zip(*parts, strict=True))
+    index, truth, resnet_labels, labels, drawn, invalid = (torch.cat(column) for column in zip(*parts, strict=True))
     return Evaluation(
-        Outcomes.of(base, truth),
-        Outcomes.of(labels, truth),
-        Paired.of(base == truth, labels == truth),
-        index,
-        truth,
-        base,
-        labels,
-        torch.cat(votes, 1),
-        drawn,
-        invalid,
+        resnet=Outcomes.of(resnet_labels, truth),
+        ito=Outcomes.of(labels, truth),
+        paired=Paired.of(resnet_labels == truth, labels == truth),
+        index=index,
+        truth=truth,
+        resnet_labels=resnet_labels,
+        labels=labels,
+        votes=torch.cat(votes, 1),
+        drawn=drawn,
+        invalid=invalid,
     )

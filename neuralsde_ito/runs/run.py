@@ -341,5 +341,5 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def command_line() -> str:
-    """As `neuralsde_ito.cli.output.command_line`; stays here until no verb imports it from here."""
+    """A copy of `neuralsde_ito.cli.output.command_line`, until no verb imports it from here."""
     return " ".join(["ito-sde", *sys.argv[1:]]).encode(errors="backslashreplace").decode()

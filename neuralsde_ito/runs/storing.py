@@ -46,7 +46,7 @@ def save_ensemble(path: str | Path, ensemble: ItoEnsemble, config: Config, resne
     if type(ensemble) is not ItoEnsemble:
         raise ItoError(f"The ensemble is a {type(ensemble).__name__}; only an ItoEnsemble itself can be stored.")
     _refuse_changed_modules(ensemble)
-    members: list[ItoResNet] = list(ensemble.members)  # type: ignore[arg-type]
+    members = list(ensemble.members)
     config = _with_settings_of(ensemble, members, config)
     linear = [m for m in members[0].get_submodule("head").modules() if isinstance(m, nn.Linear)]
     template = untrained_resnet(config, linear[-1].out_features if linear else 10, ensemble.channels or 3)
@@ -121,7 +121,7 @@ def _horizon(model: ItoResNet, typed: float | None) -> float | None:
     It is ``typed`` (that of the configuration) if this gives the times, else None if the default does, else the
     number with the fewest digits.
     """
-    sdes: list[BlockSDE] = list(model.sdes)  # type: ignore[arg-type]
+    sdes = list(model.sdes)
     # Times are rounded to multiples of 2**-20, so each of them bounds the horizon from below and above.
     n, unit = len(sdes), 2.0**-20
     low = max((sde.t1 - unit / 2) * n / i for i, sde in enumerate(sdes, 1))

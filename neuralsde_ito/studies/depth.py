@@ -1,11 +1,12 @@
-"""An SDE, or a ResNet in disguise? What becomes of a network's accuracy when it is read on a finer grid.
+"""An SDE, or a ResNet in disguise? A network's accuracy when it is solved on a finer grid.
 
-A network that was trained at one step a block has learnt that step, not the limit of ever smaller ones (the question is
-put to neural ODEs by Ott et al. 2021, https://arxiv.org/abs/2007.15386).
+A network that was trained at one step a block may have learnt that step only, and not the limit of ever smaller steps.
+Ott et al. 2021 (https://arxiv.org/abs/2007.15386) ask the same of neural ODEs.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,10 +27,13 @@ class Reading:
 
     Attributes:
         network: its name.
-        schedule, horizon, solver, steps: how it was read.
-        trained: whether that is how it was trained, or handed over.
-        correct: one inference an image.
-        paired: the same images read as trained (first), and so (second).
+        schedule: the noise, a name in `SCHEDULES`.
+        horizon: the end of time; it starts at 0.
+        solver: a name in `SOLVERS`.
+        steps: steps a block.
+        trained: whether all of these are the network's own, with which it was trained.
+        correct: share of right labels, one inference an image.
+        paired: McNemar's test on the same images, the network as trained (first) and on this grid (second).
     """
 
     network: str
@@ -54,60 +58,63 @@ def read_depths(
     seed: int = 0,
     index: Tensor | None = None,
 ) -> list[Reading]:
-    """Read networks on finer grids, by other solvers, schedules and horizons, each image along one path.
+    """Measure the accuracy of networks on finer grids, with other solvers, schedules and horizons.
+
+    Each image has one Brownian path for all readings.
 
     Args:
-        networks: recast networks by name; each one's own solver, steps, schedule and horizon are how it was trained.
-        x, y: images ``(N, C, H, W)`` in [0, 1] and labels ``(N,)``.
+        networks: recast networks by name. Their own solver, steps, schedule and horizon are those of training.
+        x: images ``(N, C, H, W)`` in [0, 1].
+        y: labels ``(N,)``.
         steps: steps a block, powers of two.
-        solvers, schedules, horizons: what else to vary; default each network's own. A horizon rescales time: the
-            noise-free flow stays, the noise follows the new clock.
-        seed, index: name the paths.
+        solvers, schedules: names to try; default: the network's own.
+        horizons: ends of time to try; default: the network's own. Another horizon rescales time: the noise-free flow
+            stays as it is, and the noise follows the new clock.
+        seed, index: name the paths, as in `make_keys`; ``index`` is int64 ``(N,)``, default: positions in ``x``.
+
+    Returns:
+        For each network, schedule, horizon and solver a reading for each number of steps, in this order.
+
+    Raises:
+        ItoError: a name is unknown, steps are no power of two, or the labels do not fit the images.
     """
     y = check_labels(y, len(x))
     keys = make_keys(seed, "report", index=image_names(index, x))
     rows = torch.arange(len(x), device=x.device)
+
+    def right(model: ItoResNet, schedule: str, horizon: float, solver: str, n: int) -> Tensor:
+        """Which images get the right label, bool ``(N,)``."""
+        shape = tuple(x.shape[1:])
+        other = recast(model, model.schedule.omega, schedule, solver, n, horizon, shape)  # type: ignore[arg-type]
+        return winners(infer(quicken(other), x, rows, keys)) == y
+
     readings = []
     for name, model in networks.items():
         own = (model.schedule.name, float(model.sdes[-1].t1), model.solver, model.steps)
-
-        def right(schedule: str, horizon: float, solver: str, n: int, model: ItoResNet = model) -> Tensor:
-            shape = tuple(x.shape[1:])
-            read = recast(model, model.schedule.omega, schedule, solver, n, horizon, shape)  # type: ignore[arg-type]
-            return winners(infer(quicken(read), x, rows, keys)) == y
-
-        trained = right(*own)
-        for schedule in schedules or own[:1]:
-            for horizon in horizons or own[1:2]:
-                for solver in solvers or own[2:3]:
-                    for n in steps:
-                        found = right(schedule, horizon, solver, n)
-                        readings.append(
-                            Reading(
-                                name,
-                                schedule,
-                                horizon,
-                                solver,
-                                n,
-                                (schedule, horizon, solver, n) == own,
-                                Rate.of(int(found.sum()), len(y)),
-                                Paired.of(trained, found),
-                            )
-                        )
+        trained = right(model, *own)
+        grids = itertools.product(schedules or own[:1], horizons or own[1:2], solvers or own[2:3], steps)
+        for grid in grids:
+            correct = right(model, *grid)
+            rate, paired = Rate.of(int(correct.sum()), len(y)), Paired.of(trained, correct)
+            readings.append(Reading(name, *grid, trained=grid == own, correct=rate, paired=paired))
     return readings
 
 
 def verdicts(readings: Sequence[Reading]) -> list[str]:
-    """For each network, in words: does it keep its accuracy on the finest grid, by its own solver and noise?"""
-    said = []
+    """A sentence for each network: whether it keeps its accuracy on the finest grid, with its own solver and noise.
+
+    A network gets none if it was not read as trained, or on no finer grid.
+    """
+    sentences = []
     for name in dict.fromkeys(reading.network for reading in readings):
-        mine = [reading for reading in readings if reading.network == name]
-        own = next((reading for reading in mine if reading.trained), None)
+        of_network = [reading for reading in readings if reading.network == name]
+        own = next((reading for reading in of_network if reading.trained), None)
         if own is None:
             continue
-        place = (own.schedule, own.horizon, own.solver)
-        same = [r for r in mine if (r.schedule, r.horizon, r.solver) == place]
-        finest = max(same, key=lambda reading: reading.steps)
+        setting = (own.schedule, own.horizon, own.solver)
+        finest = max(
+            (r for r in of_network if (r.schedule, r.horizon, r.solver) == setting), key=lambda reading: reading.steps
+        )
         if finest.steps <= own.steps:
             continue
         p = "p < 0.001" if finest.paired.p < 0.001 else f"p = {finest.paired.p:.2g}"
@@ -116,7 +123,7 @@ def verdicts(readings: Sequence[Reading]) -> list[str]:
             f"with, {100 * finest.correct.value:.1f} % at {finest.steps} ({p}, paired)"
         )
         if finest.paired.p < 0.05 and finest.correct.value < own.correct.value:
-            said.append(f"{name}: {values}. It is tied to its grid: a ResNet with noise, not an SDE.")
+            sentences.append(f"{name}: {values}. It is tied to its grid: a ResNet with noise, not an SDE.")
         else:
-            said.append(f"{name}: {values}. No loss is shown on these images, as for an SDE.")
-    return said
+            sentences.append(f"{name}: {values}. No loss is shown on these images, as for an SDE.")
+    return sentences

@@ -1,7 +1,8 @@
 """Measured orders of solvers on problems with known solutions.
 
-Strong error: root mean square over paths of the distance to the reference on the same path. Weak error: distance of
-means. Orders are slopes of errors against the step, both on a log scale (Kloeden and Platen 1992, chapter 9).
+A strong error is the root mean square, over paths, of the distance to the solution on the same path. A weak error is
+the distance of means. An order is the slope of the error against the step, both on a log scale (Kloeden and Platen
+1992, chapter 9).
 """
 
 from __future__ import annotations
@@ -18,23 +19,26 @@ from ..sde.solvers import find_solver
 from .problems import Problem
 
 _GROUPS = 16  # of paths, for standard errors
-_FINEST = 4  # an order is a statement about small steps: coarser ones are reported, and enter no slope
+_FINEST = 4  # an order is about small steps: coarser steps are reported, but are not part of the slope
 
 
 @dataclass(frozen=True)
 class Order:
-    """What one solver does on one problem.
+    """The measured orders of one solver on one problem.
 
     Attributes:
-        solver: its name; ``theory`` its strong order there.
+        solver: its name in `SOLVERS`.
+        theory: its strong order for this kind of noise.
         steps: the numbers of steps that were tried.
-        errors: strong errors, one a number of steps; NaN or huge where it was unstable.
-        fit, standard_error: the slope of the errors at the four finest numbers of steps that were stable, and its
-            standard error over groups of paths; None with fewer than three.
-        unstable: numbers of steps at which it left all bounds.
-        weak: slope of the bias of the mean and its standard error; None where the bias does not exceed four of its
-            standard errors at every one of these, so that a slope would fit noise.
-        evaluations: of the drift, a step.
+        errors: the strong error at each number of steps, in units of the state; NaN or huge where it was unstable.
+        fit: the strong order: the slope of the errors at the four finest stable numbers of steps; None with fewer than
+            three.
+        standard_error: of ``fit``, over 16 groups of paths; None where ``fit`` is.
+        unstable: the numbers of steps at which the error is not finite, or above ten standard deviations of the
+            solution.
+        weak: the weak order, the slope of the mean's bias, and its standard error; None where the bias is below four
+            of its standard errors at any of those numbers of steps, as the slope would then fit noise.
+        evaluations: drift evaluations of one step.
     """
 
     solver: str
@@ -72,11 +76,14 @@ def measure_order(
     """Measure a solver's strong and weak order on a problem.
 
     Args:
-        problem: see `neuralsde_ito.problems`.
+        problem: one of `neuralsde_ito.studies.problems`, or another.
         solver: a name in `SOLVERS`.
-        steps: powers of two.
-        exact: the solution, if it is at hand already.
-        path: read instead of our own, by torchsde's solver.
+        steps: numbers of steps on ``[0, 1]``, powers of two.
+        exact: the solution at 1 on the path, ``(N, D)``; default: it is computed.
+        path: another path than our own; torchsde's solver reads it.
+
+    Raises:
+        ItoError: the solver is unknown, or does not fit the problem.
     """
     method = find_solver(solver)
     exact = problem.exact(path) if exact is None else exact
@@ -90,30 +97,37 @@ def measure_order(
 def fit_order(
     solver: str, theory: float, evaluations: int, steps: Sequence[int], differences: Sequence[Tensor], spread: float
 ) -> Order:
-    """From what a solver misses the solution by, ``(N, D)`` a number of steps, and the solution's spread."""
-    errors, group_errors, biases, noises, stable = [], [], [], [], []
-    for difference in differences:
-        error = float(difference.square().mean().sqrt())
-        groups = difference.reshape(_GROUPS, -1)
-        errors.append(error)
-        # Ten spreads away from the solution is no approximation any more.
-        stable.append(math.isfinite(error) and error < 10 * spread)
-        group_errors.append(groups.square().mean(1).sqrt())
-        biases.append(float(difference.mean().abs()))
-        noises.append(float(groups.mean(1).std()) / math.sqrt(_GROUPS))
-    good = [i for i, fine in enumerate(stable) if fine][-_FINEST:]
-    fit = standard_error = None
-    weak = None
-    if len(good) >= 3:
-        kept = [steps[i] for i in good]
-        fit = float(slope(kept, torch.tensor([errors[i] for i in good])))
-        slopes = slope(kept, torch.stack([group_errors[i] for i in good], -1))
+    """Fit the orders to a solver's errors.
+
+    Args:
+        solver, theory, evaluations, steps: as in `Order`.
+        differences: for each number of steps, the computed states minus the solution, ``(N, D)``.
+        spread: the standard deviation of the solution.
+    """
+    errors = [float(difference.square().mean().sqrt()) for difference in differences]
+    # Ten spreads away from the solution is no approximation any more.
+    stable = [math.isfinite(error) and error < 10 * spread for error in errors]
+    unstable = tuple(n for n, is_stable in zip(steps, stable, strict=True) if not is_stable)
+    fitted = [i for i, is_stable in enumerate(stable) if is_stable][-_FINEST:]
+    fit = standard_error = weak = None
+    if len(fitted) >= 3:
+        fine = [steps[i] for i in fitted]
+        fit = float(slope(fine, torch.tensor([errors[i] for i in fitted])))
+        groups = [differences[i].reshape(_GROUPS, -1) for i in fitted]
+        slopes = slope(fine, torch.stack([group.square().mean(1).sqrt() for group in groups], -1))
         standard_error = float(slopes.std()) / math.sqrt(_GROUPS)
-        if all(biases[i] > 4 * noises[i] for i in good):
-            bias = torch.tensor([biases[i] for i in good])
-            relative = torch.tensor([noises[i] / biases[i] for i in good])
-            x = torch.tensor(kept, dtype=torch.float64).log()
-            error_of_slope = float(relative.square().mean().sqrt() / (x - x.mean()).square().sum().sqrt())
-            weak = (float(slope(kept, bias)), error_of_slope)
-    unstable = tuple(n for n, fine in zip(steps, stable, strict=True) if not fine)
+        weak = _weak_order(fine, [differences[i] for i in fitted])
     return Order(solver, theory, tuple(steps), tuple(errors), fit, standard_error, unstable, weak, evaluations)
+
+
+def _weak_order(steps: Sequence[int], differences: Sequence[Tensor]) -> tuple[float, float] | None:
+    """The slope of the mean's bias and its standard error; None where the bias is not above its noise."""
+    biases = [float(difference.mean().abs()) for difference in differences]
+    group_means = [difference.reshape(_GROUPS, -1).mean(1) for difference in differences]
+    noises = [float(means.std()) / math.sqrt(_GROUPS) for means in group_means]
+    if not all(bias > 4 * noise for bias, noise in zip(biases, noises, strict=True)):
+        return None
+    relative = torch.tensor([noise / bias for bias, noise in zip(biases, noises, strict=True)])
+    x = torch.tensor(steps, dtype=torch.float64).log()
+    error_of_slope = float(relative.square().mean().sqrt() / (x - x.mean()).square().sum().sqrt())
+    return float(slope(steps, torch.tensor(biases))), error_of_slope

@@ -1,4 +1,4 @@
-"""SDEs on ``[0, 1]`` with a solution that is known on the path itself: what solvers are measured against."""
+"""SDEs on ``[0, 1]`` whose solution is known on every Brownian path: solvers are measured against it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..sde.integrate import integrate, solve_torchsde
 from ..sde.schedules import Schedule
 from ..sde.solvers import find_solver
 
-FINEST = 1 << 11  # steps of a reference where no solution is known
+FINEST = 1 << 11  # steps of the reference where no closed form is known
 
 
 class Pointwise(nn.Module):
-    """``B(y)`` given as a function of every element."""
+    """The block ``B(y)`` as a function that is applied to every element."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -34,12 +34,13 @@ class Pointwise(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """A block on ``[0, 1]``, initial states ``(N, D)``, and the solution at 1 on any path.
+    """An SDE on ``[0, 1]`` with its solution.
 
     Attributes:
-        sde: the block; every element of the state is a path of its own.
-        y0, keys: ``(N, D)`` float64 and ``(N,)``.
-        solution: from a path, as torchsde queries one, to the states at 1, ``(N, D)``.
+        sde: the SDE as a block; every element of the state is solved by itself, along its own path.
+        y0: initial states ``(N, D)``, float64.
+        keys: name the paths, int64 ``(N,)``.
+        solution: takes a path in torchsde's protocol, and returns the states at 1, ``(N, D)``.
     """
 
     sde: BlockSDE
@@ -48,43 +49,54 @@ class Problem:
     solution: Callable[[torchsde.BaseBrownian], Tensor]
 
     def path(self) -> BrownianPath:
-        """Our path, to be read at any step."""
+        """Our path, the same at every number of steps."""
         return BrownianPath(self.keys, self.y0.shape[1], 0, 0.0, 1.0, dtype=self.y0.dtype)
 
     def torchsde_path(self, seed: int = 0) -> torchsde.BrownianInterval:
-        """torchsde's own, with other noise of the same law."""
+        """torchsde's own path: other noise with the same law."""
         size, dtype = tuple(self.y0.shape), self.y0.dtype
         return torchsde.BrownianInterval(
             0.0, 1.0, size, dtype, entropy=seed, levy_area_approximation="space-time", cache_size=None
         )
 
     def exact(self, path: torchsde.BaseBrownian | None = None) -> Tensor:
-        """The states at 1, on our path or another."""
+        """The solution at 1, ``(N, D)``, on our path or another."""
         return self.solution(self.path() if path is None else path)
 
     def solve(self, solver: str, steps: int, path: torchsde.BaseBrownian | None = None) -> Tensor:
-        """The states at 1 as a solver finds them; on a path that is not ours always torchsde's solver."""
+        """A solver's states at 1, ``(N, D)``; torchsde's solver takes every ``path`` that is not ours."""
         if path is None:
             return integrate(self.sde, self.y0, self.keys, solver, steps)
         return solve_torchsde(self.sde, path, find_solver(solver), steps, self.y0, 0, steps)
 
 
-def _states(paths: int, y0: float, seed: int) -> tuple[Tensor, Tensor]:
+def _start(paths: int, y0: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Initial states ``(paths // 64, 64)`` and their keys."""
     keys = make_keys(seed, "report", index=torch.arange(paths // 64))
     return torch.full((paths // 64, 64), y0, dtype=torch.float64), keys
 
 
-def _block(step: Callable[[Tensor], Tensor], schedule: Schedule) -> BlockSDE:
-    return BlockSDE(Pointwise(step), schedule, shape=(64,))
+def _block(function: Callable[[Tensor], Tensor], schedule: Schedule) -> BlockSDE:
+    """The SDE whose drift is ``function(y) - y``."""
+    return BlockSDE(Pointwise(function), schedule, shape=(64,))
 
 
 def ornstein_uhlenbeck(theta: float = 1.0, omega: float = 1.0, paths: int = 4096, seed: int = 1) -> Problem:
-    """``dy = -theta y dt + omega / (1 + t) dW``: linear, with additive noise that depends on time."""
-    y0, keys = _states(paths, 1.0, seed)
+    """``dy = -theta y dt + sigma(t) dW`` with ``sigma(t) = omega / (1 + t)`` and ``y(0) = 1``.
+
+    The solution is ``y(1) = exp(-theta) y(0) + int_0^1 exp(-theta (1 - s)) sigma(s) dW(s)``: linear, with additive
+    noise that depends on time (Kloeden and Platen 1992, section 4.2).
+
+    Args:
+        theta, omega: the parameters, per unit of time.
+        paths: their number, a multiple of 64.
+        seed: names the paths.
+    """
+    y0, keys = _start(paths, 1.0, seed)
 
     def solution(path: torchsde.BaseBrownian, level: int = 9) -> Tensor:
-        # y(1) = e^-theta y0 + the integral of phi dW, phi(s) = e^(-theta (1 - s)) sigma(s). On a cell with
-        # middle m the integral of phi(m) + phi'(m) (s - m) is phi(m) W - phi'(m) (U - h W / 2): the error is O(h^2).
+        # With phi(s) = exp(-theta (1 - s)) sigma(s), the integral of phi dW is taken cell by cell. On a cell of length
+        # h and middle m, that of the line phi(m) + phi'(m) (s - m) is phi(m) W - phi'(m) (U - h W / 2): error O(h^2).
         h = 2.0**-level
         total = math.exp(-theta) * y0
         for k in range(1 << level):
@@ -98,8 +110,16 @@ def ornstein_uhlenbeck(theta: float = 1.0, omega: float = 1.0, paths: int = 4096
 
 
 def geometric_brownian_motion(mu: float = 0.25, omega: float = 0.5, paths: int = 4096, seed: int = 2) -> Problem:
-    """``dy = mu y dt + omega y dW``: ``y(1) = y0 exp(mu - omega^2 / 2 + omega W)``."""
-    y0, keys = _states(paths, 1.0, seed)
+    """``dy = mu y dt + omega y dW`` with ``y(0) = 1``: multiplicative noise.
+
+    The solution is ``y(1) = y(0) exp(mu - omega^2 / 2 + omega W(1))`` (Kloeden and Platen 1992, section 4.4).
+
+    Args:
+        mu, omega: the parameters, per unit of time.
+        paths: their number, a multiple of 64.
+        seed: names the paths.
+    """
+    y0, keys = _start(paths, 1.0, seed)
 
     def solution(path: torchsde.BaseBrownian) -> Tensor:
         return y0 * torch.exp(mu - omega**2 / 2 + omega * path(0.0, 1.0))
@@ -109,15 +129,22 @@ def geometric_brownian_motion(mu: float = 0.25, omega: float = 0.5, paths: int =
 
 
 def double_well(omega: float = 0.75, paths: int = 4096, seed: int = 3) -> Problem:
-    """``dy = (y - y^3) dt + omega dW``: not linear, additive noise. The reference is SRK with fine steps.
+    """``dy = (y - y^3) dt + omega dW`` with ``y(0) = 1 / 2``: a drift that is not linear, and additive noise.
 
-    Strong enough noise to throw a path where reversible Heun with 8 steps leaves all bounds.
+    There is no closed form: the solution is SRK's with 2,048 steps. At the default ``omega`` the noise moves some paths
+    so far that reversible Heun with 8 steps becomes unstable.
+
+    Args:
+        omega: the noise, per square root of time.
+        paths: their number, a multiple of 64.
+        seed: names the paths.
     """
-    y0, keys = _states(paths, 0.5, seed)
+    y0, keys = _start(paths, 0.5, seed)
     sde = _block(lambda y: y + y - y**3, Schedule(omega, "constant"))
     return Problem(sde, y0, keys, lambda path: solve_torchsde(sde, path, find_solver("srk"), FINEST, y0, 0, FINEST))
 
 
+# By the name that the command line uses.
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "ornstein-uhlenbeck": ornstein_uhlenbeck,
     "geometric-brownian": geometric_brownian_motion,

@@ -1,0 +1,78 @@
+"""How times are measured: side by side in one process, and given as ratios."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .. import kernels
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a benchmark.
+
+    Attributes:
+        part: ``inference``, ``vote``, ``path``, ``attack``, ``suite``, ``training`` or ``memory``.
+        name: what was measured.
+        seconds: the median over repeats; in MiB where the part is ``memory``.
+        ratio: to the part's first row: the median over repeats of the ratio within a repeat.
+        cold: seconds of the first call, with whatever it compiles; None: not of interest.
+        note: a remark for the table.
+    """
+
+    part: str
+    name: str
+    seconds: float
+    ratio: float
+    cold: float | None = None
+    note: str = ""
+
+
+def interleaved(part: str, cases: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> list[Row]:
+    """Call each case once to warm up, then all cases in turn, ``repeats`` times.
+
+    So a disturbance of the machine falls on all cases, and the ratios hold.
+
+    Args:
+        part: the rows' part.
+        cases: by name; the first one is what the ratios refer to.
+        repeats: timed calls of each case.
+        device: is waited for after each call.
+    """
+
+    def clock(case: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        case()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    cold = {name: clock(case) for name, case in cases.items()}
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            times[name].append(clock(case))
+    first = next(iter(times.values()))
+
+    def row(name: str) -> Row:
+        ratio = statistics.median(a / b for a, b in zip(times[name], first, strict=True))
+        return Row(part, name, statistics.median(times[name]), ratio, cold[name])
+
+    return [row(name) for name in cases]
+
+
+def machine(device: torch.device) -> Iterator[str]:
+    """What the figures are measured on: processor or GPU, and PyTorch's version."""
+    if device.type == "cuda":
+        yield torch.cuda.get_device_name(device)
+    else:
+        yield f"{torch.get_num_threads()} CPU threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+        if kernels.library is None:
+            yield "noise without the compiled pass"
+    yield f"PyTorch {torch.__version__}"
