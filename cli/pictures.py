@@ -1,4 +1,4 @@
-"""Pictures of results, readable without colour: lines differ in style and marker, bars in hatching."""
+"""Pictures of results. They can be read without colour: lines differ in style and marker, bars in hatching."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from neuralsde_ito.attacks.sweep import Sweep
+    from neuralsde_ito.benchmarks.measuring import Row
     from neuralsde_ito.data import Dataset
     from neuralsde_ito.runs.evaluate import Evaluation
+    from neuralsde_ito.studies.compare import SolverComparison
+    from neuralsde_ito.studies.depth import Reading
 
 _GREY, _BLUE, _ORANGE, _RED = "#9a9a9a", "#1f5fa8", "#e39b2d", "#b8352a"
 
@@ -43,7 +46,7 @@ def evaluation_picture(path: Path, result: Evaluation, data: Dataset) -> None:
         axis.set(title=f"{name} (% of {result.ito.n} test images, 95 % interval)", xlim=(0, 1.25 * high))
         axis.title.set_fontsize(9)
         axis.spines[["top", "right"]].set_visible(False)
-    # (N, classes); of an image whose logits are never finite nobody votes
+    # (N, classes). If the logits of an image are never finite, it has no votes.
     share = result.votes.sum(0).float() / result.votes.sum((0, 2)).clamp(min=1)[:, None]
     lead = share.topk(2).values
     doubtful = (lead[:, 0] - lead[:, 1]).argsort()[:8].tolist()
@@ -63,7 +66,7 @@ def evaluation_picture(path: Path, result: Evaluation, data: Dataset) -> None:
 
 
 def attack_picture(path: Path, sweep: Sweep, names: dict[float, str], norm: str, data: Dataset) -> None:
-    """Accuracy against eps (the paper's Figures 2 and 3), and images that fell at a small radius."""
+    """Accuracy against eps (the paper's Figures 2 and 3), and images that are fooled at a small radius."""
     figure = plt.figure(figsize=(9, 4), layout="constrained")
     left, right = _stack(figure, 1, 2, width_ratios=[1.5, 1])
     axis = left.subplots()
@@ -87,7 +90,7 @@ def attack_picture(path: Path, sweep: Sweep, names: dict[float, str], norm: str,
             ("Itô ensemble, gradient without its noise", labels, {"color": _ORANGE, "ls": ":", "marker": "^"})
         )
     for name, decisions, style in curves:
-        rates = [Outcomes.of(found, sweep.truth).rate("correct") for found in decisions]
+        rates = [Outcomes.of(labels, sweep.truth).rate("correct") for labels in decisions]
         axis.plot(eps, [100 * r.value for r in rates], label=name, **style)
         axis.fill_between(
             eps, [100 * r.low for r in rates], [100 * r.high for r in rates], color=style["color"], alpha=0.15
@@ -97,7 +100,7 @@ def attack_picture(path: Path, sweep: Sweep, names: dict[float, str], norm: str,
     axis.set_title(f"{len(sweep.truth)} test images of {data.name}; bands: 95 % Wilson", fontsize=9)
     axis.legend(fontsize=8, frameon=False, loc="best")
     axis.spines[["top", "right"]].set_visible(False)
-    _pairs(right, sweep, names, data)
+    _draw_pairs(right, sweep, names, data)
     _save(figure, path)
 
 
@@ -108,34 +111,34 @@ def _save(figure: Any, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def _pairs(figure: Any, sweep: Sweep, names: dict[float, str], data: Dataset) -> None:
-    """Up to four images that the ensemble knew, and what fooled it, at the first radius where enough fell."""
-    level = next((i for i in range(len(sweep.eps)) if len(_fell(sweep, i)) >= 4), len(sweep.eps) - 1)
-    rows = _fell(sweep, level)[:4]
+def _draw_pairs(figure: Any, sweep: Sweep, names: dict[float, str], data: Dataset) -> None:
+    """Up to four clean images and the adversarial ones, at the first radius that fools at least four (or the last)."""
+    level = next((i for i in range(len(sweep.eps)) if len(_fooled(sweep, i)) >= 4), len(sweep.eps) - 1)
+    rows = _fooled(sweep, level)[:4]
     if not rows:
         figure.suptitle("no image fell", fontsize=9)
         return
     clean = _images(data, [int(sweep.index[row]) for row, _ in rows])
     grid = figure.subplots(2, len(rows), squeeze=False)
     for column, (row, surrogate) in enumerate(rows):
-        found = int(sweep.labels[level][surrogate][row])
+        label = int(sweep.labels[level][surrogate][row])
         _show(grid[0][column], clean[column])
         _show(grid[1][column], sweep.images[level][surrogate][row].numpy())
         grid[0][column].set_title(data.classes[int(sweep.truth[row])], fontsize=8)
-        grid[1][column].set_title("abstains" if found == ABSTAIN else data.classes[found], fontsize=8)
+        grid[1][column].set_title("abstains" if label == ABSTAIN else data.classes[label], fontsize=8)
     grid[0][0].set_ylabel("clean", fontsize=8)
     grid[1][0].set_ylabel("attacked", fontsize=8)
     figure.suptitle(f"the ensemble's answers, eps {names[sweep.eps[level]]}", fontsize=9)
 
 
-def _fell(sweep: Sweep, level: int) -> list[tuple[int, str]]:
-    """Images that were right without attack and are not under it, each with a surrogate that did it."""
-    known = sweep.clean["ito"] == sweep.truth
-    fallen: dict[int, str] = {}
-    for name, found in sweep.labels[level].items():
-        for row in (known & (found != sweep.truth)).nonzero()[:, 0].tolist():
-            fallen.setdefault(row, name)
-    return sorted(fallen.items())
+def _fooled(sweep: Sweep, level: int) -> list[tuple[int, str]]:
+    """Rows of images that are right without attack and not under it, each with a surrogate that achieves this."""
+    right = sweep.clean["ito"] == sweep.truth
+    surrogates: dict[int, str] = {}
+    for name, labels in sweep.labels[level].items():
+        for row in (right & (labels != sweep.truth)).nonzero()[:, 0].tolist():
+            surrogates.setdefault(row, name)
+    return sorted(surrogates.items())
 
 
 def _stack(figure: Any, rows: int, columns: int, **ratios: Any) -> list[Any]:
@@ -143,13 +146,13 @@ def _stack(figure: Any, rows: int, columns: int, **ratios: Any) -> list[Any]:
 
 
 def _images(data: Dataset, index: list[int]) -> list[np.ndarray]:
-    """Images of the test split by their numbers in the noise's address."""
-    wanted: dict[int, np.ndarray] = {}
+    """Images of the test split, ``(C, H, W)``, by their names in the noise's address."""
+    by_name: dict[int, np.ndarray] = {}
     for names, x, _ in data.test.batches(256):
         for name, image in zip(names.tolist(), x, strict=True):
             if name in index:
-                wanted[name] = image.numpy()
-    return [wanted[i] for i in index]
+                by_name[name] = image.numpy()
+    return [by_name[i] for i in index]
 
 
 def _show(axis: Any, image: np.ndarray) -> None:
@@ -159,8 +162,8 @@ def _show(axis: Any, image: np.ndarray) -> None:
     axis.set_yticks([])
 
 
-def bench_picture(rows: list[Any], path: Path) -> None:
-    """Bars of ratios, one panel a part; the part's first row is 1."""
+def bench_picture(rows: list[Row], path: Path) -> None:
+    """Bars of ratios, a panel for each part; the part's first row is 1."""
     parts = list(dict.fromkeys(row.part for row in rows))
     heights = [sum(row.part == part for row in rows) for part in parts]
     figure, axes = plt.subplots(
@@ -168,36 +171,36 @@ def bench_picture(rows: list[Any], path: Path) -> None:
         layout="constrained", height_ratios=[height + 1 for height in heights],
     )  # fmt: skip
     for axis, part in zip(axes[:, 0], parts, strict=True):
-        mine = [row for row in rows if row.part == part]
-        for place, row in enumerate(mine):
+        bars = [row for row in rows if row.part == part]
+        for position, row in enumerate(bars):
             reference = row.ratio == 1
-            axis.barh(place, row.ratio, color=_GREY if reference else _BLUE, hatch="" if reference else "//",
+            axis.barh(position, row.ratio, color=_GREY if reference else _BLUE, hatch="" if reference else "//",
                       edgecolor="white", height=0.6)  # fmt: skip
-            axis.text(row.ratio, place, f" {row.ratio:.2f}", va="center", fontsize=8)
+            axis.text(row.ratio, position, f" {row.ratio:.2f}", va="center", fontsize=8)
         axis.axvline(1, color="black", lw=0.8, ls=":")
-        axis.set_yticks(range(len(mine)), [row.name for row in mine], fontsize=8)
+        axis.set_yticks(range(len(bars)), [row.name for row in bars], fontsize=8)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.15 * max(row.ratio for row in mine))
+        axis.set_xlim(0, 1.15 * max(row.ratio for row in bars))
         axis.set_title(f"{part}: {'memory' if part == 'memory' else 'time'} relative to the first bar", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
-def compare_picture(report: Any, path: Path) -> None:
-    """Work and precision: the state's error against drift evaluations, both on log scales, with slopes to compare."""
+def compare_picture(report: SolverComparison, path: Path) -> None:
+    """Work and precision: the state's error against drift evaluations, both on log scales, beside slopes of orders."""
     figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
     styles = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-."), ("*", ":")]
     names = list(dict.fromkeys(row.solver for row in report.rows))
     drawn = []
     for i, name in enumerate(names):
-        mine = [row for row in report.rows if row.solver == name and row.diverged is None and row.state_error > 0]
-        if not mine:
+        rows = [row for row in report.rows if row.solver == name and row.diverged is None and row.state_error > 0]
+        if not rows:
             continue
         marker, line = styles[i % len(styles)]
-        x, y = [row.evaluations for row in mine], [row.state_error for row in mine]
+        x, y = [row.evaluations for row in rows], [row.state_error for row in rows]
         colour = (_BLUE, _RED, _ORANGE, "black", _GREY)[i % 5]
         axis.loglog(x, y, marker=marker, ls=line, color=colour, label=name, ms=6, lw=1.3, mfc="white")
-        drawn += mine
+        drawn += rows
     if drawn:
         # Triangles of orders, side by side in the lower left corner, below all curves.
         left, right = min(r.evaluations for r in drawn), max(r.evaluations for r in drawn)
@@ -210,7 +213,9 @@ def compare_picture(report: Any, path: Path) -> None:
         axis.text(left, top, "slope of order", fontsize=8, va="bottom")
     errors = [row.state_error for row in drawn]
     for each in (axis.xaxis, axis.yaxis):
-        if each is axis.xaxis or (errors and max(errors) < 30 * min(errors)):  # less than that has one power of ten
+        if each is axis.xaxis or (
+            errors and max(errors) < 30 * min(errors)
+        ):  # a smaller range holds at most one power of ten
             each.set_major_locator(LogLocator(subs=(1, 2, 5)))
             each.set_minor_locator(NullLocator())
             each.set_major_formatter("{x:g}")
@@ -223,21 +228,21 @@ def compare_picture(report: Any, path: Path) -> None:
     _save(figure, path)
 
 
-def depth_picture(readings: list[Any], path: Path) -> None:
-    """Accuracy against steps a block; a filled marker where a network was trained."""
+def depth_picture(readings: list[Reading], path: Path) -> None:
+    """Accuracy against steps a block; a filled marker at the steps of training."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    lines: dict[str, list[Any]] = {}
+    lines: dict[str, list[Reading]] = {}
     for r in readings:
         lines.setdefault(f"{r.network}: {r.solver}, {r.schedule}, horizon {r.horizon:g}", []).append(r)
     styles = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--")]
-    for i, (name, mine) in enumerate(lines.items()):
+    for i, (name, of_line) in enumerate(lines.items()):
         marker, line = styles[i % len(styles)]
         colour = (_BLUE, _RED, _ORANGE, "black", _GREY)[i % 5]
-        values = np.array([[100 * v for v in (r.correct.low, r.correct.value, r.correct.high)] for r in mine])
-        steps = [r.steps for r in mine]
+        values = np.array([[100 * v for v in (r.correct.low, r.correct.value, r.correct.high)] for r in of_line])
+        steps = [r.steps for r in of_line]
         axis.plot(steps, values[:, 1], ls=line, marker=marker, color=colour, mfc="white", label=name)
         axis.fill_between(steps, values[:, 0], values[:, 2], color=colour, alpha=0.12)
-        for r, value in zip(mine, values[:, 1], strict=True):
+        for r, value in zip(of_line, values[:, 1], strict=True):
             if r.trained:
                 axis.plot([r.steps], [value], marker=marker, color=colour, ms=9)
     ticks = sorted({r.steps for r in readings})

@@ -1,4 +1,4 @@
-"""What became of every image: correct, wrong or abstained, as rates with intervals; paired comparisons."""
+"""Decisions as outcomes: correct, wrong or abstained, rates with intervals, and paired comparisons of two models."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from torch import Tensor
 
 from .validation import ItoError
 
-ABSTAIN = -1  # the label of an image on which the vote finds no majority (locuslab/smoothing's convention)
+ABSTAIN = -1  # the label of an image without a majority (the convention of locuslab/smoothing)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of images with its 95 % Wilson interval; all between 0 and 1."""
+    """A share of images with its 95 % Wilson interval (Wilson 1927, https://doi.org/10.2307/2276774).
+
+    Attributes:
+        count, n: ``count`` of ``n`` images.
+        value: ``count / n``.
+        low, high: ends of the interval, in [0, 1].
+    """
 
     count: int
     n: int
@@ -24,7 +30,11 @@ class Rate:
 
     @classmethod
     def of(cls, count: int, n: int) -> Rate:
-        """``count`` of ``n`` images (Wilson 1927, https://doi.org/10.2307/2276774)."""
+        """The rate of ``count`` in ``n`` images.
+
+        Raises:
+            ItoError: there are no images.
+        """
         if n < 1:
             raise ItoError("A rate needs at least one image.")
         low, high = binomtest(count, n).proportion_ci(0.95, method="wilson")
@@ -33,7 +43,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Counts over ``n`` images. Every image is correct, wrong or abstained on."""
+    """How many of ``n`` images are correct, wrong or abstained on; every image is exactly one of these."""
 
     n: int
     correct: int
@@ -42,7 +52,15 @@ class Outcomes:
 
     @classmethod
     def of(cls, labels: Tensor, truth: Tensor) -> Outcomes:
-        """From decided labels ``(N,)``, `ABSTAIN` among them, and true ones ``(N,)``."""
+        """Count the outcomes of decisions.
+
+        Args:
+            labels: decided labels ``(N,)``; `ABSTAIN` where there is no answer.
+            truth: true labels ``(N,)``.
+
+        Raises:
+            ItoError: the shapes differ.
+        """
         if labels.shape != truth.shape:
             raise ItoError(f"One decided label an image: {tuple(labels.shape)} for {tuple(truth.shape)} true ones.")
         correct = int((labels == truth).sum())
@@ -50,16 +68,16 @@ class Outcomes:
         return cls(len(truth), correct, len(truth) - correct - abstained, abstained)
 
     def rate(self, *names: str) -> Rate:
-        """The rate of one outcome, or of several together: ``rate("correct", "abstained")``, the paper's column."""
+        """The rate of one outcome, or of several together: the paper reports ``rate("correct", "abstained")``."""
         return Rate.of(sum(getattr(self, name) for name in names), self.n)
 
     @property
     def coverage(self) -> Rate:
-        """Images that get an answer, right or wrong."""
+        """The rate of images that get an answer, right or wrong."""
         return self.rate("correct", "wrong")
 
     def as_dict(self) -> dict[str, object]:
-        """Counts, and rates as ``[value, low, high]``, ready for JSON."""
+        """For JSON: counts, and rates as ``[value, low, high]``."""
         rates = {
             "correct": self.rate("correct"),
             "wrong": self.rate("wrong"),
@@ -73,7 +91,13 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same images: how many only the one gets right, and McNemar's exact p-value."""
+    """Two models on the same images.
+
+    Attributes:
+        only_first: images that only the first model gets right.
+        only_second: images that only the second model gets right.
+        p: McNemar's exact two-sided p-value.
+    """
 
     only_first: int
     only_second: int
@@ -81,30 +105,37 @@ class Paired:
 
     @classmethod
     def of(cls, first: Tensor, second: Tensor) -> Paired:
-        """From two boolean tensors ``(N,)``, each "is correct", on the same images in the same order.
+        """Compare two models by McNemar's exact test (1947, https://doi.org/10.1007/BF02295996).
 
-        The p-value is that of the two-sided exact test of McNemar (1947): under the hypothesis of no
-        difference, the images on which the models differ fall to either side like a fair coin.
+        Under the hypothesis of no difference, each image on which the models differ is a toss of a fair coin.
+
+        Args:
+            first, second: bool ``(N,)``, whether each image is correct; the same images in the same order.
+
+        Raises:
+            ItoError: the shapes differ.
         """
         if first.shape != second.shape:
             raise ItoError(f"A paired test needs the same images: {tuple(first.shape)}, {tuple(second.shape)}.")
-        one, two = int((first & ~second).sum()), int((second & ~first).sum())
-        return cls(one, two, float(binomtest(one, one + two).pvalue) if one + two else 1.0)  # scipy: a numpy scalar
+        only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+        differing = only_first + only_second
+        p = float(binomtest(only_first, differing).pvalue) if differing else 1.0  # scipy returns a numpy scalar
+        return cls(only_first, only_second, p)
 
 
 @dataclass(frozen=True)
 class WorstCase:
-    """The worst that attacks found for ``N`` images, and what the report decided on it.
+    """For each of ``N`` images the strongest adversarial image of all attacks, and the report's decision on it.
 
-    There are two worst cases. *Denial*: the image that is least often right; ``labels == truth`` is the accuracy
-    under attack. *Evasion*: the image that is most often answered wrongly; what is not answered wrongly is right or
-    abstained on, the paper's column.
+    There are two worst cases. *Denial*: the adversarial image that is least often answered rightly;
+    ``labels == truth`` gives the accuracy under attack. *Evasion*: the one that is most often answered wrongly; the
+    images that are not answered wrongly are right or abstained on, the paper's column.
 
     Attributes:
-        images: ``(N, C, H, W)``, chosen by votes on the selection's paths, never by the report's.
+        images: ``(N, C, H, W)``, chosen by votes on the selection's paths, never on the report's.
         source: int64 ``(N,)``, the number of the attack that made the image; -1: the clean image.
-        labels: int64 ``(N,)``, the report's decisions.
-        votes: int64 ``(repeats, members, N, classes)``, all votes of the report, from which ``labels`` follow.
+        labels: int64 ``(N,)``, the report's decisions, which follow from ``votes``.
+        votes: int64 ``(repeats, members, N, classes)``, all votes of the report.
     """
 
     images: Tensor
