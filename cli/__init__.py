@@ -30,6 +30,7 @@ VERBS = {
 
 # Options that became verbs: the verb before, the option, the words to drop, and the verb now.
 MOVED: tuple[tuple[str, str, list[str], str], ...] = (
+    ("attack", "--suite", ["--suite", "standard"], "suite"),
     ("compare", "--problem", [], "orders"),
     ("compare", "--depth", ["--depth"], "depth"),
 )

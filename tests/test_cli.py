@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_a_killed_suite_goes_on_to_the_same_table_and_its_evidence_stands(trained: Path, tmp_path: Path) -> None:
-    words = ["attack", "--run", "small", "--suite", "standard", "--eps", "0.1", "--limit", "8", "--effort", "0.1"]
+    words = ["suite", "--run", "small", "--eps", "0.1", "--limit", "8", "--effort", "0.1"]
     words += ["--batch-size", "4", "--json"]
     alone = ito_sde(*words, cwd=trained)
     assert alone.returncode == 0, alone.stderr
@@ -210,7 +210,7 @@ def test_a_killed_suite_goes_on_to_the_same_table_and_its_evidence_stands(traine
     ],
 )
 def test_a_suite_that_cannot_be_is_told_in_a_sentence(trained: Path, words: list[str], said: str) -> None:
-    done = ito_sde("attack", "--run", "small", "--suite", "standard", "--limit", "4", *words, cwd=trained)
+    done = ito_sde("suite", "--run", "small", "--limit", "4", *words, cwd=trained)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr

@@ -89,25 +89,6 @@ def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 IDLE = {
     **{
-        f"attack {words}": (f"attack {words}", words.split()[0])
-        for words in ("--bundle b", "--noise known", "--repeat 2", "--effort 2", "--resume", "--peer foolbox")
-    },
-    **{
-        f"suite {words}": (f"attack --suite standard {words}", words.split()[0])
-        for words in (
-            "--save s",
-            "--steps 3",
-            "--step-size 0.1",
-            "--eot 2",
-            "--restarts 2",
-            "--objective dlr",
-            "--random-start",
-            "--no-random-start",
-            "--preset fgsm",
-            "--surrogate resnet",
-        )
-    },
-    **{
         f"bench {words}": (f"bench --part training {words}", words.split()[0])
         for words in ("--eps 0.1", "--images 4", "--steps 2", "--eot 2", "--compile")
     },
@@ -130,6 +111,23 @@ def test_an_option_that_would_do_nothing_is_refused(case: str, here: Path, capfd
     assert code == 2
     assert name in said
     assert "would do nothing" in said
+    assert out == ""
+
+
+OTHERS = {  # options of one verb that its neighbour does not have
+    "attack": ("--bundle b", "--noise known", "--repeat 2", "--effort 2", "--resume", "--peer foolbox"),
+    "suite": (
+        *("--save s", "--steps 3", "--step-size 0.1", "--eot 2", "--restarts 2", "--objective dlr"),
+        *("--random-start", "--no-random-start", "--preset fgsm", "--surrogate resnet"),
+    ),
+}
+
+
+@pytest.mark.parametrize("line", [f"{verb} {words}" for verb, every in OTHERS.items() for words in every])
+def test_an_option_of_the_neighbouring_verb_is_refused(line: str, here: Path, capfd: pytest.CaptureFixture) -> None:
+    code, out, err = ito_sde(line, capfd)
+    assert code == 2
+    assert line.split()[1] in complaint(code, err)
     assert out == ""
 
 
@@ -198,6 +196,8 @@ def test_the_readme_has_command_lines() -> None:
             "orders --solver euler --problem double-well --steps 8",
         ),
         ("compare --problem=all", "orders --problem all"),
+        ("attack --suite standard --eps 0.1", "suite --eps 0.1"),
+        ("attack --eps 0.1 --suite=standard", "suite --eps 0.1"),
         ("compare --depth --versus single", "depth --versus single"),
         ("compare --versus single --depth", "depth --versus single"),
     ],
@@ -223,7 +223,7 @@ WRITERS = {
     "bench --save": ("bench --part training --repeats 1 --save", ".png"),
     "audit --html": ("audit --limit 2 --steps 1 --html", ".html"),
     "attack --save": ("attack --limit 2 --steps 1 --eps 0.1 --save", ""),
-    "attack --bundle": ("attack --limit 2 --suite standard --effort 0.1 --eps 0.1 --bundle", ""),
+    "suite --bundle": ("suite --limit 2 --effort 0.1 --eps 0.1 --bundle", ""),
     "train --run": ("train --limit 20 --run", ""),
 }
 CANNOT = {
@@ -345,7 +345,7 @@ def test_a_bundle_of_before_is_noticed_before_the_work(here: Path, capfd, monkey
     monkeypatch.setattr(Attack, "run", _fails_if_it_works)
     Path("evidence/linf-0.1").mkdir(parents=True)
     Path("evidence/linf-0.1/mine").write_text("")
-    code, _, err = ito_sde("attack --limit 2 --suite standard --eps 0.1 --bundle evidence", capfd)
+    code, _, err = ito_sde("suite --limit 2 --eps 0.1 --bundle evidence", capfd)
     assert code == 2
     assert "evidence/linf-0.1" in complaint(code, err)
 
@@ -401,8 +401,8 @@ def test_a_picture_of_an_attack_is_drawn_for_any_number_of_fooled_images(fooled:
         "attack --rule {}",
         "attack --limit {}",
         "attack --suite {}",
-        "attack --suite standard --peer {}",
-        "attack --suite standard --noise {}",
+        "suite --peer {}",
+        "suite --noise {}",
         "attack {}",
         "attack --device {}",
         "evaluate --confidence {}",
@@ -597,7 +597,7 @@ def test_a_suite_of_a_run_whose_name_is_not_utf_8_leaves_its_evidence(here: Path
         shutil.copytree("runs/tiny", Path("runs") / name)
     except (OSError, UnicodeEncodeError):
         pytest.skip("this file system has no such names")
-    line = f"attack --suite standard --effort 0.02 --eps 0.1 --limit 2 --bundle evidence --run {name}"
+    line = f"suite --effort 0.02 --eps 0.1 --limit 2 --bundle evidence --run {name}"
     code, _, err = ito_sde(line, capfd)
     assert code == 0, err
     assert json.loads(Path("evidence/linf-0.1/records.json").read_text())["config"]["run"] == f"runs/{name}"
@@ -619,7 +619,7 @@ def test_the_names_of_the_options_are_those_of_the_library() -> None:
     from neuralsde_ito.attacks import BALLS, PRESETS
     from neuralsde_ito.attacks.objectives import OBJECTIVES
     from neuralsde_ito.attacks.other_libraries import PEERS
-    from neuralsde_ito.attacks.selection import NOISES
+    from neuralsde_ito.attacks.report import NOISES
     from neuralsde_ito.attacks.sweep import SURROGATES
     from neuralsde_ito.models.resnets import ARCHITECTURES
     from neuralsde_ito.models.votes import RULES
@@ -696,14 +696,13 @@ VERBS = {
         {**RUN, **VOTE, "--norm": ["linf", "l2"], "--eps": ["0.1", "8/255", "0"], "--preset": ["fgsm", "default"],
          "--step-size": ["0.1"], "--objective": ["dlr", "denial", "targeted-dlr"], "--restarts": ["2"],
          "--random-start": None, "--no-random-start": None, "--surrogate": ["resnet", "member"], "--batch-size": ["1"],
-         "--save": ["adversarial"], "--json": None, "--bundle": ["evidence"], "--resume": None, "--peer": ["foolbox"],
-         "--noise": ["fixed"], "--repeat": ["2"], "--effort": ["0.1", "nan", "inf", "-1"]},
+         "--save": ["adversarial"], "--json": None, "--bundle": ["evidence"]},
     ),
-    "attack --suite standard": (
+    "suite": (
         ["--limit", "2", "--effort", "0.02", "--eps", "0.1"],
         {**RUN, **VOTE, "--norm": ["linf"], "--noise": ["fresh", "fixed", "known"], "--repeat": ["1", "2"],
          "--resume": None, "--bundle": ["evidence"], "--peer": ["foolbox"], "--batch-size": ["1"], "--json": None,
-         "--save": ["x"], "--preset": ["fgsm"]},
+         "--save": ["x"], "--effort": ["0.01", "nan", "inf", "-1"]},
     ),
     "audit": (
         ["--limit", "2", "--steps", "1", "--eot", "2", "--queries", "2", "--draws", "4"],
