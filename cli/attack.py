@@ -239,7 +239,7 @@ def _report(
 ) -> dict[str, Any]:
     """All figures, ready for JSON."""
     from neuralsde_ito.outcomes import Outcomes, Paired
-    from neuralsde_ito.runs.run import command_line, environment
+    from neuralsde_ito.runs.run import environment
 
     truth, levels = sweep.truth, []
     for level, eps in enumerate(sweep.eps):
@@ -262,7 +262,7 @@ def _report(
     clean = {name: Outcomes.of(decided, truth).as_dict() for name, decided in sweep.clean.items()}
     ensemble = opened.ensemble
     return {
-        "command": command_line(),
+        "command": output.command_line(),
         "run": str(opened.folder),
         "data": data,
         "seed": seed,

@@ -53,7 +53,7 @@ def command(
 
     'ito-sde orders' measures solvers on problems with known solutions, 'ito-sde depth' the accuracy on finer grids.
     """
-    from neuralsde_ito.runs.run import load_dataset
+    from neuralsde_ito.runs.build import load_dataset
     from neuralsde_ito.studies.compare import compare_solvers
 
     opened = options.open_run(root, run, device)

@@ -66,7 +66,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure the accuracy of networks on finer grids: is each an SDE, or a ResNet in disguise?"""
-    from neuralsde_ito.runs.run import load_dataset
+    from neuralsde_ito.runs.build import load_dataset
     from neuralsde_ito.studies.depth import read_depths
 
     opened = options.open_run(root, run, device)

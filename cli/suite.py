@@ -172,13 +172,13 @@ def _report(
     """All figures, ready for JSON."""
     from neuralsde_ito.attacks.fingerprints import fingerprint
     from neuralsde_ito.outcomes import Outcomes
-    from neuralsde_ito.runs.run import command_line, environment
+    from neuralsde_ito.runs.run import environment
 
     ensemble, truth = opened.ensemble, both.ito.images.y
     said = asdict(settings)
     said["eps"] = said.pop("radii")
     return {
-        "command": command_line(),
+        "command": output.command_line(),
         "run": str(opened.folder),
         "suite": "standard",
         **{key: said[key] for key in ("norm", "eps", "noise", "repeat", "effort", "seed", "batch_size")},

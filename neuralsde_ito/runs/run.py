@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from ..files import write_atomically
 from ..models.ensemble import ItoEnsemble
 from ..models.recast import ItoResNet
 from ..validation import ItoError, nearest, shown
-from .build import build_resnet, load_dataset, pick_device, recast_as  # noqa: F401  (the command line imports two here)
+from .build import build_resnet, recast_as
 from .config import Config, differing_keys, load_config
 from .training import Trainer
 from .weights import read_resnet, save_weights, to_resnet
@@ -338,8 +337,3 @@ def _entries(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except OSError as error:
         raise ItoError(f"The folder {shown(str(folder))} cannot be read: {str(error.strerror).lower()}.") from None
-
-
-def command_line() -> str:
-    """A copy of `neuralsde_ito.cli.output.command_line`, until no verb imports it from here."""
-    return " ".join(["ito-sde", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
