@@ -94,12 +94,12 @@ def test_what_is_before_any_noise_runs_once_an_image(settings, shared):
             state = ito.integrate(sde, state, keys.flatten(), model.solver, model.steps)
         wanted = model.head(state).view(3, 4, -1)
         model.sdes[0].block.register_forward_hook(lambda block, given, y: seen.append(len(y)))
-        found = ensemble._infer(0, x, keys)
+        found = ensemble._logits_of(0, x, keys)
         once = sum(seen)
         at = x.clone().requires_grad_()
     assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
     with torch.enable_grad():
-        assert torch.allclose(ensemble._infer(0, at, keys), wanted, rtol=0, atol=1e-12)
+        assert torch.allclose(ensemble._logits_of(0, at, keys), wanted, rtol=0, atol=1e-12)
     assert once == 4 if shared else once >= 12
 
 
