@@ -285,7 +285,7 @@ def _outcome_table(both: SuiteComparison, report: dict[str, Any]) -> None:
     rows: list[list[str]] = []
     for name, run in both.runs.items():
         clean = Outcomes.of(run.clean, truth)
-        rows.append(["0", NAMES[name], *output.worst_cells(clean, clean, name == "ito"), ""])
+        rows.append(["0" if name == "ito" else "", NAMES[name], *output.worst_cells(clean, clean, name == "ito"), ""])
     for level, entry in enumerate(report["attacked"]):
         for name, run in both.runs.items():
             cells = output.worst_cells(run.outcomes(level), run.outcomes(level, "evasion"), name == "ito")

@@ -414,8 +414,7 @@ def _summary(evidence: Evidence) -> dict[str, Any]:
         # the records.
         content[figure] = round(100 * rate.value, 2)
         content[f"{figure}_interval"] = [round(100 * rate.low, 2), round(100 * rate.high, 2)]
-        counts = outcomes.as_dict()["counts"]
-        content[f"{name}_counts"] = {key: counts[key] for key in ("correct", "wrong", "abstained")}  # type: ignore[index]
+        content[f"{name}_counts"] = {key: getattr(outcomes, key) for key in ("correct", "wrong", "abstained")}
     content["robust_acc_attack"] = f"the worst case per image over {', '.join(evidence.attacks)}"
     content |= {"forwards": sum(evidence.queries), "backwards": sum(evidence.gradients)}
     return content | {"noise": evidence.noise, "repeat": evidence.repeat, "seed": evidence.seed}

@@ -180,13 +180,14 @@ def _differing(name: str, claimed: str, differing: Tensor, note: str = "", allow
 
 
 def _ball(evidence: Evidence) -> Claim:
+    """No perturbation is longer than eps, and all pixels are in [0, 1]."""
     cases = cases_of(evidence).values()
     largest = max(float(norms_of(evidence, case).amax()) for case in cases)
     values = torch.stack([evidence.originals, *(case.images for case in cases)])
     pixels = bool(((values >= 0) & (values <= 1)).all())  # false of NaN too
-    found = f"at most {largest:.6g}, pixels {'in' if pixels else 'NOT in'} [0, 1]"
+    outcome = f"at most {largest:.6g}, pixels {'in' if pixels else 'NOT in'} [0, 1]"
     stands = pixels and largest <= evidence.eps + ROUNDING
-    return Claim("inside the ball", f"{evidence.norm} at most {evidence.eps:.6g}", found, stands)
+    return Claim("inside the ball", f"{evidence.norm} at most {evidence.eps:.6g}", outcome, stands)
 
 
 def _unattacked(evidence: Evidence) -> Claim:
