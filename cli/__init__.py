@@ -1,4 +1,4 @@
-"""The command line ``ito-sde``: one file a verb, each imported only when it is called."""
+"""The command line ``ito-sde``: one file for each verb, imported only when the verb is called."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import warnings
 
 import click
 
-from neuralsde_ito.validation import ItoError, nearest
+from neuralsde_ito.validation import ItoError, nearest, shown
 
 VERBS = {
     "train": "Train a ResNet (or take yours), recast it, fine-tune the members, and evaluate the ensemble.",
     "evaluate": "Let a run's ensemble vote on test images, beside the original ResNet.",
     "attack": "Attack a run's ensemble by FGSM or PGD, and the original ResNet beside it.",
+    "suite": "Attack after attack on the images that the last ones left, for the ensemble and for the ResNet.",
     "audit": "Check whether a robustness figure is the model's strength or the attack's weakness.",
     "verify": "Recompute the figures of an evidence bundle on fresh noise, and say which claims stand.",
     "predict": "Label pictures, or abstain.",
@@ -27,21 +28,56 @@ VERBS = {
 }
 
 
+# Options that became verbs: the verb before, the option, the words to drop, and the verb now.
+MOVED: tuple[tuple[str, str, list[str], str], ...] = (
+    ("attack", "--suite", ["--suite", "standard"], "suite"),
+    ("compare", "--problem", [], "orders"),
+    ("compare", "--depth", ["--depth"], "depth"),
+)
+
+
+def forwarded(words: list[str]) -> list[str]:
+    """The words of a command line with today's verb; a line on stderr names it if they are in an earlier form.
+
+    Raises:
+        click.UsageError: another suite than the standard one.
+    """
+    verb, *rest = words
+    for before, option, dropped, now in MOVED:
+        at = next((i for i, word in enumerate(rest) if word.partition("=")[0] == option), None)
+        if verb != before or at is None:
+            continue
+        rest[at : at + 1] = rest[at].split("=", 1)  # --suite=standard is two words
+        end = at + len(dropped)
+        if rest[at:end] != dropped:
+            typed = shown(" ".join(rest[at + 1 : end]))
+            raise click.UsageError(f"Unknown suite {typed}; the only one, standard, is now 'ito-sde suite'.")
+        click.echo(f"'ito-sde {verb} {option}' is now 'ito-sde {now}'.", err=True)
+        return [now, *rest[:at], *rest[end:]]
+    return words
+
+
 class LazyGroup(click.Group):
-    """Knows its verbs by name only, so that help and completion need not wait for torch."""
+    """A group that knows its verbs by name only, so that help and completion do not import torch."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The verb and its words, of a command line in today's form or an older one."""
+        return super().resolve_command(ctx, args if ctx.resilient_parsing else forwarded(args))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The verbs in the order in which one meets them."""
+        """The verbs in the order in which a user needs them."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Import the verb's file."""
+        """Import the file of a verb."""
         if name not in VERBS:
             raise click.UsageError(nearest("verb", name, VERBS), ctx)
         return importlib.import_module(f".{name}", __name__).command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Help from the table above, without importing anything."""
+        """The help of the verbs, from the table above: nothing is imported."""
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
 
@@ -57,24 +93,25 @@ def cli(debug: bool) -> None:
 
 
 def _sentence(text: str, width: int = 390) -> str:
-    """A message on one line; of one that is too long the beginning (what is wrong) and the end (the mend)."""
+    """A message on one line. If it is too long, its beginning (what is wrong) and its end (the mend)."""
     text = " ".join(text.split()).encode(errors="backslashreplace").decode()
     return text if len(text) <= width else f"{text[: width // 2 - 3]} ... {text[2 - width // 2 :]}"
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0, 1 failure, 2 usage or configuration, 130 interrupted."""
-    # Threads that wait by spinning take the core from those they wait for: on two cores with a third process,
-    # a small network's step took 25 times as long. Must be set before torch is imported.
+    """Entry point. Exit codes: 0 success, 1 failure, 2 wrong usage or configuration, 130 interrupted."""
+    # By default a thread that waits keeps its core busy, and the threads that it waits for get less: on two cores with
+    # a third process, a small network's step took 25 times as long. This must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):  # a file name may hold what the terminal cannot show
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold characters that the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv
     warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {_sentence(str(message))}", err=True)
-    if not debug:  # one may write it anywhere
+    if not debug:
         warnings.simplefilter("ignore", category=DeprecationWarning)
         warnings.simplefilter("ignore", category=FutureWarning)
+    # A user may write --debug behind the verb; click takes it only before.
     sys.argv[1:] = [*(["--debug"] if debug else []), *(word for word in sys.argv[1:] if word != "--debug")]
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,17 +16,51 @@ if TYPE_CHECKING:
     from neuralsde_ito.audits.audit import Audit
 
 
+@dataclass(frozen=True)
+class WhiteBoxOptions:
+    """The options of the white-box attack, as they were typed."""
+
+    norm: Literal["linf", "l2"]
+    eps: str | None
+    steps: int
+    step_size: str | None
+    restarts: int
+    eot: int
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of `PGD`, without the norm and the radius.
+
+        Raises:
+            ItoError: a setting, or the radius where one was typed, that cannot be used.
+        """
+        from neuralsde_ito.attacks import PGD, parse_eps
+        from neuralsde_ito.validation import ItoError
+
+        if self.eps is not None and parse_eps(self.eps) == 0:
+            raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
+        settings: dict[str, Any] = {"steps": self.steps, "restarts": self.restarts, "eot": self.eot}
+        settings["step_size"] = None if self.step_size is None else parse_eps(self.step_size)
+        PGD(norm=self.norm, eps=parse_eps(self.eps or 0), **settings)
+        return settings
+
+
+white_box = options.gathered(
+    "attack",
+    WhiteBoxOptions,
+    options.norm,
+    click.option("--eps", help="Radius in pixel units, 8/255 or 0.03.  [default: the run's largest]"),
+    click.option("--steps", type=int, default=20, show_default=True, help="Iterations of the white-box attack."),
+    click.option("--step-size", help="Length of an iteration in pixel units.  [default: 2.5 eps / steps]"),
+    click.option("--restarts", type=int, default=1, show_default=True, help="Attempts, each from a random start."),
+    click.option("--eot", type=int, default=20, show_default=True, help="Paths that a gradient averages."),
+)
+
+
 @click.command("audit")
-@options.on_run
-@click.option("--norm", default="linf", show_default=True, help="linf or l2.")
-@click.option("--eps", "radius", help="Radius in pixel units, 8/255 or 0.03.  [default: the run's largest]")
-@click.option("--steps", type=int, default=20, show_default=True, help="Iterations of the white-box attack.")
-@click.option("--step-size", help="Length of an iteration in pixel units.  [default: 2.5 eps / steps]")
-@click.option("--restarts", type=int, default=1, show_default=True, help="Attempts, each from a random start.")
-@click.option("--eot", type=int, default=20, show_default=True, help="Paths that a gradient averages.")
+@options.voting_run
+@white_box
 @click.option("--queries", type=int, default=500, show_default=True, help="Queries an image of the black-box attack.")
 @click.option("--draws", type=int, default=10_000, show_default=True, help="Random points in the ball, in all.")
-@options.votes
 @click.option("--limit", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="Use N test images.")
 @options.seed
 @click.option("--html", **options.out_file, metavar="FILE", help="Write a report, one page.")
@@ -34,19 +69,10 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     context: click.Context,
-    run: str | None,
-    root: Path,
-    device: str,
-    norm: str,
-    radius: str | None,
-    steps: int,
-    step_size: str | None,
-    restarts: int,
-    eot: int,
+    chosen: options.RunOptions,
+    attack: WhiteBoxOptions,
     queries: int,
     draws: int,
-    inferences: int | None,
-    rule: str | None,
     limit: int,
     seed: int | None,
     html: Path | None,
@@ -59,93 +85,97 @@ def command(
     ito-sde audit --eps 8/255 --html audit.html
     ito-sde audit --norm l2 --eps 0.5 --strict
     """
-    from neuralsde_ito.attacks import BALLS, PGD, parse_eps
+    from neuralsde_ito.attacks import parse_eps
     from neuralsde_ito.audits.audit import CHECKS, audit
-    from neuralsde_ito.runs.run import command_line, environment, load_dataset
-    from neuralsde_ito.validation import ItoError, nearest
+    from neuralsde_ito.runs.build import load_dataset
 
-    if norm not in BALLS:
-        raise ItoError(nearest("norm", norm, BALLS))
-    if radius is not None and parse_eps(radius) == 0:
-        raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
-    length = None if step_size is None else parse_eps(step_size)
-    settings: dict[str, Any] = {"steps": steps, "step_size": length, "restarts": restarts, "eot": eot}
-    PGD(norm=norm, eps=parse_eps(radius or 0), **settings)  # refuse what is wrong before the run is read
-    opened = options.open_run(root, run, device, inferences, rule)
-    defaults = opened.config.attack
-    written = radius or max(defaults.eps.get(norm, ("8/255",)), key=parse_eps)  # type: ignore[call-overload]
+    settings = attack.settings()  # which refuses what is wrong, before the run is read
+    opened = chosen.open()
+    eps = attack.eps or max(opened.config.attack.eps.get(attack.norm, ("8/255",)), key=parse_eps)
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)
-    seed = opened.config.seed if seed is None else seed
+    settings |= {"seed": opened.config.seed if seed is None else seed, "queries": queries, "draws": draws}
     index, x, y = next(images.test.batches(len(images.test), opened.device))
-
-    begun = time.monotonic()
+    start = time.monotonic()
     with output.progress(len(CHECKS), "audit", "checks") as bar:
-        found = audit(
+        result = audit(
             opened.ensemble,
             x,
             y,
-            norm,
-            parse_eps(written),
-            seed=seed,
+            attack.norm,
+            parse_eps(eps),
             index=index,
             surrogates={"resnet": opened.resnet},
-            queries=queries,
-            draws=draws,
             tick=bar.update,
             **settings,
         )
-    ensemble = opened.ensemble
-    report: dict[str, Any] = {
-        "command": command_line(),
-        "run": str(opened.folder),
-        "data": images.name,
-        "seed": seed,
-        "device": str(opened.device),
-        "seconds": round(time.monotonic() - begun, 1),
-        "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
-        "queries": queries,
-        "draws": draws,
-        "config": opened.config.model_dump(mode="json"),
-        "environment": environment(),
-        **found.as_dict(),
-    }
+    report = _about(opened, images.name, settings, round(time.monotonic() - start, 1)) | result.as_dict()
     if html is not None:
         from .report import write_report
 
-        write_report(html, found, report, images.classes)
+        write_report(html, result, report, images.classes)
     if as_json:
         output.print_json(report)
     else:
+        ensemble = opened.ensemble
         output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
-        _print(found, written, images.name, report["seconds"], html)
-    if strict and not found.passed:
+        _print(result, eps, report, html)
+    if strict and not result.passed:
         context.exit(1)
 
 
-def _print(found: Audit, written: str, data: str, seconds: float, html: Path | None) -> None:
-    attack = found.attack
+def _about(opened: options.Opened, data: str, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """How the audit was made, for ``--json`` and for the page.
+
+    Args:
+        opened: the run.
+        data: the images' name.
+        settings: of the audit, with ``seed``, ``queries`` and ``draws``.
+        seconds: how long it took.
+    """
+    from neuralsde_ito.runs.run import environment
+
+    ensemble = opened.ensemble
+    return {
+        "command": output.command_line(),
+        "run": str(opened.folder),
+        "data": data,
+        "seed": settings["seed"],
+        "device": str(opened.device),
+        "seconds": seconds,
+        "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
+        "queries": settings["queries"],
+        "draws": settings["draws"],
+        "config": opened.config.model_dump(mode="json"),
+        "environment": environment(),
+    }
+
+
+def _print(result: Audit, eps: str, about: dict[str, Any], html: Path | None) -> None:
+    """Print the table of checks, the accuracies and what to do next; ``eps`` is the radius as it was typed."""
+    attack = result.attack
     click.echo(
-        f"\n{output.count(found.clean.n, 'test image')} of {data}, {attack.norm}, eps {written}; PGD, "
-        f"{output.count(attack.steps, 'step')}, {output.count(attack.eot, 'path')} a gradient; {seconds:.0f} s\n"
+        f"\n{output.count(result.clean.n, 'test image')} of {about['data']}, {attack.norm}, eps {eps}; PGD, "
+        f"{output.count(attack.steps, 'step')}, {output.count(attack.eot, 'path')} a gradient; "
+        f"{about['seconds']:.0f} s\n"
     )
-    rows = [
-        (c.number, textwrap.fill(c.name, 22), textwrap.fill(c.figure, 40), textwrap.fill(c.threshold, 30), c.verdict)
-        for c in found.checks
-    ]
+    rows = []
+    for check in result.checks:
+        cells = [textwrap.fill(text, n) for text, n in ((check.name, 20), (check.figure, 36), (check.threshold, 26))]
+        rows.append((check.number, *cells, "FAIL" if check.verdict == "fail" else check.verdict))
     output.table(rows, ["", "check", "figure", "fails if", "verdict"])
     click.echo()
-    if found.attacked is not None:
+    if result.attacked is not None:
         output.sentence(
-            f"Correct: {output.percent(found.clean.rate('correct')).strip()} % without attack, "
-            f"{output.percent(found.attacked.rate('correct')).strip()} % under it (95 % Wilson intervals)."
+            f"Correct: {output.percent(result.clean.rate('correct')).strip()} % without attack, "
+            f"{output.percent(result.attacked.rate('correct')).strip()} % under it (95 % Wilson intervals)."
         )
-    output.sentence(found.verdict)
-    for check in found.failed:
+    output.sentence(result.verdict)
+    for check in result.failed:
         output.sentence(f"{check.number} {check.name}: {check.note}")
     click.echo()
-    if found.failed:
+    if result.failed:
         output.sentence(
-            "Next: mend the attack as said above, and audit again, or take 'ito-sde attack --suite standard'; the "
+            "Next: mend the attack as said above, and audit again, or take 'ito-sde suite'; the "
             "lower accuracy is the one to report."
         )
     else:

@@ -150,7 +150,7 @@ def _random_subject(arch: str, device: str, batch: int) -> _Subject:
 
     from neuralsde_ito.models.recast import recast
     from neuralsde_ito.models.resnets import load_resnet
-    from neuralsde_ito.runs.run import pick_device
+    from neuralsde_ito.runs.build import pick_device
 
     on = pick_device(device)
     net = load_resnet(arch).eval().to(on)
@@ -160,13 +160,13 @@ def _random_subject(arch: str, device: str, batch: int) -> _Subject:
 
 
 def _subject_of_run(opened: options.Opened, images: int) -> _Subject:
-    from neuralsde_ito.runs.run import load_dataset
+    from neuralsde_ito.runs.build import load_dataset
 
     ensemble, arch = opened.ensemble, opened.config.network.arch
     data = load_dataset(opened.config, train_limit=1, test_limit=images)
     _, x, y = next(iter(data.test.batches(images, opened.device)))
     description = f"{arch} of {opened.folder}, test images of {data.name}"
-    member: ItoResNet = ensemble.members[0]  # type: ignore[assignment]
+    member: ItoResNet = ensemble.members[0]
     return _Subject(description, arch, opened.resnet, member, ensemble, x, y, opened.device)
 
 

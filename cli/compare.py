@@ -53,14 +53,14 @@ def command(
 
     'ito-sde orders' measures solvers on problems with known solutions, 'ito-sde depth' the accuracy on finer grids.
     """
-    from neuralsde_ito.runs.run import load_dataset
+    from neuralsde_ito.runs.build import load_dataset
     from neuralsde_ito.studies.compare import compare_solvers
 
     opened = options.open_run(root, run, device)
     data = load_dataset(opened.config, train_limit=1, test_limit=limit)
     index, x, y = next(iter(data.test.batches(limit, opened.device)))
     seed = opened.config.seed if seed is None else seed
-    member: ItoResNet = opened.ensemble.members[0]  # type: ignore[assignment]
+    member: ItoResNet = opened.ensemble.members[0]
     chosen = tuple(dict.fromkeys(solvers)) or None
     grid = tuple(sorted(set(steps))) or (1, 2, 4, 8)
     report = compare_solvers(member, x, y, chosen, grid, seed, index, gradients=gradients)

@@ -66,7 +66,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure the accuracy of networks on finer grids: is each an SDE, or a ResNet in disguise?"""
-    from neuralsde_ito.runs.run import load_dataset
+    from neuralsde_ito.runs.build import load_dataset
     from neuralsde_ito.studies.depth import read_depths
 
     opened = options.open_run(root, run, device)
@@ -98,7 +98,7 @@ def _networks(opened: options.Opened, root: Path, versus: tuple[str, ...], devic
     """
     from neuralsde_ito.validation import ItoError, shown
 
-    networks: dict[str, ItoResNet] = {opened.folder.name: opened.ensemble.members[0]}  # type: ignore[dict-item]
+    networks: dict[str, ItoResNet] = {opened.folder.name: opened.ensemble.members[0]}
     folders = [opened.folder.resolve()]
     for name in versus:
         other = options.open_run(root, name, device)
@@ -106,7 +106,7 @@ def _networks(opened: options.Opened, root: Path, versus: tuple[str, ...], devic
             raise ItoError(f"--versus {shown(name)} would be read twice: name each run once.")
         folders.append(other.folder.resolve())
         unique = other.folder.name if other.folder.name not in networks else str(other.folder)
-        networks[unique] = other.ensemble.members[0]  # type: ignore[assignment]
+        networks[unique] = other.ensemble.members[0]
     return networks
 
 

@@ -1,8 +1,6 @@
-"""``ito-sde evaluate``: clean accuracy, with intervals, beside the original ResNet."""
+"""``ito-sde evaluate``: clean accuracy with intervals, beside the original ResNet."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import click
 
@@ -10,8 +8,7 @@ from . import options, output
 
 
 @click.command("evaluate")
-@options.on_run
-@options.votes
+@options.voting_run
 @options.early
 @click.option("--untrained", is_flag=True, help="Also vote with the recast ResNet before its fine-tuning.")
 @options.limit
@@ -19,11 +16,7 @@ from . import options, output
 @options.batch_size
 @options.as_json
 def command(
-    run: str | None,
-    root: Path,
-    device: str,
-    inferences: int | None,
-    rule: str | None,
+    chosen: options.RunOptions,
     full: bool,
     confidence: float | None,
     untrained: bool,
@@ -37,11 +30,10 @@ def command(
         options.without_effect({"confidence"}, "With --full")
     from neuralsde_ito.models.ensemble import ItoEnsemble
     from neuralsde_ito.outcomes import Paired
+    from neuralsde_ito.runs.build import load_dataset, recast_as
     from neuralsde_ito.runs.evaluate import evaluate
-    from neuralsde_ito.runs.run import load_dataset
-    from neuralsde_ito.runs.saving import recast_as
 
-    opened = options.open_run(root, run, device, inferences, rule)
+    opened = chosen.open()
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)
     seed = opened.config.seed if seed is None else seed
     ensemble, before, paired = opened.ensemble, None, None

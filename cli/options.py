@@ -1,17 +1,20 @@
-"""Options that several verbs share, what they open, and what is refused before any work begins."""
+"""Options that several verbs share, the run that they open, and checks before any work begins."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from neuralsde_ito.sde.schedules import SCHEDULES
+from neuralsde_ito.sde.solvers import SOLVERS
 from neuralsde_ito.validation import ItoError, shown
 
 if TYPE_CHECKING:
@@ -20,11 +23,36 @@ if TYPE_CHECKING:
 
     from neuralsde_ito.models.ensemble import ItoEnsemble
     from neuralsde_ito.runs.config import Config
+    from neuralsde_ito.runs.run import Run
 
 Command = Callable[..., Any]
 
-# The names in `neuralsde_ito.attacks.objective.OBJECTIVES`, for help that does not wait for torch.
+# The keys of library tables whose files import torch, for which help should not wait seconds. A test compares each
+# tuple with its table.
+NORMS = ("linf", "l2")
+PRESETS = ("default", "madry20", "fgsm")
 OBJECTIVES = ("mean-loss", "loss-of-mean", "mean-logits", "margin", "dlr", "denial", "targeted-dlr", "targeted-vote")
+SURROGATES = ("ensemble", "member", "noise-free", "resnet")
+NOISES = ("fresh", "fixed", "known")
+PEERS = ("foolbox", "torchattacks", "autoattack")
+RULES = ("hierarchical", "flat")
+ARCHITECTURES = (
+    *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
+    *("cifar-resnet18", "cifar-resnet34", "cifar-resnet50"),
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+)
+
+# The types of options that take one of these names.
+one_norm = click.Choice(NORMS)
+one_preset = click.Choice(PRESETS)
+one_objective = click.Choice(OBJECTIVES)
+one_surrogate = click.Choice(SURROGATES)
+one_noise = click.Choice(NOISES)
+one_peer = click.Choice(PEERS)
+one_rule = click.Choice(RULES)
+one_schedule = click.Choice(tuple(SCHEDULES))
+one_solver = click.Choice(tuple(SOLVERS))
+one_architecture = click.Choice(ARCHITECTURES)
 
 
 def stacked(*options: Command) -> Command:
@@ -38,16 +66,36 @@ def stacked(*options: Command) -> Command:
     return decorate
 
 
-def without_effect(names: Collection[str], when: str, mend: str = "leave it out") -> None:
-    """Refuse options that were typed although they would do nothing.
+def gathered(name: str, kind: type, *options: Command) -> Command:
+    """Several options as one decorator; the command gets their values as one dataclass.
 
     Args:
-        names: of the command's parameters.
-        when: the beginning of the sentence, such as ``With --depth``.
-        mend: its end.
+        name: the command's parameter that gets the dataclass.
+        kind: the dataclass; its fields are the parameters of the options.
+        options: as for `stacked`.
+    """
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def call(*arguments: Any, **values: Any) -> Any:
+            gathered = {field.name: values.pop(field.name) for field in fields(kind)}
+            return command(*arguments, **{name: kind(**gathered)}, **values)
+
+        return stacked(*options)(call)
+
+    return decorate
+
+
+def without_effect(names: Collection[str], when: str, mend: str = "leave it out") -> None:
+    """Refuse options that would be ignored, if the user typed them.
+
+    Args:
+        names: the command's parameters that have no effect.
+        when: the beginning of the message, such as ``With --full``.
+        mend: the end of the message.
 
     Raises:
-        click.UsageError: at least one of them stands on the command line.
+        click.UsageError: at least one of them is on the command line.
     """
     context = click.get_current_context()
     typed = [
@@ -60,19 +108,19 @@ def without_effect(names: Collection[str], when: str, mend: str = "leave it out"
 
 
 def check_file(path: Path) -> Path:
-    """Refuse a file that cannot be written, before the work whose result it is to hold.
+    """Refuse a file that cannot be written, before the work begins whose result it will hold.
 
-    The file and its missing folders are made and removed again: only the file system itself knows what it allows.
+    The file and its missing folders are made and removed again, because only the file system knows what it allows.
 
     Raises:
-        ItoError: the path is a folder, no regular file, or cannot be made.
+        ItoError: the path is a folder, is no regular file, or cannot be made.
     """
     made: list[Path] = []
     try:
         if path.is_dir():
             raise ItoError(f"The file {shown(str(path))} cannot be written: it is a folder.")
         if path.exists():
-            if not path.is_file():  # to open a pipe would wait, and a device must not be replaced
+            if not path.is_file():  # opening a pipe would wait for its reader, and a device must not be replaced
                 raise ItoError(f"The file {shown(str(path))} cannot be written: it is no regular file.")
             path.open("ab").close()
             return path
@@ -88,20 +136,20 @@ def check_file(path: Path) -> Path:
         raise ItoError(f"The file {shown(str(path))} cannot be written: {reason.lower()}.") from None
     finally:
         for folder in reversed(made):
-            with contextlib.suppress(OSError):  # somebody else may have put something there
+            with contextlib.suppress(OSError):  # another process may have written into it meanwhile
                 folder.rmdir()
     return path
 
 
 def check_folder(path: Path, new: bool = False) -> Path:
-    """Refuse a folder into which nothing can be written, as `check_file` does.
+    """Refuse a folder into which nothing can be written, as `check_file` does for a file.
 
     Args:
         path: the folder, which need not exist.
-        new: also refuse one that holds something.
+        new: also refuse a folder that is not empty.
 
     Raises:
-        ItoError: the path is a file, or cannot be written into.
+        ItoError: the path is a file, or nothing can be written into it.
     """
     try:
         if new and path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -122,7 +170,7 @@ def _file(context: click.Context, parameter: click.Parameter, path: Path | None)
 
 
 def _picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """A file in a format that matplotlib writes by itself (PGF would take LaTeX)."""
+    """Refuse a picture in a format that matplotlib does not write by itself (PGF needs LaTeX)."""
     if path is None or context.resilient_parsing:
         return path
     from matplotlib.backend_bases import FigureCanvasBase
@@ -137,7 +185,7 @@ def _folder(context: click.Context, parameter: click.Parameter, path: Path | Non
     return path if path is None or context.resilient_parsing else check_folder(path)
 
 
-# The type of an option that names a place to write to, with the check that it can be written.
+# Keyword arguments of an option that names an output file or folder: its type, and the check that it can be written.
 out_file: dict[str, Any] = {"type": click.Path(path_type=Path), "callback": _file}
 out_picture: dict[str, Any] = {"type": click.Path(path_type=Path), "callback": _picture}
 out_folder: dict[str, Any] = {"type": click.Path(path_type=Path), "callback": _folder}
@@ -151,27 +199,30 @@ runs_root = click.option(
     help="Folder of all runs.",
 )
 device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+norm = click.option("--norm", type=one_norm, default="linf", show_default=True, help="Norm of the perturbation.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-seed = click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the noise. Default: the run's.", metavar="N")
+seed = click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the noise.  [default: the run's]", metavar="N"
+)
 limit = click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N test images, a fixed choice.")
 batch_size = click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=250,
     show_default=True,
-    help="Images at a time; not in the result.",
+    help="Images at a time; the result does not depend on it.",
 )
 votes = stacked(
     click.option("--inferences", type=click.IntRange(1), help="Inferences of each member.  [default: the run's]"),
-    click.option("--rule", help="hierarchical or flat: how votes become a label.  [default: the run's]"),
+    click.option("--rule", type=one_rule, help="How votes become a label.  [default: the run's]"),
 )
 early = stacked(
-    click.option("--full", is_flag=True, help="Make all inferences, also those that can no longer change a label."),
+    click.option("--full", is_flag=True, help="Make all inferences, even if they can no longer change a label."),
     click.option(
         "--confidence",
         type=click.FloatRange(0.5, 1, min_open=True, max_open=True),
         metavar="P",
-        help="Stop a vote as soon as its label is that of the full vote with probability P, as 0.999.",
+        help="End a vote when its label is that of the full vote with probability P, such as 0.999.",
     ),
 )
 on_run = stacked(
@@ -181,34 +232,68 @@ on_run = stacked(
 )
 
 
-@dataclass
-class Opened:
-    """A finished run, read back."""
+@dataclass(frozen=True)
+class RunOptions:
+    """The options that say which run is meant, where it runs and how it votes; None for the default."""
 
-    folder: Path
-    config: Config
+    run: str | None
+    root: Path
+    device: str
+    inferences: int | None
+    rule: str | None
+
+    def open(self) -> Opened:
+        """Read the run; see `open_run`."""
+        return open_run(self.root, self.run, self.device, self.inferences, self.rule)
+
+
+voting_run = gathered("chosen", RunOptions, on_run, votes)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A finished run with its networks on a device.
+
+    Attributes:
+        run: the run.
+        device: where the networks are.
+        ensemble: with the number of inferences and the rule that the flags ask for.
+        resnet: the ResNet from which the members began.
+    """
+
+    run: Run
+    device: torch.device
     ensemble: ItoEnsemble
     resnet: nn.Sequential
-    device: torch.device
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.run.config
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.folder
 
 
 def open_run(
-    root: Path, run: str | None, device: str, inferences: int | None = None, rule: str | None = None
+    root: Path, name: str | None, device: str, inferences: int | None = None, rule: str | None = None
 ) -> Opened:
-    """Read a run; says on stderr which, where none was named."""
+    """Read a finished run, by default the newest one, which is then named on stderr."""
     from neuralsde_ito.models.ensemble import ItoEnsemble
-    from neuralsde_ito.runs.run import find_run, pick_device
-    from neuralsde_ito.runs.saving import load_base, load_ensemble
+    from neuralsde_ito.runs.build import pick_device
+    from neuralsde_ito.runs.run import Run
 
-    folder, place = find_run(root, run), pick_device(device)
-    if run is None:
-        click.echo(f"Run {folder} (the newest finished one; --run names another).", err=True)
-    ensemble, config = load_ensemble(folder, place)
+    run, torch_device = Run.find(root, name), pick_device(device)
+    if name is None:
+        click.echo(f"Run {run.folder} (the newest finished one; --run names another).", err=True)
+    ensemble = run.ensemble(torch_device)
     if inferences or rule:
         ensemble = ItoEnsemble(
-            ensemble.members,  # type: ignore[arg-type]
+            ensemble.members,
             inferences or ensemble.inferences,
             rule or ensemble.rule,
             ensemble.paths_per_call,
         ).eval()
-    return Opened(folder, config, ensemble, load_base(folder, config, place), place)
+    return Opened(run, torch_device, ensemble, run.resnet(torch_device))

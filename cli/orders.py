@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # The names in `neuralsde_ito.studies.problems.PROBLEMS`, for help that does not wait for torch.
 PROBLEMS = ("ornstein-uhlenbeck", "geometric-brownian", "double-well")
-WITH_NOISE = tuple(name for name, solver in SOLVERS.items() if solver.library != "torchdiffeq")
+WITH_NOISE = tuple(name for name, solver in SOLVERS.items() if solver.form != "ode")
 STEPS = (8, 16, 32, 64, 128, 256)
 
 Measured = dict[str, dict[str, "Order"]]  # problem -> solver -> order

@@ -1,9 +1,10 @@
-"""What people read: tables and sentences on stdout, progress on stderr."""
+"""What the verbs write: tables, sentences and JSON on stdout, progress on stderr."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from tabulate import tabulate
 from tqdm import tqdm
+
+from neuralsde_ito.sde.schedules import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,12 +25,22 @@ if TYPE_CHECKING:
 
 
 def progress(total: int, what: str, unit: str) -> tqdm:
-    """A bar on stderr; nothing off a terminal."""
+    """A bar on stderr if that is a terminal, else nothing."""
     return tqdm(total=total, desc=what, unit=f" {unit}", leave=False, disable=None)
 
 
+def command_line() -> str:
+    """The command as it was typed, for the record beside a result; bytes that are not UTF-8 are escaped."""
+    return " ".join(["ito-sde", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
+
+
 def radius_name(norm: str, written: str) -> str:
-    """The name under which what belongs to one radius is kept: ``linf-8of255``."""
+    """The name of a file or folder with the results of one radius: ``linf-8of255``.
+
+    Args:
+        norm: ``linf`` or ``l2``.
+        written: the radius as it was typed, such as ``8/255``.
+    """
     return f"{norm}-{written.strip().replace('/', 'of')}"
 
 
@@ -65,7 +78,7 @@ WORST_HEADERS = ["correct (denial)", "abstained (denial)", "wrong (evasion)", "c
 
 
 def worst_cells(denial: Outcomes, evasion: Outcomes, abstains: bool = True) -> list[str]:
-    """Cells under `WORST_HEADERS`, of two worst cases; a dash for a network that cannot abstain."""
+    """The cells under `WORST_HEADERS` for the two worst cases; a dash for a network that cannot abstain."""
     return [
         percent(denial.rate("correct")),
         percent(denial.rate("abstained")) if abstains else "    -",
@@ -75,7 +88,7 @@ def worst_cells(denial: Outcomes, evasion: Outcomes, abstains: bool = True) -> l
 
 
 def worst_sentence() -> None:
-    """What those columns mean."""
+    """Print what the columns of `WORST_HEADERS` mean."""
     sentence(
         "Two worst cases. Denial: the attack wants no right answer; correct is what it leaves, abstained what it "
         "brings to no answer. Evasion: it wants a wrong answer; wrong is what it reaches, correct + abstained the rest."
@@ -83,24 +96,24 @@ def worst_sentence() -> None:
 
 
 def invalid_sentence(invalid: int, before: str = "") -> None:
-    """How many inferences voted for nobody; nothing where all are valid."""
+    """Print how many inferences were invalid and cast no vote; nothing if all are valid."""
     if invalid:
         sentence(f"{before}{count(invalid, 'inference')} had logits that are not finite and voted for nobody.")
 
 
 def seconds(value: float) -> str:
-    """``12.3 ms`` or ``4.56 s``, with three digits."""
+    """A time with three digits: ``12.3 ms`` or ``4.56 s``."""
     return f"{1e3 * value:.3g} ms" if value < 0.9995 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
 
 
 def p_value(p: float) -> str:
-    """``p = 0.04``, with as many digits as mean something."""
-    # No-break spaces: a wrapped line must not end in "p =".
+    """``p = 0.04``, with two digits."""
+    # No-break spaces, so that no line breaks after "p =".
     return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.2g}"
 
 
 def paired_sentence(paired: Paired, other: str) -> None:
-    """The paired test of another model against the ensemble, in words."""
+    """Print the paired test of another model against the ensemble."""
     sentence(
         f"On the same images (McNemar's exact test): only {other} is right on {paired.only_first}, "
         f"only the ensemble on {paired.only_second}; {p_value(paired.p)}."
@@ -108,19 +121,14 @@ def paired_sentence(paired: Paired, other: str) -> None:
 
 
 def paired_json(paired: Paired, other: str) -> dict[str, Any]:
-    """The same, for programs."""
+    """The content of `paired_sentence` for ``--json``."""
     return {f"only_{other}": paired.only_first, "only_ito": paired.only_second, "p": paired.p}
 
 
 def describe(config: Config, folder: Path, members: int, inferences: int, rule: str) -> None:
-    """What was built, in four lines."""
+    """Print the run, its ResNet, its SDE and its ensemble in four lines."""
     sde = config.sde
-    formula = {
-        "inverse-time": f"{sde.omega:g} / (1 + t)",
-        "constant": f"{sde.omega:g}",
-        "multiplicative": f"{sde.omega:g} / (1 + t) * x",
-        "constant-multiplicative": f"{sde.omega:g} * x",
-    }[sde.schedule]
+    formula = Schedule(sde.omega, sde.schedule).formula
     source = (
         f"weights {config.network.weights}"
         if config.network.weights
@@ -138,7 +146,14 @@ def describe(config: Config, folder: Path, members: int, inferences: int, rule: 
 def evaluation_table(
     result: Evaluation, data: str, untrained: Evaluation | None = None, paired: Paired | None = None
 ) -> None:
-    """The table of `ito-sde train` and `ito-sde evaluate`; ``paired`` is the untrained recast against the ensemble."""
+    """Print the clean table of ``ito-sde train`` and ``ito-sde evaluate``.
+
+    Args:
+        result: the ensemble beside the ResNet.
+        data: name of the data set.
+        untrained: the recast ResNet before its fine-tuning, for a row of its own.
+        paired: the untrained recast against the ensemble.
+    """
     click.echo(f"\n{count(result.ito.n, 'test image')} of {data}, clean; % with 95 % Wilson intervals\n")
     rows = [["original ResNet", *outcome_cells(result.resnet, abstains=False)]]
     if untrained:
@@ -155,7 +170,13 @@ def evaluation_table(
 
 
 def drawn_sentence(drawn: Tensor, total: int, confidence: float | None) -> None:
-    """What the votes cost, and what was assumed where they stopped on a probability."""
+    """Print what the votes cost and, if a probability ended them, under which assumptions.
+
+    Args:
+        drawn: ``(N,)``, inferences that were made for each image.
+        total: inferences of a full vote.
+        confidence: the probability that ended a vote, or None.
+    """
     mean = float(drawn.double().mean())
     if confidence is None:
         what = "Each vote ended when no inference still out could have changed its label." if mean < total else ""
@@ -168,7 +189,7 @@ def drawn_sentence(drawn: Tensor, total: int, confidence: float | None) -> None:
 
 
 def evaluation_json(result: Evaluation) -> dict[str, Any]:
-    """The same, for programs."""
+    """The content of `evaluation_table` for ``--json``."""
     return {
         "resnet": result.resnet.as_dict(),
         "ito": result.ito.as_dict(),
@@ -179,19 +200,19 @@ def evaluation_json(result: Evaluation) -> dict[str, Any]:
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:
-    """One JSON object in UTF-8. JSON knows no NaN and no infinity: they become null."""
+    """One JSON object in UTF-8. JSON has no NaN and no infinity: they become null."""
 
-    def known(value: Any) -> Any:
+    def finite(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: known(inner) for key, inner in value.items()}
+            return {key: finite(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
-            return [known(inner) for inner in value]
+            return [finite(inner) for inner in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    text = json.dumps(known(content), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
     return text.encode(errors="backslashreplace")  # a file name may hold bytes that are not UTF-8
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    click.echo(json_bytes(content))  # in UTF-8, whatever the terminal's encoding is
+    """One JSON object on stdout, in UTF-8 whatever the terminal's encoding is."""
+    click.echo(json_bytes(content))

@@ -1,4 +1,4 @@
-"""``ito-sde predict``: labels for pictures, or an abstention, with the vote that led to it."""
+"""``ito-sde predict``: a label or an abstention for each picture, with its vote."""
 
 from __future__ import annotations
 
@@ -12,32 +12,27 @@ from . import options, output
 
 @click.command("predict")
 @click.argument("pictures", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path))
-@options.on_run
-@options.votes
+@options.voting_run
 @options.seed
 @options.as_json
 def command(
     pictures: tuple[Path, ...],
-    run: str | None,
-    root: Path,
-    device: str,
-    inferences: int | None,
-    rule: str | None,
+    chosen: options.RunOptions,
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Label pictures, or abstain. They are scaled and cropped to the size that the network was trained on.
+    """Label pictures, or abstain. Each is scaled and cropped to the size that the network was trained on.
 
-    Transparent pictures are read on a white ground. The noise follows the pixels: a picture gets the same votes
-    whatever its name is, and whatever is beside it.
+    Transparent pictures are read on a white ground. The noise depends on the pixels only: a picture gets the same
+    votes under any name and beside any other pictures.
     """
     from neuralsde_ito.attacks.targets import classify
     from neuralsde_ito.data import load_image
     from neuralsde_ito.noise.keys import content_index
     from neuralsde_ito.outcomes import ABSTAIN
-    from neuralsde_ito.runs.run import load_dataset
+    from neuralsde_ito.runs.build import load_dataset
 
-    opened = options.open_run(root, run, device, inferences, rule)
+    opened = chosen.open()
     images = load_dataset(opened.config, train_limit=1, test_limit=1)
     seed = opened.config.seed if seed is None else seed
     names = images.classes
@@ -46,8 +41,8 @@ def command(
     loaded = [load_image(path, images.image_shape) for path in pictures]  # all of them, before any work is done
     for path, picture in zip(pictures, loaded, strict=True):
         x = picture[None].to(opened.device)
-        # One by one: in batches of another size, convolutions differ in the last bit.
-        prediction = opened.ensemble.predict(x, seed, content_index(x), full=True)  # the counts are shown
+        # One by one, because the last bit of a convolution depends on the batch size.
+        prediction = opened.ensemble.predict(x, seed, content_index(x), full=True)  # the table shows all counts
         share = prediction.votes[:, 0].sum(0) / total  # (classes,)
         label, base = int(prediction.labels[0]), int(classify(opened.resnet, x)[0])
         records.append(

@@ -1,40 +1,56 @@
-"""The audit on one page: HTML that needs no network and no colour."""
+"""The audit on one HTML page: values and pictures for ``templates/audit.html``."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import matplotlib
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from neuralsde_ito.audits.audit import Audit
-from neuralsde_ito.audits.check import FAIL, PASS
 from neuralsde_ito.files import write_atomically
 from neuralsde_ito.outcomes import ABSTAIN
 
 from . import output
 
-_STYLE = """
-body { font: 15px/1.45 Georgia, serif; color: #000; background: #fff; margin: 2em auto; padding: 0 1em;
-  max-width: 62em }
-h1 { font-size: 1.6em; margin-bottom: .2em } h2 { font-size: 1.15em; margin: 1.6em 0 .4em }
-.verdict { border: 3px solid #000; padding: .6em .9em; font-size: 1.15em; font-weight: bold }
-table { border-collapse: collapse; width: 100%; font-size: .88em }
-th, td { text-align: left; vertical-align: top; padding: .3em .6em .3em 0; border-bottom: 1px solid #999 }
-th { border-bottom: 2px solid #000 } .fail td { font-weight: bold; border-left: 5px solid #000; padding-left: .4em }
-.beside td { color: #555 } code { font-size: .95em; overflow-wrap: anywhere } img { max-width: 100% }
-figure { margin: 1em 0 } figcaption { font-size: .88em }
-dt { float: left; clear: left; width: 9em } dd { margin-left: 9.5em }
-@media print { body { margin: 0; max-width: none } figure, tr { break-inside: avoid } }
-"""
+_BLUE, _ORANGE, _GREY = "#1f5fa8", "#b45f06", "#6e7781"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One diagram of the page.
+
+    Attributes:
+        title: its headline.
+        parts: what each part shows, and the part itself, a PNG in base64.
+        caption: the sentence below.
+    """
+
+    title: str
+    parts: dict[str, str]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image without and under attack, two PNGs in base64, with the model's answers in words."""
+
+    clean: str
+    attacked: str
+    before: str
+    after: str
 
 
 def write_report(path: Path, audit: Audit, about: dict[str, Any], classes: Sequence[str]) -> None:
@@ -42,165 +58,143 @@ def write_report(path: Path, audit: Audit, about: dict[str, Any], classes: Seque
 
     Args:
         path: the file.
-        audit: what was found.
-        about: what was run: ``command``, ``run``, ``data``, ``seed``, ``device``, ``seconds``, ``vote`` and
+        audit: the audit.
+        about: how it was made: ``command``, ``run``, ``data``, ``seed``, ``device``, ``seconds``, ``vote`` and
             ``environment``.
         classes: names of the labels.
     """
-    figures = _figures(audit, classes) if audit.attacked else []
-    attack, vote = audit.attack, about["vote"]
-    settings = {
-        "Command": f"<code>{escape(about['command'])}</code>",
-        "Run": f"<code>{escape(about['run'])}</code>",
-        "Images": escape(f"{audit.clean.n} of {about['data']}"),
-        "Vote": escape(
-            f"{output.count(vote['members'], 'member')}, {output.count(vote['inferences'], 'inference')} each, "
-            f"{vote['rule']} majority"
-        ),
-        "Attack": escape(
-            f"PGD, {attack.norm}, eps {attack.eps:.4g}, {attack.steps} steps of {attack.step:.3g}, {attack.restarts} "
-            f"restart{'s' * (attack.restarts > 1)}, {attack.eot} paths a gradient, objective {attack.objective}"
-        ),
-        "Correct": escape(_rates(audit)),
-        "Seed, device": escape(f"{about['seed']}, {about['device']}"),
-        "Made": escape(f"{about['environment']['date']}, in {about['seconds']:.0f} s"),
-        "Versions": escape(", ".join(f"{k} {v}" for k, v in about["environment"]["packages"].items())),
-    }
-    described = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in settings.items())
-    kind, mark = {PASS: "pass", FAIL: "fail"}, {FAIL: "FAIL"}
-    rows_html = "".join(
-        f'<tr class="{kind.get(c.verdict, "beside")}"><td>{c.number}</td>'
-        + "".join(f"<td>{escape(t)}</td>" for t in (c.name, c.figure, c.threshold, c.source))
-        + f"<td>{mark.get(c.verdict, escape(c.verdict))}</td><td>{escape(c.note)}</td></tr>\n"
-        for c in audit.checks
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
-    pictures = "".join(
-        f'<h2>{title}</h2><figure><img alt="{escape(title)}" src="data:image/png;base64,{picture}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>\n"
-        for title, picture, caption in figures
+    environment.filters["count"] = output.count
+    fooled = _fooled_rows(audit)
+    page = environment.get_template("audit.html").render(
+        audit=audit,
+        about=about,
+        pictures=_pictures(audit),
+        pairs=_pairs(audit, fooled or range(min(6, len(audit.x))), classes) if audit.attacked else [],
+        pairs_fooled=bool(fooled),
     )
-    page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Audit of {escape(about["run"])}</title><style>{_STYLE}</style></head>
-<body><h1>Is the robustness real?</h1>
-<p class="verdict">{escape(audit.verdict)}</p>
-<dl>{described}</dl>
-<h2>Checks</h2>
-<table><thead><tr><th></th><th>check</th><th>figure</th><th>fails if</th><th>source</th><th>verdict</th>
-<th>meaning</th></tr></thead><tbody>
-{rows_html}</tbody></table>
-<p>“Beyond chance”: McNemar's exact test on the same images, at 1 %. An audit finds known faults of an attack; it is
-no proof of robustness.</p>
-{pictures}</body></html>
-"""
-    write_atomically(path, page.encode(errors="backslashreplace"))
+    write_atomically(path, page.lstrip().encode(errors="backslashreplace"))
 
 
-def _figures(audit: Audit, classes: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Title, picture and caption."""
-    curve = (
-        f"Correct answers against eps ({audit.attack.norm}, pixel units), with 95 % Wilson intervals; successes are "
-        "carried upward."
-    )
-    plane = (
-        "Cross-entropy around one image on fixed paths, along the direction of the gradient and along a random one; "
-        "dotted: eps. A smooth slope along the gradient is what an attack needs; jumps or a plain are signs of masking."
-    )
-    fell = _fell(audit)
-    images = (
-        "Images that were known, and what fooled the model." if fell else "No image fell; some as they were attacked."
-    )
-    return [
-        ("Robustness curve", _curve(audit), curve),
-        *([("Loss landscape", _landscape(audit), plane)] if audit.landscape else []),
-        ("Images", _pairs(audit, fell, classes), images),
+def _pictures(audit: Audit) -> list[Picture]:
+    """The robustness curve, and the landscape where there is one; nothing where no attack ran."""
+    if not audit.attacked:
+        return []
+    pictures = [
+        Picture(
+            "Robustness curve",
+            {"accuracy against eps": curve_picture(audit)},
+            f"Correct answers against eps ({audit.attack.norm}, pixel units), with 95 % Wilson intervals. An image "
+            "that falls counts as fallen at every larger eps. Dotted: the audit's eps.",
+        )
     ]
+    if audit.landscape:
+        pictures.append(
+            Picture(
+                "Loss landscape",
+                {"lines along both directions": landscape_lines(audit), "plane of both": landscape_plane(audit)},
+                "Cross-entropy around one image on fixed paths, along the direction of the gradient and along a random "
+                "one; dotted: eps. A smooth slope along the gradient is what an attack needs; jumps or a flat plain "
+                "are signs of masked gradients.",
+            )
+        )
+    return pictures
 
 
-def _rates(audit: Audit) -> str:
-    def text(what: Any) -> str:
-        rate = what.rate("correct")
-        return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-
-    attacked = f", {text(audit.attacked)} under attack" if audit.attacked else ""
-    return f"{text(audit.clean)} without attack{attacked}"
-
-
-def _png(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _curve(audit: Audit) -> str:
-    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+def curve_picture(audit: Audit) -> str:
+    """Accuracy with its interval against the radius, as a PNG in base64."""
+    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     eps = [radius for radius, _ in audit.curve]
     rates = [rate for _, rate in audit.curve]
     values = [100 * rate.value for rate in rates]
     spread = [[100 * (r.value - r.low) for r in rates], [100 * (r.high - r.value) for r in rates]]
-    axis.errorbar(eps, values, yerr=spread, color="black", marker="o", capsize=4, lw=1.5)
+    axis.errorbar(eps, values, yerr=spread, color=_BLUE, marker="o", capsize=4, lw=1.8)
     for radius, value in zip(eps, values, strict=True):
         axis.annotate(f"{value:.0f}", (radius, value), xytext=(6, 5), textcoords="offset points", fontsize=9)
     if audit.attack.eps in eps:
-        axis.axvline(audit.attack.eps, color="grey", ls=":", lw=1)
+        axis.axvline(audit.attack.eps, color=_GREY, ls=":", lw=1)
     axis.set(xlabel=f"eps ({audit.attack.norm})", ylabel="correct (%)", ylim=(-3, 108))
     axis.set_xticks(eps, [f"{radius:.3g}" for radius in eps])
     axis.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
 
-def _landscape(audit: Audit) -> str:
-    assert audit.landscape is not None
-    reach = audit.landscape.reach.numpy()
-    # On a log scale: the loss of a confident answer rises exponentially. Float32 knows no smaller loss.
-    loss = audit.landscape.loss.double().numpy()
-    loss = np.log10(np.where(np.isfinite(loss), loss, np.nan).clip(1e-8))  # a gap where the loss is not finite
-    known = loss[np.isfinite(loss)]
-    figure, (lines, plane) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+def landscape_lines(audit: Audit) -> str:
+    """The loss along each direction, as a PNG in base64."""
+    reach, loss = _log_landscape(audit)
+    figure, axis = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
     middle = len(reach) // 2
-    lines.plot(reach, loss[:, middle], color="black", label="along the gradient")
-    lines.plot(reach, loss[middle], color="black", ls="--", label="along a random direction")
+    axis.plot(reach, loss[:, middle], color=_BLUE, lw=1.8, label="along the gradient")
+    axis.plot(reach, loss[middle], color=_ORANGE, lw=1.8, ls="--", label="along a random direction")
     for edge in (-1, 1):
-        lines.axvline(edge, color="grey", ls=":", lw=1)
-    lines.set(xlabel="steps of eps", ylabel="log10 of the loss")
-    lines.legend(fontsize=8, frameon=False)
-    lines.spines[["top", "right"]].set_visible(False)
-    if len(known) and np.ptp(known) > 0:
-        shade = plane.contourf(reach, reach, loss.T, levels=12, cmap="Greys")
-        plane.contour(reach, reach, loss.T, levels=12, colors="black", linewidths=0.4)
-        figure.colorbar(shade, ax=plane, label="log10 of the loss")
-    else:
-        said = "the loss is the same everywhere" if len(known) else "the loss is not finite"
-        plane.text(0, 0, said, ha="center")
-        plane.set(xlim=(-2, 2), ylim=(-2, 2))
-    plane.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], color="black", ls=":", lw=1.2)
-    plane.set(xlabel="gradient (eps)", ylabel="random (eps)")
+        axis.axvline(edge, color=_GREY, ls=":", lw=1)
+    axis.set(xlabel="steps of eps", ylabel="log10 of the loss")
+    axis.legend(fontsize=9, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
 
-def _fell(audit: Audit) -> list[int]:
-    """Up to six images that were known and are not any more."""
+def landscape_plane(audit: Audit) -> str:
+    """The loss in the plane of both directions, as a PNG in base64."""
+    reach, loss = _log_landscape(audit)
+    finite = loss[np.isfinite(loss)]
+    figure, axis = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
+    if len(finite) and np.ptp(finite) > 0:
+        shade = axis.contourf(reach, reach, loss.T, levels=12, cmap="Blues")
+        axis.contour(reach, reach, loss.T, levels=12, colors="black", linewidths=0.4)
+        figure.colorbar(shade, ax=axis, label="log10 of the loss")
+    else:
+        axis.text(0, 0, "the loss is the same everywhere" if len(finite) else "the loss is not finite", ha="center")
+        axis.set(xlim=(-2, 2), ylim=(-2, 2))
+    axis.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], color="black", ls=":", lw=1.2)
+    axis.set(xlabel="gradient (eps)", ylabel="random (eps)")
+    return _png(figure)
+
+
+def _log_landscape(audit: Audit) -> tuple[np.ndarray, np.ndarray]:
+    """Distances ``(K,)`` in units of eps, and the logarithm of the loss ``(K, K)``; NaN where it is not finite.
+
+    The scale is logarithmic, as the loss of a confident answer rises exponentially. A loss below 1e-8 is drawn as 1e-8:
+    float32 resolves no smaller one.
+    """
+    assert audit.landscape is not None
+    loss = audit.landscape.loss.double().numpy()
+    return audit.landscape.reach.numpy(), np.log10(np.where(np.isfinite(loss), loss, np.nan).clip(1e-8))
+
+
+def _fooled_rows(audit: Audit) -> list[int]:
+    """Positions of up to six images that are decided rightly without attack and not under it."""
     return ((audit.before == audit.truth) & (audit.after != audit.truth)).nonzero()[:, 0].tolist()[:6]
 
 
-def _pairs(audit: Audit, rows: list[int], classes: Sequence[str]) -> str:
-    shown = rows or list(range(min(6, len(audit.x))))
-    figure, axes = plt.subplots(
-        2, len(shown), figsize=(1.5 * len(shown) + 0.5, 3.5), layout="constrained", squeeze=False
-    )
-    for column, row in enumerate(shown):
-        pairs = ((audit.x, audit.before), (audit.images, audit.after))
-        for axis, (images, labels) in zip(axes[:, column], pairs, strict=True):
-            _show(axis, images[row].cpu().float().numpy())
-            label = int(labels[row])
-            axis.set_title("abstains" if label == ABSTAIN else classes[label], fontsize=9)
-    axes[0][0].set_ylabel("clean", fontsize=9)
-    axes[1][0].set_ylabel("attacked", fontsize=9)
-    return _png(figure)
+def _pairs(audit: Audit, rows: Iterable[int], classes: Sequence[str]) -> list[Pair]:
+    """The images at ``rows``."""
+
+    def answer(label: Tensor) -> str:
+        return "abstains" if int(label) == ABSTAIN else classes[int(label)]
+
+    return [
+        Pair(_pixels(audit.x[row]), _pixels(audit.images[row]), answer(audit.before[row]), answer(audit.after[row]))
+        for row in rows
+    ]
 
 
-def _show(axis: Any, image: np.ndarray) -> None:
-    pixels = image.transpose(1, 2, 0)
-    axis.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-    axis.set_xticks([])
-    axis.set_yticks([])
+def _pixels(image: Tensor) -> str:
+    """An image ``(C, H, W)`` in [0, 1], as a PNG in base64 with one pixel for each of its own."""
+    pixels = (255 * image.permute(1, 2, 0)).round().to(torch.uint8).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _png(figure: Any) -> str:
+    """A figure as a PNG in base64."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()

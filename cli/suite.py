@@ -1,323 +1,349 @@
-"""``ito-sde attack --suite standard``: attack after attack on what the last ones left, ensemble and ResNet alike."""
+"""``ito-sde suite``: attack after attack on the images that the last ones left, for the ensemble and for the ResNet."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import shutil
 import time
-from collections.abc import Sequence
-from datetime import datetime
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from . import options, output
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from neuralsde_ito.attacks.suite import Step, SuiteResult
-    from neuralsde_ito.data import Dataset
-    from neuralsde_ito.models.ensemble import ItoEnsemble
+    from neuralsde_ito.attacks.suite_run import SuiteComparison, SuiteRun, SuiteSettings
+    from neuralsde_ito.runs.config import Config
+
+NAMES = {"ito": "Itô ensemble", "resnet": "original ResNet"}  # what tables call the two defenders
 
 
-def run(
-    opened: options.Opened,
-    data: Dataset,
-    norm: str,
-    labels: dict[float, str],
-    noise: str,
-    repeat: int,
-    effort: float,
-    seed: int,
-    batch_size: int,
+@dataclass(frozen=True)
+class Asked:
+    """The options that set up the suite, as the user gave them."""
+
+    norm: Literal["linf", "l2"]
+    radii: tuple[str, ...]
+    effort: float
+    noise: str
+    repeat: int
+    seed: int | None
+    batch_size: int
+
+    def settings(self, radii: tuple[float, ...], seed: int) -> SuiteSettings:
+        """The same for the library."""
+        from neuralsde_ito.attacks.suite_run import SuiteSettings
+
+        return SuiteSettings(self.norm, radii, self.effort, self.noise, self.repeat, seed, self.batch_size)
+
+
+@click.command("suite")
+@options.voting_run
+@options.gathered(
+    "asked",
+    Asked,
+    options.norm,
+    click.option(
+        "--eps",
+        "radii",
+        multiple=True,
+        help="Radius in pixel units, 8/255 or 0.03; repeatable.  [default: the run's]",
+    ),
+    click.option("--effort", default=1.0, show_default=True, help="Scales the iterations of every attack."),
+    click.option(
+        "--noise",
+        type=options.one_noise,
+        default="fresh",
+        show_default=True,
+        help="The report's paths: new for each image, the same for all images, or known to the attacker.",
+    ),
+    click.option("--repeat", default=1, show_default=True, help="Votes that the attacker may ask for on each image."),
+    options.seed,
+    options.batch_size,
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Attack N test images, a fixed choice.  [default: the run's]",
+)
+@click.option("--resume", is_flag=True, help="Go on where the same command was interrupted.")
+@click.option(
+    "--bundle",
+    **options.out_folder,
+    metavar="DIR",
+    help="Keep evidence that 'ito-sde verify' checks.",
+)
+@click.option(
+    "--peer",
+    "peers",
+    type=options.one_peer,
+    multiple=True,
+    help="Attack by another library as well; repeatable.",
+)
+@options.as_json
+def command(
+    chosen: options.RunOptions,
+    asked: Asked,
+    limit: int | None,
     resume: bool,
     bundle: Path | None,
     peers: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Attack the ensemble and the ResNet at every radius, and print what is left after each step."""
-    import torch
+    """Attack a run's ensemble by a sequence of attacks, each on the images that the last ones left.
 
-    from neuralsde_ito.attacks.selection import invalid, worst_labels
-    from neuralsde_ito.attacks.suite import Suite, joined, standard
-    from neuralsde_ito.audits.bundle import evidence_of, fingerprint, save_bundle
+    The original ResNet is attacked in the same way beside it. Every attack that has finished is kept in the run's
+    folder until the suite ends, so that --resume goes on after an interruption.
+
+    \b
+    ito-sde suite --norm linf --eps 8/255 --bundle evidence
+    ito-sde suite --norm l2 --eps 0.5 --eps 1 --noise known --repeat 5
+    """
+    from neuralsde_ito.attacks.norms import parse_eps
+    from neuralsde_ito.attacks.other_libraries import check_peer
+    from neuralsde_ito.attacks.suite_run import run_suite
     from neuralsde_ito.files import write_atomically
-    from neuralsde_ito.models.ensemble import ItoEnsemble, NoiseFree
-    from neuralsde_ito.models.recast import recast
-    from neuralsde_ito.outcomes import Outcomes, Paired
-    from neuralsde_ito.runs.run import command_line, environment
-    from neuralsde_ito.validation import ItoError
+    from neuralsde_ito.runs.build import load_dataset
 
-    from .verify import test_split
+    # Wrong settings are refused before the run is read.
+    asked.settings(tuple(sorted({parse_eps(text) for text in asked.radii})), 0)
+    for peer in peers:
+        check_peer(peer)
+    opened = chosen.open()
+    defaults, norm = opened.config.attack, asked.norm
+    written = asked.radii or (*defaults.eps.get(norm, ()), *defaults.also.get(norm, ()))
+    labels = {parse_eps(text): text for text in reversed(written)}
+    seed = opened.config.seed if asked.seed is None else asked.seed
+    settings = asked.settings(tuple(sorted(labels)), seed)
+    data = load_dataset(opened.config, train_limit=1, test_limit=limit or defaults.images)
+    options.check_folder(opened.folder)
+    for text in labels.values():
+        if bundle is not None:
+            options.check_folder(bundle / output.radius_name(norm, text), new=True)
 
-    ensemble, radii = opened.ensemble, sorted(labels)
-    batches = list(data.test.batches(batch_size, opened.device))
-    resnet = ItoEnsemble([recast(opened.resnet, 0.0, image_shape=tuple(batches[0][1].shape[1:]))], 1)  # type: ignore[arg-type]
-    settings = {
-        "norm": norm,
-        "eps": radii,
-        "noise": noise,
-        "repeat": repeat,
-        "effort": effort,
-        "seed": seed,
-        "batch_size": batch_size,
-        "data": data.name,
-        "images": len(data.test),
-        "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
-        "weights": fingerprint(ensemble),
-    }
-    state = opened.folder / f"suite-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
-    if not resume:
-        shutil.rmtree(state, ignore_errors=True)
-    elif not state.is_dir():
-        raise ItoError("There is nothing to resume: this command was not interrupted; leave --resume out.")
-    defenders: dict[str, tuple[ItoEnsemble, Suite]] = {
-        "Itô ensemble": (
-            ensemble,
-            Suite(
-                partial(standard, norm, noisy=ensemble.noisy, effort=effort),
-                {"resnet": opened.resnet, "noise-free": NoiseFree(ensemble)},
-                noise,
-                repeat,
-                seed,
-                state / "ito",
-            ),
-        ),
-        "original ResNet": (
-            resnet,
-            Suite(partial(standard, norm, noisy=False, effort=effort), seed=seed, state=state / "resnet"),
-        ),
-    }
     begun = time.monotonic()
-    found: dict[str, list[SuiteResult]] = {}
-    clean_votes: dict[str, Tensor] = {}
-    clean: dict[str, Tensor] = {}
-    truth = torch.cat([y for _, _, y in batches]).cpu()
-    index = torch.cat([names for names, _, _ in batches]).cpu()
-    originals = torch.cat([x for _, x, _ in batches]).cpu()
-    total = sum(2 * len(suite.steps(eps)) for _, suite in defenders.values() for eps in radii) * len(batches)
-    with output.progress(total, "suite", "attacks") as bar:
-        for name, (model, suite) in defenders.items():
-            parts: dict[float, list[SuiteResult]] = {eps: [] for eps in radii}
-            answers = []
-            for number, (names, x, y) in enumerate(batches):
-                answers.append(suite.votes(model, x, names).cpu())
-                for step, reached in suite.run(model, x, y, names, radii, str(number)):
-                    bar.set_postfix_str(f"{name}, eps {labels[reached.eps]}, {step.name}: {sum(reached.fooled)} fooled")
-                    bar.update()
-                    if len(reached.denial.labels):  # the report has voted
-                        parts[reached.eps].append(reached)
-            found[name] = [joined(parts[eps]) for eps in radii]
-            clean_votes[name] = torch.cat(answers, -2)
-            clean[name] = worst_labels(clean_votes[name], truth, model.rule, model.inferences)
-    seconds = time.monotonic() - begun
-    others = _peers(peers, defenders, batches, norm, labels)
+    with output.progress(settings.attacks(opened.ensemble, len(data.test)), "suite", "attacks") as bar:
 
-    steps = {name: suite.steps for name, (_, suite) in defenders.items()}
-    entries: list[dict[str, Any]] = []
-    for level, eps in enumerate(radii):
-        ito, base = found["Itô ensemble"][level], found["original ResNet"][level]
-        paired = Paired.of(base.denial.labels == truth, ito.denial.labels == truth)
-        entries.append(
-            {
-                "eps": eps,
-                "written": labels[eps],
-                "ito": _entry(steps["Itô ensemble"](eps), ito, truth),
-                "resnet": _entry(steps["original ResNet"](eps), base, truth),
-                "paired": output.paired_json(paired, "resnet"),
-            }
-        )
-    report = {
-        "command": command_line(),
-        "run": str(opened.folder),
-        "suite": "standard",
-        **settings,
-        "seconds": round(seconds, 1),
-        "environment": environment(),
-        "clean": {name: Outcomes.of(answers, truth).as_dict() for name, answers in clean.items()},
-        "attacked": entries,
-        "invalid": {
-            name: sum(
-                invalid(votes, defenders[name][0].inferences)
-                for votes in (
-                    clean_votes[name],
-                    *(case.votes for reached in levels for case in (reached.denial, reached.evasion)),
-                )
-            )
-            for name, levels in found.items()
-        },
-        "peers": others,
-    }
-    record = opened.folder / f"suite-{norm}-{datetime.now():%Y%m%d-%H%M%S}.json"
+        def on_attack(defender: str, step: Step, result: SuiteResult) -> None:
+            fooled = f"{sum(result.fooled)} fooled"
+            bar.set_postfix_str(f"{NAMES[defender]}, eps {labels[result.eps]}, {step.name}: {fooled}")
+            bar.update()
+
+        both = run_suite(opened.ensemble, opened.resnet, data.test, settings, opened.folder, resume, on_attack)
+    seconds = time.monotonic() - begun
+
+    report = _report(both, settings, opened, data.name, labels, seconds)
+    report["peers"] = [
+        _peer_row(run, NAMES[name], peer, eps, labels[eps], settings.batch_size)
+        for (name, run), eps, peer in itertools.product(both.runs.items(), settings.radii, peers)
+    ]
+    record = opened.run.result_file("suite", norm)
     write_atomically(record, output.json_bytes(report))
-    bundles = []
-    if bundle is not None:
-        levels = found["Itô ensemble"]
-        config = {
-            "run": report["run"],
-            "data": {"name": data.name},
-            "suite": {"name": "standard", "effort": effort, "batch_size": batch_size},
-        }
-        for level, eps in enumerate(radii):
-            evidence = evidence_of(
-                levels[: level + 1],
-                clean_votes["Itô ensemble"],
-                *defenders["Itô ensemble"],
-                test_split(opened.config),
-                originals,
-                truth,
-                index,
-                command_line(),
-                config,
-            )
-            bundles.append(bundle / output.radius_name(norm, labels[eps]))
-            save_bundle(bundles[-1], evidence)
-    shutil.rmtree(state, ignore_errors=True)
+    folders = [] if bundle is None else _save_bundles(bundle, both.ito, opened.config, report)
+    both.discard_state()
     if as_json:
         output.print_json(report)
         return
+    ensemble = opened.ensemble
     output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
-    _tables(report, found, steps, truth, clean, labels, seconds)
+    _tables(both, report)
     click.echo(f"\nRecord    {record}")
     own = opened.config.ensemble
     vote = f" --inferences {ensemble.inferences}" if ensemble.inferences != own.inferences else ""
     vote += f" --rule {ensemble.rule}" if ensemble.rule != own.rule else ""
-    for folder in bundles:
+    for folder in folders:
         click.echo(f"Evidence  {folder}    (check it: ito-sde verify {folder}{vote})")
 
 
-def _peers(
-    peers: tuple[str, ...], defenders: dict[str, Any], batches: list[Any], norm: str, labels: dict[float, str]
-) -> list[dict[str, Any]]:
-    """Other libraries' attacks on the same images, judged by the same report."""
-    import torch
+# --- the record -----------------------------------------------------------------------------------------
 
-    from neuralsde_ito.attacks.other_libraries import peer_attack
+
+def _report(
+    both: SuiteComparison,
+    settings: SuiteSettings,
+    opened: options.Opened,
+    data: str,
+    labels: dict[float, str],
+    seconds: float,
+) -> dict[str, Any]:
+    """All figures, ready for JSON."""
+    from neuralsde_ito.attacks.fingerprints import fingerprint
     from neuralsde_ito.outcomes import Outcomes
+    from neuralsde_ito.runs.run import environment
 
-    rows = []
-    for (name, (model, suite)), eps, peer in itertools.product(defenders.items(), sorted(labels), peers):
-        answers, queries, gradients, met, begun = [], 0, 0, 0, time.monotonic()
-        for names, x, y in batches:
-            decided = suite.decide(model, x, y, names)
-            right = (decided == y).nonzero()[:, 0]
-            if len(right):
-                found = peer_attack(peer, model, x[right], y[right], norm, eps)
-                queries, gradients, met = queries + found.queries, gradients + found.gradients, met + len(right)
-                decided[right] = suite.decide(model, found.images, y[right], names[right])
-            answers.append(decided.cpu())
-        outcomes = Outcomes.of(torch.cat(answers), torch.cat([y for _, _, y in batches]).cpu())
-        rows.append(
-            {"model": name, "eps": eps, "written": labels[eps], "peer": peer, "images": met, "queries": queries}
-            | {"gradients": gradients, "seconds": round(time.monotonic() - begun, 1), **outcomes.as_dict()}
-        )
-    return rows
+    ensemble, truth = opened.ensemble, both.ito.images.y
+    said = asdict(settings)
+    said["eps"] = said.pop("radii")
+    return {
+        "command": output.command_line(),
+        "run": str(opened.folder),
+        "suite": "standard",
+        **{key: said[key] for key in ("norm", "eps", "noise", "repeat", "effort", "seed", "batch_size")},
+        "data": data,
+        "images": len(truth),
+        "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
+        "weights": fingerprint(ensemble),
+        "seconds": round(seconds, 1),
+        "environment": environment(),
+        "clean": {NAMES[name]: Outcomes.of(run.clean, truth).as_dict() for name, run in both.runs.items()},
+        "attacked": [
+            {
+                "eps": eps,
+                "written": labels[eps],
+                **{name: _entry(run, level) for name, run in both.runs.items()},
+                "paired": output.paired_json(both.paired(level), "resnet"),
+            }
+            for level, eps in enumerate(settings.radii)
+        ],
+        "invalid": {NAMES[name]: run.invalid for name, run in both.runs.items()},
+    }
 
 
-def _entry(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> dict[str, Any]:
-    """One model at one radius: what denial leaves, what evasion leaves, and what each attack did."""
-    from neuralsde_ito.outcomes import Outcomes
-
+def _entry(run: SuiteRun, level: int) -> dict[str, Any]:
+    """One defender at one radius: what denial leaves, what evasion leaves, and what each attack did."""
+    result = run.results[level]
     attacks = [
         {
             "name": step.name,
             "goal": goal,
             "through": step.through,
-            "images": reached.attacked[i],
-            "fooled": reached.fooled[i],
-            "queries": reached.queries[i],
-            "gradients": reached.gradients[i],
-            "blind": reached.blind[i],
+            "images": result.attacked[i],
+            "fooled": result.fooled[i],
+            "queries": result.queries[i],
+            "gradients": result.gradients[i],
+            "blind": result.blind[i],
         }
-        for i, (goal, step) in enumerate(itertools.product(("denial", "evasion"), steps))
+        for i, (goal, step) in enumerate(itertools.product(("denial", "evasion"), run.suite.steps(result.eps)))
     ]
-    evasion = Outcomes.of(reached.evasion.labels, truth).as_dict()
-    return Outcomes.of(reached.denial.labels, truth).as_dict() | {"evasion": evasion, "steps": attacks}
+    evasion = run.outcomes(level, "evasion").as_dict()
+    return run.outcomes(level).as_dict() | {"evasion": evasion, "steps": attacks}
 
 
-def _step_rows(steps: Sequence[Step], reached: SuiteResult, truth: Tensor) -> list[list[str]]:
-    """One model at one radius, attack by attack and goal by goal: name, images, fooled, left, costs of an image."""
-    from neuralsde_ito.outcomes import Outcomes, Rate
+def _peer_row(run: SuiteRun, model: str, peer: str, eps: float, written: str, batch_size: int) -> dict[str, Any]:
+    """Another library's attack on one defender at one radius, judged by the suite's report."""
+    from neuralsde_ito.attacks.suite_run import peer_result
 
-    rows = []
-    goals = (("denial", reached.denial, ["correct"]), ("evasion", reached.evasion, ["correct", "abstained"]))
-    for turn, (goal, case, kept) in enumerate(goals):
-        numbers = range(turn * len(steps), (turn + 1) * len(steps))
-        for step, i in zip(steps, numbers, strict=True):
-            met, name = reached.attacked[i], f"evasion: {step.name}" if turn else step.name
-            if met:
-                each = [f"{value[i] / met:,.0f}" for value in (reached.gradients, reached.queries)]
-                left = output.percent(Rate.of(met - reached.fooled[i], len(truth)))
-                rows.append([name, str(met), str(reached.fooled[i]), left, *each])
-        rate = output.percent(Outcomes.of(case.labels, truth).rate(*kept))
-        rows.append([f"report, {goal}: {' + '.join(kept)}", "", "", rate, "", ""])
+    begun = time.monotonic()
+    result = peer_result(run, peer, eps, batch_size)
+    return {
+        "model": model,
+        "eps": eps,
+        "written": written,
+        "peer": peer,
+        "images": result.attacked,
+        "queries": result.queries,
+        "gradients": result.gradients,
+        "seconds": round(time.monotonic() - begun, 1),
+        **result.outcomes.as_dict(),
+    }
+
+
+def _save_bundles(folder: Path, run: SuiteRun, config: Config, report: dict[str, Any]) -> list[Path]:
+    """One bundle of evidence for each radius; gives their folders."""
+    from neuralsde_ito.audits.bundle import evidence_of, save_bundle
+
+    from .verify import whole_test_split
+
+    split, folders = whole_test_split(config), []
+    about = {"run": report["run"], "data": {"name": report["data"]}}
+    for level, entry in enumerate(report["attacked"]):
+        folders.append(folder / output.radius_name(report["norm"], entry["written"]))
+        save_bundle(folders[-1], evidence_of(run, split, level, report["command"], about))
+    return folders
+
+
+# --- the terminal ---------------------------------------------------------------------------------------
+
+
+def _tables(both: SuiteComparison, report: dict[str, Any]) -> None:
+    """The outcomes, then every attack, then other libraries, then what it all means."""
+    _outcome_table(both, report)
+    for name, run in both.runs.items():
+        click.echo(f"\n{NAMES[name]}, step by step\n")
+        rows = []
+        for level, entry in enumerate(report["attacked"]):
+            block = _step_rows(run, level)
+            rows += [[entry["written"] if i == 0 else "", *row] for i, row in enumerate(block)]
+        headers = ["eps", "attack", "images", "fooled", "survivors", "gradients / image", "queries / image"]
+        output.table(rows, headers)
+    if report["peers"]:
+        _peer_table(report)
+    click.echo()
+    _sentences(report)
+
+
+def _outcome_table(both: SuiteComparison, report: dict[str, Any]) -> None:
+    """Both defenders on clean images and at every radius."""
+    from neuralsde_ito.outcomes import Outcomes
+
+    truth, norm = both.ito.images.y, report["norm"]
+    images = f"{output.count(len(truth), 'test image')} of {report['data']}"
+    click.echo(f"\n{images}, {norm}, eps in pixel units; % with 95 % Wilson intervals\n")
+    rows: list[list[str]] = []
+    for name, run in both.runs.items():
+        clean = Outcomes.of(run.clean, truth)
+        rows.append(["0", NAMES[name], *output.worst_cells(clean, clean, name == "ito"), ""])
+    for level, entry in enumerate(report["attacked"]):
+        for name, run in both.runs.items():
+            cells = output.worst_cells(run.outcomes(level), run.outcomes(level, "evasion"), name == "ito")
+            written, p = (entry["written"], "") if name == "ito" else ("", output.p_value(entry["paired"]["p"]))
+            rows.append([written, NAMES[name], *cells, p])
+    output.table(rows, ["eps", "model", *output.WORST_HEADERS, "paired"])
+
+
+def _step_rows(run: SuiteRun, level: int) -> list[list[str]]:
+    """One defender at one radius: a row for each attack that had images to attack, and one for each goal's report."""
+    from neuralsde_ito.outcomes import Rate
+
+    result = run.results[level]
+    steps, rows = run.suite.steps(result.eps), []
+    for turn, (goal, counted) in enumerate((("denial", ("correct",)), ("evasion", ("correct", "abstained")))):
+        for i, step in enumerate(steps, turn * len(steps)):
+            if attacked := result.attacked[i]:
+                name = f"evasion: {step.name}" if turn else step.name
+                survivors = output.percent(Rate.of(result.survivors[i], len(run.images)))
+                each = [f"{counts[i] / attacked:,.0f}" for counts in (result.gradients, result.queries)]
+                rows.append([name, str(attacked), str(result.fooled[i]), survivors, *each])
+        rate = output.percent(run.outcomes(level, goal).rate(*counted))
+        rows.append([f"report, {goal}: {' + '.join(counted)}", "", "", rate, "", ""])
     return rows
 
 
-def _tables(
-    report: dict[str, Any],
-    found: dict[str, list[SuiteResult]],
-    steps: Any,
-    truth: Tensor,
-    clean: dict[str, Tensor],
-    labels: dict[float, str],
-    seconds: float,
-) -> None:
-    """What stands, then step by step."""
-    from neuralsde_ito.outcomes import Outcomes, Rate
+def _peer_table(report: dict[str, Any]) -> None:
+    """Other libraries' attacks."""
+    from neuralsde_ito.outcomes import Rate
 
-    n, norm = len(truth), report["norm"]
-    click.echo(f"\n{n} test images of {report['data']}, {norm}; % with 95 % Wilson intervals\n")
-    rows: list[list[str]] = []
-    for name, answers in clean.items():
-        outcomes = Outcomes.of(answers, truth)
-        rows.append(["0", name, *output.worst_cells(outcomes, outcomes, "ResNet" not in name), ""])
-    for level, entry in enumerate(report["attacked"]):
-        for i, name in enumerate(found):
-            reached = found[name][level]
-            cases = [Outcomes.of(case.labels, truth) for case in (reached.denial, reached.evasion)]
-            p = output.p_value(entry["paired"]["p"]) if i else ""
-            cells = output.worst_cells(cases[0], cases[1], "ResNet" not in name)
-            rows.append([entry["written"] if i == 0 else "", name, *cells, p])
-    output.table(rows, ["eps", "model", *output.WORST_HEADERS, "paired"])
-    for name, levels in found.items():
-        click.echo(f"\n{name}, step by step\n")
-        rows = []
-        for reached, entry in zip(levels, report["attacked"], strict=True):
-            block = _step_rows(steps[name](reached.eps), reached, truth)
-            rows += [[entry["written"] if i == 0 else "", *row] for i, row in enumerate(block)]
-        output.table(rows, ["eps", "attack", "images", "fooled", "left", "gradients / image", "queries / image"])
-    if report["peers"]:
-        click.echo("\nOther libraries, each on all images that were right, judged by the same report\n")
-        rows = []
-        for row in report["peers"]:
-            count, met = row["counts"], max(1, row["images"])
-            cells = [output.percent(Rate.of(count["correct"], count["n"]))]
-            cells += [f"{row[what] / met:,.0f}" for what in ("gradients", "queries")]
-            rows.append([row["model"], row["written"], row["peer"], *cells, output.seconds(row["seconds"])])
-        output.table(rows, ["model", "eps", "attack", "correct", "gradients / image", "queries / image", "time"])
-    click.echo()
-    gradients = sum(s["gradients"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])
-    queries = sum(s["queries"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])
-    defender = {
+    click.echo("\nOther libraries, each on all images that were right, judged by the same report\n")
+    rows = []
+    for row in report["peers"]:
+        counts, attacked = row["counts"], max(1, row["images"])
+        cells = [output.percent(Rate.of(counts["correct"], counts["n"]))]
+        cells += [f"{row[what] / attacked:,.0f}" for what in ("gradients", "queries")]
+        rows.append([row["model"], row["written"], row["peer"], *cells, output.seconds(row["seconds"])])
+    output.table(rows, ["model", "eps", "attack", "correct", "gradients / image", "queries / image", "time"])
+
+
+def _sentences(report: dict[str, Any]) -> None:
+    """What the columns mean, what the attacks cost, and what to do next."""
+    steps = [step for entry in report["attacked"] for name in NAMES for step in entry[name]["steps"]]
+    gradients, queries, blind = (sum(step[what] for step in steps) for what in ("gradients", "queries", "blind"))
+    paths = {
         "fresh": "on fresh noise, which no attack and no selection saw",
         "fixed": "on one set of paths for all images, which no attack saw",
         "known": "on paths that the attacker knows",
     }[report["noise"]]
+    votes = f", the worst of {report['repeat']} votes" if report["repeat"] > 1 else ""
     output.worst_sentence()
     output.sentence(
-        "Each attack meets the images that stand, by votes on noise of the selection; those that fell without a wrong "
-        "answer are attacked on for evasion ('left': the images of a row that it did not fool, of all). Report: the "
-        f"decision on what was kept, {defender}"
-        f"{', the worst of ' + str(report['repeat']) + ' votes' if report['repeat'] > 1 else ''}. Images, not labels, "
-        f"are carried to larger radii. {gradients:,} gradients and {queries:,} queries in {seconds:.0f} s."
+        "Each attack runs on the images that are not yet denied, by votes on noise of the selection. Images that are "
+        "denied without a wrong answer are then attacked for evasion. Survivors: the images of a row that it did not "
+        f"fool, in % of all images. Report: the decision on the best candidate of each image, {paths}{votes}. "
+        "Candidates, not labels, are carried to larger radii. Paired: McNemar's exact test, ResNet against ensemble, "
+        f"of correct (denial). {gradients:,} gradients and {queries:,} queries in {report['seconds']:.0f} s."
     )
-    blind = sum(s["blind"] for e in report["attacked"] for m in ("ito", "resnet") for s in e[m]["steps"])
     if blind:
         output.sentence(
             f"In {blind:,} attacks on an image some gradient was not finite: that an image survives them is no sign of "
@@ -326,4 +352,4 @@ def _tables(
     output.invalid_sentence(
         sum(report["invalid"].values()), "Of the report's votes (one that decides several rows counts in each): "
     )
-    output.sentence("An upper bound on robustness. Whether it can be trusted: ito-sde audit.")
+    output.sentence("An upper bound on robustness. Next: 'ito-sde audit' checks whether it can be trusted.")

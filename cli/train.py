@@ -5,36 +5,127 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import options, output
 
+if TYPE_CHECKING:
+    import torch
+
+    from neuralsde_ito.data import Dataset
+    from neuralsde_ito.runs.config import Config
+    from neuralsde_ito.runs.evaluate import Evaluation
+    from neuralsde_ito.runs.run import Run
+
+
+# Flags for keys of the configuration that one changes often; ``--set`` takes all keys.
+KEYS = {
+    "arch": ("network.arch",),
+    "weights": ("network.weights",),
+    "omega": ("sde.omega",),
+    "schedule": ("sde.schedule",),
+    "solver": ("sde.solver",),
+    "steps": ("sde.steps",),
+    "members": ("ensemble.members",),
+    "inferences": ("ensemble.inferences",),
+    "epochs": ("finetune.epochs",),
+    "limit": ("data.train_limit", "data.test_limit"),
+    "seed": ("seed",),
+}
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What the command line says of the configuration.
+
+    Attributes:
+        source: a preset or a YAML file.
+        assignments: ``KEY=VALUE``, as typed.
+        data: a data set's name or a folder.
+        arch, ..., seed: the flags of `KEYS`; None where not typed.
+    """
+
+    source: str | None
+    assignments: tuple[str, ...]
+    data: str | None
+    arch: str | None
+    weights: str | None
+    omega: float | None
+    schedule: str | None
+    solver: str | None
+    steps: int | None
+    members: int | None
+    inferences: int | None
+    epochs: int | None
+    limit: int | None
+    seed: int | None
+
+    def config(self, base: Config | None) -> Config:
+        """The configuration, resolved; ``base`` is that of a run to resume."""
+        from neuralsde_ito.runs.config import load_config
+
+        config = load_config(self.source, os.environ, self.assignments, self._overrides(), base)
+        keys = [assignment.partition("=")[0].strip() for assignment in self.assignments]
+        idle = next((key for key in keys if key.startswith("resnet.")), None)
+        if config.network.weights is not None and idle:
+            raise click.UsageError(f"With weights no ResNet is trained, --set {idle} would do nothing: leave it out.")
+        return config
+
+    def _overrides(self) -> dict[str, Any]:
+        """The flags as dotted keys."""
+        overrides = {key: getattr(self, flag) for flag, keys in KEYS.items() for key in keys}
+        if self.data is None:
+            return overrides
+        from neuralsde_ito.data import DATASETS
+
+        is_path = os.path.exists(self.data) or "/" in self.data or os.sep in self.data
+        if is_path and self.data not in DATASETS:
+            return overrides | {"data.name": "imagefolder", "data.path": str(Path(self.data).resolve())}
+        return overrides | {"data.name": self.data}
+
 
 @click.command("train")
-@click.option("--config", "source", metavar="NAME|PATH", help="A preset or a YAML file.  [default: digits]")
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any key, e.g. sde.omega=0.4; repeatable.",
+@options.gathered(
+    "typed",
+    Typed,
+    click.option("--config", "source", metavar="NAME|PATH", help="A preset or a YAML file.  [default: digits]"),
+    click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any key of the configuration, such as sde.omega=0.4; repeatable.",
+    ),
+    click.option(
+        "--data",
+        metavar="NAME|FOLDER",
+        help="digits, cifar10, cifar100, or a folder with train/CLASS and test/CLASS.",
+    ),
+    click.option(
+        "--arch", type=options.one_architecture, metavar="NAME", help=f"The ResNet: {', '.join(options.ARCHITECTURES)}."
+    ),
+    click.option("--weights", metavar="FILE|NAME", help="A trained ResNet: a file, or torchvision weights by name."),
+    click.option("--omega", type=float, help="Strength of the noise."),
+    click.option("--schedule", type=options.one_schedule, help="How the noise depends on time and state."),
+    click.option(
+        "--solver",
+        type=options.one_solver,
+        metavar="NAME",
+        help=f"Solver of the SDE: {', '.join(options.SOLVERS)}; ode:... only at omega 0.",
+    ),
+    click.option("--steps", type=int, help="Solver steps a block, a power of two."),
+    click.option("--members", type=int, help="Members of the ensemble."),
+    click.option("--inferences", type=int, help="Inferences of each member."),
+    click.option("--epochs", type=int, help="Epochs of each member's fine-tuning."),
+    click.option(
+        "--limit", type=click.IntRange(1), metavar="N", help="Use N training and N test images, a fixed choice."
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Seed of everything random."),
 )
-@click.option(
-    "--data",
-    metavar="NAME|FOLDER",
-    help="digits, cifar10, cifar100, or a folder with train/CLASS and test/CLASS.",
-)
-@click.option("--arch", help="Architecture of the ResNet.")
-@click.option("--weights", metavar="FILE|NAME", help="A trained ResNet: a file, or torchvision weights by name.")
-@click.option("--omega", type=float, help="Strength of the noise.")
-@click.option("--members", type=int, help="Members of the ensemble.")
-@click.option("--inferences", type=int, help="Inferences of each member.")
-@click.option("--epochs", type=int, help="Epochs that each member is fine-tuned.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N training and N test images, a fixed choice.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Of everything random.")
 @click.option("--run", "name", metavar="NAME|PATH", help="Name of the run.  [default: configuration, date and time]")
 @options.runs_root
 @click.option("--resume", is_flag=True, help="Go on with a run (the newest unfinished one unless --run is given).")
@@ -43,9 +134,7 @@ from . import options, output
 @options.as_json
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
 def command(
-    source: str | None,
-    assignments: tuple[str, ...],
-    data: str | None,
+    typed: Typed,
     name: str | None,
     root: Path,
     resume: bool,
@@ -53,7 +142,6 @@ def command(
     device: str,
     as_json: bool,
     print_config: bool,
-    **flags: Any,
 ) -> None:
     """Train a ResNet (or take yours), recast it, fine-tune the members, and evaluate the ensemble.
 
@@ -63,127 +151,117 @@ def command(
     ito-sde train --config cifar10-resnet20 --weights resnet20.th --data images/ --epochs 2
     ito-sde train --resume
     """
-    from neuralsde_ito.files import write_atomically
-    from neuralsde_ito.runs.config import load_config
-    from neuralsde_ito.runs.evaluate import evaluate
-    from neuralsde_ito.runs.run import (
-        build_resnet,
-        find_run,
-        load_dataset,
-        new_run_name,
-        pick_device,
-        prepare_run,
-        train_run,
-        with_image_size,
-    )
-    from neuralsde_ito.runs.saving import load_base, load_ensemble, read_config
-    from neuralsde_ito.runs.training import Diverged, Interrupted
-
     if resume and overwrite:
         raise click.UsageError("--resume goes on, --overwrite begins anew: give one of them.")
     if print_config:
         idle = {"overwrite", "device", "as_json"} | (set() if resume else {"name", "root"})
         options.without_effect(idle, "With --print-config")
-    folder = find_run(root, name, complete=False) if resume else None
-    overrides = _overrides(data, flags)
-    typed = [assignment.partition("=")[0].strip() for assignment in assignments]
-    config = load_config(source, os.environ, assignments, overrides, base=read_config(folder) if folder else None)
-    if config.network.weights is not None and (idle_key := next((k for k in typed if k.startswith("resnet.")), None)):
-        raise click.UsageError(f"With weights no ResNet is trained, --set {idle_key} would do nothing: leave it out.")
+
+    from neuralsde_ito.runs.build import load_dataset, pick_device
+    from neuralsde_ito.runs.run import Run, new_run_name
+
+    run = Run.find(root, name, complete=False) if resume else None
+    config = typed.config(run.config if run else None)
     if print_config:
         click.echo(config.to_yaml(), nl=False)
         return
-    place = pick_device(device)
-    if folder is None:
+    torch_device = pick_device(device)
+    if run is None:
         name = name or new_run_name(root, config)
         folder = Path(name) if Path(name).parent != Path() else root / name
-    elif name is None:
-        click.echo(f"Run {folder} (the newest unfinished one; --run names another).", err=True)
-    images = load_dataset(config)
-    if not resume:
-        config = with_image_size(config, images)
-        build_resnet(config, images)  # weights that do not fit should leave no folder behind
-    if not os.path.isdir(folder):
-        options.check_folder(folder)
-    prepare_run(folder, config, resume, overwrite)
-    options.check_folder(folder)
+        run, images = _created(folder, config, overwrite)
+    else:
+        if name is None:
+            click.echo(f"Run {run.folder} (the newest unfinished one; --run names another).", err=True)
+        images = load_dataset(config)
+        run.check_config(config)
+    options.check_folder(run.folder)
 
-    show = _Progress()
     begun = time.monotonic()
-    try:
-        train_run(folder, config, images, place, show.phase, show.step, show.epoch, show.should_stop)
-    except Interrupted:
-        show.close()
-        click.echo(f"Interrupted; everything is saved. To go on: ito-sde train --run {folder} --resume", err=True)
-        raise click.exceptions.Exit(130) from None
-    except Diverged as error:
-        raise click.ClickException(str(error)) from None  # exit code 1: no usage mistake, yet foreseen
-    finally:
-        show.close()
-
-    ensemble, _ = load_ensemble(folder, place)
-    with output.progress(len(images.test), "vote", "images") as bar:
-        result = evaluate(ensemble, load_base(folder, config, place), images.test, config.seed, tick=bar.update)
+    _train(run, images, torch_device)
+    result = _evaluate(run, images, torch_device)
     report = {
         "command": "train",
-        "run": str(folder),
+        "run": str(run.folder),
         "seconds": round(time.monotonic() - begun, 1),
-        "seed": config.seed,
-        "device": str(place),
-        "config": config.model_dump(mode="json"),
+        "seed": run.config.seed,
+        "device": str(torch_device),
+        "config": run.config.model_dump(mode="json"),
         **output.evaluation_json(result),
     }
-    write_atomically(folder / "evaluation.json", output.json_bytes(report))
-    from .pictures import evaluation_picture
-
-    picture = folder / "evaluation.png"
-    evaluation_picture(picture, result, images)
+    picture = _save(run, result, report, images)
     if as_json:
         output.print_json(report)
         return
-    output.describe(config, folder, config.ensemble.members, config.ensemble.inferences, config.ensemble.rule)
+    voting = run.config.ensemble
+    output.describe(run.config, run.folder, voting.members, voting.inferences, voting.rule)
     output.evaluation_table(result, images.name)
     click.echo(f"\nPicture   {picture}")
     click.echo("Next      ito-sde attack --norm linf --eps 8/255")
 
 
-def _overrides(data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags as dotted keys."""
-    keys = {
-        "arch": "network.arch",
-        "weights": "network.weights",
-        "omega": "sde.omega",
-        "members": "ensemble.members",
-        "inferences": "ensemble.inferences",
-        "epochs": "finetune.epochs",
-        "limit": "data.train_limit",
-        "seed": "seed",
-    }
-    overrides = {keys[flag]: value for flag, value in flags.items() if value is not None}
-    if flags["limit"] is not None:
-        overrides["data.test_limit"] = flags["limit"]
-    if data is not None:
-        from neuralsde_ito.data import DATASETS
+def _created(folder: Path, config: Config, overwrite: bool) -> tuple[Run, Dataset]:
+    """A new run and its data. Data or weights that do not fit are refused before anything is written."""
+    from neuralsde_ito.runs.build import build_resnet, load_dataset, with_image_size
+    from neuralsde_ito.runs.run import Run
 
-        if data in DATASETS or not (os.path.exists(data) or "/" in data or os.sep in data):
-            overrides["data.name"] = data
-        else:
-            overrides |= {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}
-    return overrides
+    images = load_dataset(config)
+    config = with_image_size(config, images)
+    build_resnet(config, images)
+    if not os.path.isdir(folder):
+        options.check_folder(folder)
+    return Run.create(folder, config, overwrite), images
+
+
+def _train(run: Run, images: Dataset, device: torch.device) -> None:
+    """Train what the run does not have yet; an interrupt ends the program with the command that goes on."""
+    from neuralsde_ito.runs.training import Diverged, Interrupted
+
+    show = _Progress()
+    try:
+        run.train(images, device, show.phase, show.step, show.epoch, show.should_stop)
+    except Interrupted:
+        show.close()
+        click.echo(f"Interrupted; everything is saved. To go on: ito-sde train --run {run.folder} --resume", err=True)
+        raise click.exceptions.Exit(130) from None
+    except Diverged as error:
+        raise click.ClickException(str(error)) from None  # exit code 1: foreseen, but no wrong usage
+    finally:
+        show.close()
+
+
+def _evaluate(run: Run, images: Dataset, device: torch.device) -> Evaluation:
+    """The clean table of a run that is trained."""
+    from neuralsde_ito.runs.evaluate import evaluate
+
+    with output.progress(len(images.test), "vote", "images") as bar:
+        return evaluate(run.ensemble(device), run.resnet(device), images.test, run.config.seed, tick=bar.update)
+
+
+def _save(run: Run, result: Evaluation, report: dict[str, Any], images: Dataset) -> Path:
+    """Write the clean table and its picture into the run's folder; the picture's path."""
+    from neuralsde_ito.files import write_atomically
+
+    from .pictures import evaluation_picture
+
+    write_atomically(run.evaluation_file, output.json_bytes(report))
+    picture = run.evaluation_file.with_suffix(".png")
+    evaluation_picture(picture, result, images)
+    return picture
 
 
 class _Progress:
-    """Bars on a terminal, a line an epoch off it, and an interrupt that waits for the end of the step."""
+    """Shows the training on stderr: bars on a terminal, else lines. Delays an interrupt to the end of the step."""
 
     def __init__(self) -> None:
         self.bar: Any = None
         self.name, self.epochs, self.stopping = "", 0, False
-        self.line = 0.0
+        self.drawn_at = 0.0
         self.previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, *_: object) -> None:
         self.stopping = True
-        signal.signal(signal.SIGINT, self.previous)  # a second one does not wait
+        signal.signal(signal.SIGINT, self.previous)  # a second interrupt takes effect at once
 
     def phase(self, name: str, epochs: int) -> None:
         self._end()
@@ -193,9 +271,9 @@ class _Progress:
     def step(self, epoch: int, step: int, steps: int) -> None:
         self.bar.n = epoch + step / steps
         self.bar.bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        if time.monotonic() - self.line > 0.2:
+        if time.monotonic() - self.drawn_at > 0.2:
             self.bar.refresh()
-            self.line = time.monotonic()
+            self.drawn_at = time.monotonic()
 
     def epoch(self, row: dict[str, Any]) -> None:
         text = f"loss {row['loss']:.3f}, training accuracy {100 * row['accuracy']:.1f} %"

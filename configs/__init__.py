@@ -1,1 +1,1 @@
-"""Presets: commented YAML, at most forty lines each."""
+"""Presets: YAML with comments, at most forty lines each."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import attacks
     from .attacks.suite import Suite, standard
+    from .attacks.suite_run import SuiteSettings, run_suite
     from .attacks.sweep import least_norm
     from .audits.audit import Audit, audit
-    from .audits.bundle import Evidence, load_bundle, save_bundle
+    from .audits.bundle import Evidence, evidence_of, load_bundle, save_bundle, suite_of
     from .audits.check import Check
     from .audits.verify import Verification, verify_bundle
     from .data import load_data
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from .noise.normals import normals
     from .outcomes import ABSTAIN, Outcomes, Paired, Rate, WorstCase
     from .runs.config import Config, load_config
-    from .runs.saving import load_ensemble, save_ensemble
+    from .runs.run import Run, load_ensemble
+    from .runs.storing import save_ensemble
     from .sde.block import BlockSDE
     from .sde.integrate import integrate
     from .sde.schedules import SCHEDULES, Schedule
@@ -37,9 +39,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "attacks": ("attacks",),
     "audits.audit": ("Audit", "audit"),
-    "audits.bundle": ("Evidence", "load_bundle", "save_bundle"),
+    "audits.bundle": ("Evidence", "evidence_of", "load_bundle", "save_bundle", "suite_of"),
     "audits.check": ("Check",),
-    "runs.saving": ("load_ensemble", "save_ensemble"),
+    "runs.run": ("Run", "load_ensemble"),
+    "runs.storing": ("save_ensemble",),
     "studies.compare": ("SolverComparison", "compare_solvers"),
     "runs.config": ("Config", "load_config"),
     "data": ("load_data",),
@@ -56,6 +59,7 @@ _HOMES = {
     "sde.solvers": ("SOLVERS", "Solver"),
     "sde.integrate": ("integrate",),
     "attacks.suite": ("Suite", "standard"),
+    "attacks.suite_run": ("SuiteSettings", "run_suite"),
     "attacks.sweep": ("least_norm",),
     "validation": ("ItoError",),
     "audits.verify": ("Verification", "verify_bundle"),
@@ -66,10 +70,10 @@ _MODULE_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [  # noqa: RUF022  (in the order of reading)
     "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule", "SCHEDULES",
     "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "ItoEnsemble", "Prediction", "decide",
-    "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks", "Suite", "standard", "least_norm", "audit",
-    "Audit", "Check", "Evidence", "save_bundle", "load_bundle", "verify_bundle", "Verification", "load_data", "Config",
-    "load_config", "save_ensemble", "load_ensemble", "compare_solvers", "SolverComparison", "read_depths", "Reading",
-    "ItoError",
+    "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks", "Suite", "SuiteSettings", "run_suite", "standard",
+    "least_norm", "audit", "Audit", "Check", "Evidence", "evidence_of", "save_bundle", "load_bundle", "suite_of",
+    "verify_bundle", "Verification", "load_data", "Config", "load_config", "Run", "save_ensemble", "load_ensemble",
+    "compare_solvers", "SolverComparison", "read_depths", "Reading", "ItoError",
 ]  # fmt: skip
 
 

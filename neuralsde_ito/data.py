@@ -416,7 +416,8 @@ def load_data(
         ItoError: a name is unknown, a folder is missing or empty, an image is corrupt, or there is no network.
     """
     source = DATASETS[one_of("data set", name, DATASETS)]
-    one_of("augmentation", augment, AUGMENTATIONS)
+    if augment is not None:
+        one_of("augmentation", augment, AUGMENTATIONS)
     for limit in (train_limit, test_limit):
         _fixed_choice(1, limit)  # refuse limits below 1 before anything is read
     if source.size is not None and size not in (None, source.size):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing files so that each is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .validation import ItoError, shown
 
 
 class NotWritten(ItoError, OSError):
-    """The system refuses a file: no permission, no space, a folder of that name."""
+    """The system refuses to write a file: no permission, no space, or a folder has that name."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old content or the new, never half of it.
+    """Write a file; its missing folders are made. A kill at any moment leaves the old content or the new one.
 
     Raises:
         NotWritten: the system refuses it.
@@ -43,15 +43,15 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a rename inside a folder to the disk, where the system can: Windows opens no folders."""
+    """Make a rename inside a folder durable, so that a power cut does not undo it. Has no effect on Windows."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:
+    except PermissionError:  # Windows opens no folders
         return
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that sync files only
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that sync files, but no folders
             raise
     finally:
         os.close(handle)

@@ -1,13 +1,13 @@
-/* What a network does between its convolutions, in one pass over the state: the noise of noise.py (its words and
- * normals, within float32's rounding), and ReLUs that remember what they let through.
+/* What a network does between its convolutions, in one pass over the state: the noise of noise/normals.py (the same
+ * words; the same normals within float32's rounding), and ReLUs that remember which numbers they let through.
  *
- * The inner loops are straight lines, so that a compiler makes vectors of them; on x86-64 they are compiled three
- * times, and the processor decides which of them runs. */
+ * The inner loops have no branches, so that a compiler can vectorise them. On x86-64 they are compiled three times,
+ * for three kinds of processors; the right one is chosen when the program runs. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { TILE = 256 }; /* pairs of numbers at a time, that the innermost cache holds */
+enum { TILE = 256 }; /* pairs of numbers at a time: they fit the innermost cache */
 
 union halves {
     uint64_t words[TILE / 2 + 1];
@@ -20,8 +20,8 @@ union halves {
 #define INLINE static inline
 #endif
 
-/* u = 2^e (1 + m), 1 + m in [1/sqrt 2, sqrt 2); log(1 + m) = m + m^2 R(m). R, as the polynomials below, is a weighted
- * least-maximum fit; relative error 6e-8. */
+/* u = 2^e (1 + m), 1 + m in [1/sqrt 2, sqrt 2); log(1 + m) = m + m^2 R(m). R, like the polynomials below, is a weighted
+ * minimax fit; its relative error is 6e-8. */
 INLINE float logarithm(float u) {
     int32_t bits;
     float m;
@@ -49,7 +49,8 @@ INLINE void mix(union halves *out, const int64_t *elements, int64_t key, int64_t
     }
 }
 
-/* Pairs first to first + n of a row: sizes are the halves of its first words, angles those of the others. */
+/* Pairs first to first + n - 1 of a row. The halves of the row's first words give the radii, those of the others the
+ * angles. */
 INLINE void box_muller(float *cosines, float *sines, const int64_t *elements, int64_t key, int64_t half, int64_t first,
                        int64_t n, float scale) {
     union halves low, high;
@@ -71,7 +72,7 @@ INLINE void box_muller(float *cosines, float *sines, const int64_t *elements, in
     }
 }
 
-/* One of a word's two pairs is of a pixel, the other of the next. */
+/* A word gives two pairs: one belongs to a pixel, the other to the next pixel. */
 INLINE void by_pixels(float *noise, const float *cosines, const float *sines, int64_t n, int64_t pairs) {
     for (int64_t i = 0; i < n; i += 2 * pairs, noise += 4 * pairs)
         for (int64_t c = 0; c < pairs; c++) {
@@ -82,9 +83,9 @@ INLINE void by_pixels(float *noise, const float *cosines, const float *sines, in
         }
 }
 
-/* out = x + scale * normals, for states of `rows` images, 2 * half numbers each: contiguous (channels = 1), or
- * channels_last with an even number of channels, 256 at most, and of pixels; `elements` are in the order in which the
- * state is. `x` and `out` may be one. */
+/* out = x + scale * normals, for states of `rows` images with 2 * half numbers each. They are contiguous
+ * (channels = 1), or channels_last with an even number of channels (at most 256) and of pixels. `elements` are in the
+ * order of the state. `x` and `out` may be the same. */
 INLINE void add_normals(float *out, const float *x, const int64_t *keys, int64_t rows, const int64_t *elements,
                         int64_t half, int64_t channels, float scale) {
     float cosines[TILE], sines[TILE], noise[2 * TILE];
@@ -99,7 +100,7 @@ INLINE void add_normals(float *out, const float *x, const int64_t *keys, int64_t
                     out[half + from + i] = x[half + from + i] + sines[i];
                 }
             else {
-                if (pairs == 8) /* so few that it pays to tell the compiler */
+                if (pairs == 8) /* a constant lets the compiler unroll the short loop */
                     by_pixels(noise, cosines, sines, n, 8);
                 else
                     by_pixels(noise, cosines, sines, n, pairs);
@@ -109,18 +110,18 @@ INLINE void add_normals(float *out, const float *x, const int64_t *keys, int64_t
         }
 }
 
-/* x = relu(x + skip), where there is a skip; `passed`, where it is asked for, says which numbers went through, NaN
- * among them. */
+/* x = relu(x + skip), or relu(x) without a skip. `passed`, if it is given, receives which numbers went through; NaN
+ * goes through. */
 INLINE void rectify(float *x, const float *skip, uint8_t *passed, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
-        const float sum = skip ? x[i] + skip[i] : x[i]; /* the compiler asks once, before the loop */
+        const float sum = skip ? x[i] + skip[i] : x[i]; /* the compiler tests `skip` once, before the loop */
         if (passed)
             passed[i] = !(sum <= 0.0f);
         x[i] = sum <= 0.0f ? 0.0f : sum;
     }
 }
 
-/* x + skip, where there is a skip, of what went through, and 0 of the rest. */
+/* x = x + skip (or x without a skip) where the number went through, otherwise 0. */
 INLINE void gate(float *x, const float *skip, const uint8_t *passed, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         const float sum = skip ? x[i] + skip[i] : x[i];
@@ -132,7 +133,7 @@ INLINE void gate(float *x, const float *skip, const uint8_t *passed, int64_t n) 
 #if defined(__clang__)
 #define WIDE "avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"
 #else
-#define WIDE "avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512" /* a third quicker than 256 */
+#define WIDE "avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512" /* a third faster than 256 */
 #endif
 #define PUBLIC(name, function, parameters, arguments)                                                        \
     __attribute__((target("avx2,fma"))) static void function##_avx2 parameters { function arguments; }       \
@@ -152,7 +153,7 @@ INLINE void gate(float *x, const float *skip, const uint8_t *passed, int64_t n) 
     void name parameters { function arguments; }
 #endif
 
-/* Whoever changes the parameters or their meaning changes the name: a library that was built before is not found then. */
+/* If the parameters or their meaning change, change the name: then a library that was built earlier is not used. */
 PUBLIC(ito_add_normals_2, add_normals,
        (float *out, const float *x, const int64_t *keys, int64_t rows, const int64_t *elements, int64_t half,
         int64_t channels, float scale),

@@ -1,7 +1,7 @@
-"""Passes over a state that tensors would make several times: `kernels.c`, where there was a C compiler.
+"""The compiled passes of `kernels.c`: what would take several tensor operations is done in one pass over the memory.
 
-Where there was none (and on Windows, whose libraries need more), and for states that it cannot take, noise.py and
-autograd do the same with tensors.
+They are there if the package was built with a C compiler (not on Windows, whose libraries need more). Otherwise, and
+for states that they cannot take, `noise.normals` and autograd do the same with tensor operations.
 """
 
 from __future__ import annotations
@@ -16,15 +16,24 @@ from torch.autograd import forward_ad
 
 
 def _load() -> ctypes.CDLL | None:
-    spec = find_spec(f"{__package__}._kernels")  # found as a module is, but a plain library: nothing to import
+    spec = find_spec(f"{__package__}._kernels")  # it is found like a module, but is a plain library without one
     if spec is None or spec.origin is None:
         return None
-    at, number = ctypes.c_void_p, ctypes.c_int64
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
     try:
         library = ctypes.CDLL(spec.origin)
-        library.ito_add_normals_2.argtypes = [at, at, at, number, at, number, number, ctypes.c_float]
-        library.ito_rectify_1.argtypes = [at, at, at, number]
-        library.ito_gate_1.argtypes = [at, at, at, number]
+        library.ito_add_normals_2.argtypes = [
+            pointer,
+            pointer,
+            pointer,
+            number,
+            pointer,
+            number,
+            number,
+            ctypes.c_float,
+        ]
+        library.ito_rectify_1.argtypes = [pointer, pointer, pointer, number]
+        library.ito_gate_1.argtypes = [pointer, pointer, pointer, number]
         for function in (library.ito_add_normals_2, library.ito_rectify_1, library.ito_gate_1):
             function.restype = None
     except (OSError, AttributeError):  # built for another system, or from another version of kernels.c
@@ -36,9 +45,9 @@ library = _load()
 
 
 def ordinary(x: Tensor) -> bool:
-    """Whether a tensor is memory and nothing else: not batched, dual, traced or fake.
+    """Whether a tensor is plain memory: not batched, dual, traced or fake.
 
-    Only then may a pass over its memory stand for an operation.
+    Only then may a pass over its memory replace an operation.
     """
     return (
         type(x) in (Tensor, torch.nn.Parameter)
@@ -49,7 +58,7 @@ def ordinary(x: Tensor) -> bool:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether `kernels.c` is there, and for such a tensor."""
+    """Whether `kernels.c` was compiled and takes such a tensor: float32 on a CPU."""
     return (
         library is not None
         and type(x) is Tensor
@@ -60,7 +69,7 @@ def takes(x: Tensor) -> bool:
 
 
 def layout(x: Tensor, out: Tensor) -> int:
-    """How `add_normals` goes through ``(N, ...)``: 1 contiguous, its channels if channels_last, 0 not at all."""
+    """How `add_normals` goes through ``(N, ...)``: 1 if contiguous, the channels if channels_last, 0 not at all."""
     if not (takes(x) and takes(out)) or x.stride() != out.stride() or x.is_neg():
         return 0
     if x.is_contiguous():
@@ -70,48 +79,63 @@ def layout(x: Tensor, out: Tensor) -> int:
     return x.shape[1] if even and 0 < x.shape[1] <= 256 else 0
 
 
-def add_normals(x: Tensor, base: Tensor, elements: Tensor, scale: float, channels: int, out: Tensor) -> None:
-    """``out = x + scale * normals`` of keys ``(N,)`` and elements ``(1, C)``, both mixed; Python's lock is let go."""
+def add_normals(x: Tensor, addressed: Tensor, elements: Tensor, scale: float, channels: int, out: Tensor) -> None:
+    """``out = x + scale * normals`` for addressed keys ``(N,)`` and mixed elements ``(1, C)``; it releases the GIL.
+
+    Args:
+        x, out: states ``(N, ...)`` of one `layout`; they may be the same tensor.
+        addressed: see `noise.normals`.
+        elements: `noise.normals.mixed_elements`.
+        scale: not negative.
+        channels: the `layout`.
+    """
     assert library is not None
     library.ito_add_normals_2(
         out.data_ptr(),
         x.data_ptr(),
-        base.data_ptr(),
-        len(base),
+        addressed.data_ptr(),
+        len(addressed),
         elements.data_ptr(),
         elements.numel(),
         channels,
         scale,
     )
     if not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # a graph that holds what was there before must not use this
+        torch.autograd.graph.increment_version(out)  # a graph that saved the old content must notice
 
 
 def rectify_(x: Tensor, skip: Tensor | None = None, remember: bool = True) -> Tensor | None:
-    """``x = relu(x + skip)`` in place; returns which numbers went through, in the order in which ``x`` is held.
+    """``x = relu(x + skip)`` in place.
 
     Args:
-        x: dense in memory, in any order; `takes` it, and nobody else knows it.
+        x: dense in memory, in any memory format; `takes` it. No one else uses it.
         skip: of the same shape.
-        remember: whether to return anything.
+        remember: whether to return which numbers went through.
+
+    Returns:
+        With ``remember``, bool in the shape and memory format of ``x``: which numbers went through.
     """
     assert library is not None
     passed = torch.empty_like(x, dtype=torch.bool) if remember else None
-    library.ito_rectify_1(x.data_ptr(), _beside(x, skip), None if passed is None else passed.data_ptr(), x.numel())
+    mask = None if passed is None else passed.data_ptr()
+    library.ito_rectify_1(x.data_ptr(), _skip_pointer(x, skip), mask, x.numel())
     return passed
 
 
 def gate_(gradient: Tensor, passed: Tensor, skip: Tensor | None = None) -> Tensor:
-    """The way back through `rectify_`: ``gradient + skip`` of what went through, in place where its order allows."""
+    """The derivative of `rectify_`: ``gradient + skip`` where numbers went through, otherwise 0.
+
+    In place where ``gradient`` has the memory format of ``passed``.
+    """
     assert library is not None
     if gradient.stride() != passed.stride():
         gradient = torch.empty_like(passed, dtype=gradient.dtype).copy_(gradient)
-    library.ito_gate_1(gradient.data_ptr(), _beside(gradient, skip), passed.data_ptr(), gradient.numel())
+    library.ito_gate_1(gradient.data_ptr(), _skip_pointer(gradient, skip), passed.data_ptr(), gradient.numel())
     return gradient
 
 
-def _beside(x: Tensor, skip: Tensor | None) -> int | None:
-    """Where a skip is held, in the order of ``x``; one in another order is added at once."""
+def _skip_pointer(x: Tensor, skip: Tensor | None) -> int | None:
+    """The address of a skip in the memory format of ``x``; one in another format is added to ``x`` here."""
     if skip is not None and skip.stride() != x.stride():
         x += skip
         return None

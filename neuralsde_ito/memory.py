@@ -1,4 +1,4 @@
-"""How much memory a computation holds, on any device, counted and not guessed."""
+"""How much memory a computation holds, counted from its tensors, on any device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class Live(TorchDispatchMode):
-    """Bytes of storages that operations made and somebody holds, and the most there were.
+    """Bytes of the tensor storages that operations made and that are still in use, and their maximum.
 
-    The same on every device; blind to what an operation needs inside, and to other threads.
+    The count is the same on every device. It does not include memory inside an operation, or that of other threads.
+
+    Attributes:
+        now, peak: bytes in use now, and the most so far.
     """
 
     def __init__(self) -> None:

@@ -26,9 +26,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def changes_of(module: nn.Module) -> list[str]:
-    """What makes an object compute something else than its class: ``"hook"``, and methods that were set on it."""
-    found = ["hook" for hooks in _HOOKS if getattr(module, hooks)]
-    return found + [name for name, own in vars(module).items() if callable(own) and hasattr(type(module), name)]
+    """What makes an object compute something else than its class: ``"hook"``, and methods set on the object."""
+    changes = ["hook" for hooks in _HOOKS if getattr(module, hooks)]
+    return changes + [name for name, own in vars(module).items() if callable(own) and hasattr(type(module), name)]
 
 
 def untouched(module: nn.Module) -> bool:
@@ -37,9 +37,9 @@ def untouched(module: nn.Module) -> bool:
 
 
 def well_known(module: nn.Module) -> bool:
-    """Whether all of its code is torch's, torchvision's or ours, without hooks: it keeps nothing from call to call.
+    """Whether all of a module's code is torch's, torchvision's or ours, without hooks: it keeps nothing between calls.
 
-    Only then may two threads call it at a time, and may its output be overwritten.
+    Only then may two threads call it at the same time, and may its output be overwritten.
     """
     known = ("torch.", "torchvision.", "neuralsde_ito.")
     return all(type(m).__module__.startswith(known) and untouched(m) for m in module.modules())
@@ -64,9 +64,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def copied(module: Module) -> Module:
-    """A copy that shares the hooks of the original, so that what a hook records is found where its owner looks.
+    """A copy that shares the hooks of the original, so that a hook records in the same object as before.
 
-    Tensors that the last forward pass has left in a module (the old ``spectral_norm`` does so) are copied detached.
+    Tensors that the last forward pass left in a module (the old ``spectral_norm`` does so) are copied detached.
     """
     memo: dict[int, object] = {}
 

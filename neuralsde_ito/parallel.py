@@ -1,7 +1,7 @@
 """Independent pieces of work side by side on a CPU.
 
-A network of small layers gains little from two threads inside an operation, which must meet after each one.
-Pieces that never meet use the cores whole: measured, ResNet-20 without noise takes 0.6 times as long.
+A network of small layers gains little from two threads inside an operation, because they must wait for each other after
+each one. Independent pieces use the cores fully: measured, ResNet-20 without noise takes 0.6 times as long.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_here = threading.local()
+_thread = threading.local()  # its `busy`: whether this thread runs a piece
 
 
 def workers() -> int:
     """How many pieces run at a time: torch's number of threads, at most 4, and 1 inside a piece."""
-    # More than a few wait for Python's lock more than they compute; each of them has several threads then.
-    return 1 if getattr(_here, "busy", False) else min(4, torch.get_num_threads())
+    # With more pieces at a time they mostly wait for Python's lock; more threads than 4 are shared among the pieces.
+    return 1 if getattr(_thread, "busy", False) else min(4, torch.get_num_threads())
 
 
 def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """``[work(item) for item in items]``, side by side; gradient modes are those of the caller.
+    """``[work(item) for item in items]``, side by side, in the caller's gradient mode.
 
-    On one thread, under autocast, and inside another piece they run one after another.
+    With one thread, under autocast, and inside another piece the items run one after another.
     """
     count = workers()
     if count == 1 or len(items) < 2 or torch.is_autocast_enabled("cpu"):
@@ -47,24 +47,25 @@ def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result
 
 @lru_cache(maxsize=1)
 def _pool(process: int, count: int, threads: int) -> ThreadPoolExecutor:
-    """The threads of this process: one that was forked has none of its parent's."""
+    """The threads of this process; a forked process starts its own, as it has none of its parent's."""
     ready = threading.Barrier(count + 1)
 
     def start() -> None:
-        torch.get_num_threads()  # begins this thread's settings, which would else happen later and undo the next line
+        # The first call initialises this thread's settings; after the next line it would undo that.
+        torch.get_num_threads()
         torch.set_num_threads(threads // count)
-        _here.busy = True
+        _thread.busy = True
 
     pool = ThreadPoolExecutor(count, "neuralsde_ito", start)
     for _ in range(count):
         pool.submit(ready.wait)
     ready.wait()
-    torch.set_num_threads(threads)  # what threads that others start will begin with
+    torch.set_num_threads(threads)  # also the number with which threads started by other code begin
     return pool
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU an error of its own, on a CPU a plain ``RuntimeError``."""
+    """Whether an allocation failed. On a GPU that is a class of errors, on a CPU a plain ``RuntimeError``."""
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -77,7 +78,7 @@ def in_pieces(
 ) -> list[Result]:
     """``work`` on slices of ``range(total)``, each at most ``size`` long and all about equally long.
 
-    On a CPU they run ``side_by_side``, elsewhere one after another. Where memory runs out, all begins again with
+    On a CPU they run ``side_by_side``, elsewhere one after another. Where memory runs out, all work is done again in
     pieces half as long. An empty range is one empty piece.
 
     Raises:
@@ -86,7 +87,7 @@ def in_pieces(
     while True:
         at_once = workers() if side_by_side and device.type == "cpu" else 1
         least = math.ceil(total / size)
-        even = math.ceil(least / at_once) * at_once  # so that nobody waits for another's last piece
+        even = math.ceil(least / at_once) * at_once  # so that all threads finish at about the same time
         count = max(1, min(total, max(least, min(even, total // 2))))
         pieces = [slice(a, b) for a, b in itertools.pairwise(total * i // count for i in range(count + 1))]
         try:
@@ -96,4 +97,4 @@ def in_pieces(
                 raise
             size = max(1, min(size, total) // 2)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # outside of the except clause, whose traceback holds on to the tensors
+            torch.cuda.empty_cache()  # not in the except clause: its traceback keeps the tensors alive

@@ -1,6 +1,6 @@
-"""Checks of arguments that more than one room makes, and the error for what the user can mend.
+"""Checks of arguments that more than one room makes, and the error for what the user can correct.
 
-The command line's help imports this file, so it imports torch only where tensors are at hand.
+The command line's help imports this file, so it imports torch only in the functions that check tensors.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ import difflib
 import itertools
 import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, SupportsIndex, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Name = TypeVar("Name", str, "str | None")
-
 
 class ItoError(ValueError):
-    """An argument, a file or a setting that cannot be used; the message says what was found and how to mend it.
+    """An argument, a file or a setting that cannot be used; the message says what it is and how to correct it.
 
     The command line exits with 2 on it. Any other exception is a fault of this program, and exits with 1.
     """
@@ -31,7 +29,7 @@ def shown(value: object, width: int = 200) -> str:
 
 
 def whole_number(name: str, value: object, least: int = 1) -> int:
-    """``value`` as an ``int``: Python's and numpy's integers are taken, booleans and floats are not.
+    """``value`` as an ``int``: Python's and numpy's integers are accepted, booleans and floats are not.
 
     Raises:
         ItoError: it is not a whole number, or below ``least``.
@@ -39,7 +37,7 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(cast(SupportsIndex, value))
     except TypeError:
         number = least - 1
     if number < least:
@@ -47,13 +45,13 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     return number
 
 
-def one_of(kind: str, value: Name, known: Iterable[str]) -> Name:
-    """``value``, if it is a known name; ``kind`` says in the message what it names.
+def one_of(kind: str, value: str, known: Iterable[str]) -> str:
+    """``value``, if it is a known name; the message calls it an unknown ``kind``.
 
     Raises:
         ItoError: it is unknown; the nearest known name is offered.
     """
-    if value is not None and value not in known:
+    if value not in known:
         raise ItoError(nearest(kind, value, known))
     return value
 
@@ -66,7 +64,7 @@ def nearest(kind: str, typed: object, known: Iterable[str]) -> str:
         return f"Unknown {kind} {shown(typed)}. Known: {', '.join(names)}."
 
     def similarity(name: str) -> tuple[float, int]:
-        # Of equally near names the one that begins alike: resnet21 is meant for resnet20, not for resnet32.
+        # Of equally near names the one with the longer common beginning: resnet21 is meant for resnet20, not resnet32.
         alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name, word, strict=False))
         return difflib.SequenceMatcher(None, name, word).ratio(), len(list(alike))
 
@@ -74,7 +72,11 @@ def nearest(kind: str, typed: object, known: Iterable[str]) -> str:
 
 
 def check_images(x: Tensor, channels: int | None = None) -> None:
-    """Refuse what is not a batch of images.
+    """Check a batch of images.
+
+    Args:
+        x: images ``(N, C, H, W)`` in [0, 1].
+        channels: that the network takes, where that is known.
 
     Raises:
         ItoError: not floating point, not ``(N, C, H, W)``, empty, wrong channels, not finite, or not in [0, 1].
@@ -111,7 +113,7 @@ def check_labels(y: Tensor, n: int, classes: int | None = None) -> Tensor:
 
 
 def image_names(index: Tensor | None, x: Tensor) -> Tensor:
-    """The images' names in the noise's address, int64 ``(N,)``; by default their position in ``x``.
+    """The images' names in the noise's address, int64 ``(N,)`` on the device of ``x``; default their position in it.
 
     Raises:
         ItoError: not one whole number for each image.
@@ -128,7 +130,7 @@ def image_names(index: Tensor | None, x: Tensor) -> Tensor:
 
 
 def recordable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one from inference mode, which could take part in no gradient."""
+    """The tensor; or a copy if it was made in inference mode, because autograd cannot record such a tensor."""
     import torch
 
     return tensor.clone() if isinstance(tensor, torch.Tensor) and tensor.is_inference() else tensor

@@ -6,7 +6,7 @@ Panels, active sets and claims of success are held to what they promise; sweeps 
 import copy
 import itertools
 import math
-import sys
+import textwrap
 import traceback
 import warnings
 from collections import defaultdict
@@ -24,9 +24,11 @@ from torch.nn import functional as F
 
 import neuralsde_ito as ito
 from neuralsde_ito import ABSTAIN, ItoEnsemble, Outcomes, make_keys
-from neuralsde_ito.attacks import APGD, BALLS, OBJECTIVES, PGD, PRESETS, Square, fgsm, parse_eps, pgd
-from neuralsde_ito.attacks.objectives import AIMED, margin
+from neuralsde_ito.attacks import APGD, BALLS, OBJECTIVES, PGD, PRESETS, Attack, Square, active, fgsm, parse_eps, pgd
+from neuralsde_ito.attacks.images import Images
+from neuralsde_ito.attacks.objectives import TARGETED, margin
 from neuralsde_ito.attacks.panels import right_share, wrong_share
+from neuralsde_ito.attacks.report import Report
 from neuralsde_ito.attacks.selection import Selection
 from neuralsde_ito.attacks.sweep import SURROGATES, Sweep, attack_sweep, surrogate_models
 from neuralsde_ito.attacks.targets import classify
@@ -37,9 +39,6 @@ from neuralsde_ito.noise.keys import PathRange
 from neuralsde_ito.runs.config import Fit
 from neuralsde_ito.runs.evaluate import evaluate
 from neuralsde_ito.runs.training import Trainer
-
-# `neuralsde_ito.attacks.pgd` is the function; the module of that name has to be asked for.
-pgd_module = sys.modules["neuralsde_ito.attacks.pgd"]
 
 PLAIN: dict = {"random_start": False, "keep": "last", "stop": False}  # the attack of the textbook
 
@@ -142,7 +141,8 @@ def test_a_radius_above_one_pixel_range_makes_no_sense_under_linf():
         PGD(norm="linf", eps=8)
     assert PGD(norm="linf", eps=1).eps == 1
     assert PGD(norm="l2", eps=8).eps == 8
-    assert PGD(eps="4/255").eps == 4 / 255  # type: ignore[arg-type]
+    typed: dict = {"eps": "4/255"}
+    assert PGD(**typed).eps == 4 / 255
 
 
 # --- balls ----------------------------------------------------------------------------------------------
@@ -526,7 +526,7 @@ def asked(monkeypatch) -> Asked:
         keys[purpose] |= set(out.flatten().tolist())
         return out
 
-    for module in (ensemble_module, pgd_module):
+    for module in (ensemble_module, active):
         monkeypatch.setattr(module, "make_keys", record)
     return keys
 
@@ -645,7 +645,7 @@ CROSS_ENTROPIES = ("loss-of-mean", "mean-logits", "mean-loss")
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_objectives_are_per_image_and_paths_have_no_order(name):
     logits, y = random(3, 4, 5), torch.tensor([0, 4, 2, 2])
-    if name in AIMED:
+    if name in TARGETED:
         y = torch.stack([y, (y + 1) % 5], 1)
     found = OBJECTIVES[name](logits, y)
     assert found.shape == (4,)
@@ -671,11 +671,10 @@ def by_hand(name: str, logits: list[Tensor], y: Tensor) -> Tensor:
     """The objective summed over images, from probabilities and plain means."""
     rows = torch.arange(len(y))
     if name == "mean-loss":
-        return -sum(row.softmax(-1)[rows, y].log().sum() for row in logits) / len(logits)  # type: ignore[return-value]
+        return -torch.stack([row.softmax(-1)[rows, y].log() for row in logits]).mean(0).sum()
     if name == "loss-of-mean":
-        share = sum(row.softmax(-1)[rows, y] for row in logits) / len(logits)
-        return -share.log().sum()  # type: ignore[union-attr]
-    return -(sum(logits) / len(logits)).softmax(-1)[rows, y].log().sum()  # type: ignore[union-attr]
+        return -torch.stack([row.softmax(-1)[rows, y] for row in logits]).mean(0).log().sum()
+    return -torch.stack(logits).mean(0).softmax(-1)[rows, y].log().sum()
 
 
 @pytest.mark.parametrize("objective", CROSS_ENTROPIES)
@@ -916,11 +915,11 @@ def test_a_sweep_from_end_to_end(exact, digits):
             assert (images - x).abs().max() <= eps + 1e-6
             assert 0 <= images.min() <= images.max() <= 1
             assert torch.equal(sweep.labels[level][name], ensemble.predict(images, 4, index).labels)
-            backwards, forwards = sweep.cost[level][name]
+            cost = sweep.cost[level][name]
             # Two steps on 9 images, and two paths where there is noise; the first step is never saved.
             paths = 2 if name in ("ensemble", "member") else 1
-            assert 9 * paths <= backwards <= 2 * 9 * paths
-            assert forwards >= 9
+            assert 9 * paths <= cost.gradients <= 2 * 9 * paths
+            assert cost.queries >= 9
         # The ResNet is right where it is under every attack: the one on itself, and the images of all surrogates.
         met = torch.stack([classify(exact, sweep.images[level][name]) == y for name in SURROGATES]).all(0)
         assert (met | (sweep.resnet[level] != y)).all()
@@ -967,16 +966,16 @@ def test_images_that_abstain_are_attacked_on_for_evasion(exact, digits, monkeypa
     attacks = [PGD(eps=eps, steps=3, eot=4, selection=8) for eps in (0.02, 0.1)]
     sweep = attack_sweep(ensemble, exact, split, attacks, seed=1)
     ((index, x, y),) = split.batches(20)
-    clean = Selection(ensemble, x, y, index, seed=1)
-    clean.begin()
-    refused = set(index[clean.standing("evasion")].tolist())
+    clean = Selection(ensemble, Images(x, y, index), Report(1))
+    clean.offer_clean()
+    refused = set(index[clean.to_attack("evasion")].tolist())
     assert refused  # abstained on already without attack
     evaded = [set(names) for goal, names in met if goal == "evasion"]
     assert len(evaded) == 8  # through every source, at both radii
     assert refused <= evaded[0]
     assert evaded[0] & evaded[4]  # and again at the larger radius
     assert all(first >= then for first, then in itertools.pairwise(evaded[:4]))  # whom it fooled is left alone
-    assert all(backwards > 0 for backwards, _ in sweep.evasion_cost)
+    assert all(cost.gradients > 0 for cost in sweep.evasion_cost)
 
     def wrong(labels: Tensor) -> int:
         return int(((labels != y) & (labels != ABSTAIN)).sum())
@@ -1004,7 +1003,7 @@ def test_the_resnet_meets_as_much_as_the_ensemble(exact, digits, monkeypatch):
     sweep = attack_sweep(ensemble, exact, split, [PGD(eps=1e-6, steps=2, eot=2, restarts=2)])
     assert [attack.restarts for attack in own] == [2 * len(SURROGATES)]
     assert (sweep.worst_resnet(0) != y).all()  # what was made for the ensemble fools the ResNet
-    assert sweep.resnet_cost[0][1] >= len(SURROGATES) * 6
+    assert sweep.resnet_cost[0].queries >= len(SURROGATES) * 6
 
 
 def test_the_batch_size_changes_no_label(exact, digits):
@@ -1145,6 +1144,22 @@ def test_a_model_that_errs_by_the_draw_but_not_by_the_vote_is_reported_as_robust
     assert (votes.mode(0).values == y).all()
 
 
+@pytest.mark.parametrize("omega", [0.0, 0.5])
+def test_the_attack_in_the_documentation_is_pgd_in_ten_lines(net, x, y, omega):
+    lines = str(Attack.__doc__).split("::\n", 1)[1].split("Attributes:")[0].strip("\n").rstrip()
+    code = textwrap.dedent(lines)
+    assert len(code.splitlines()) <= 10
+    names: dict = {"Attack": Attack}
+    exec(code, names)
+    model, settings = make_ensemble(net, omega, omega), {"eps": 0.1, "steps": 5, "eot": 4}
+    found = names["SignSteps"](**settings).run(model, x[:30], y[:30])
+    assert 0 < found.fooled.sum() < 30
+    wanted = PGD(**settings, step_size=0.1 / 4).run(model, x[:30], y[:30])
+    assert found.gradients == wanted.gradients
+    if omega == 0:  # PGD judges its last iterate, too
+        assert torch.equal(found.images[found.fooled], wanted.images[found.fooled])
+
+
 def test_a_start_is_where_the_first_attempt_begins(net, x, y):
     network = net.eval()
     begin = (x + 0.01).clamp(0, 1)
@@ -1255,7 +1270,7 @@ def test_logits_that_are_not_finite_are_a_denial_and_no_evasion(attack, value, s
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_a_path_without_an_answer_neither_hides_the_others_nor_wins(name):
-    y = torch.tensor([[0, 1], [0, 1]]) if name in AIMED else torch.tensor([0, 0])
+    y = torch.tensor([[0, 1], [0, 1]]) if name in TARGETED else torch.tensor([0, 0])
     logits = torch.tensor([[4.0, 1, 0, 0], [1, 4, 0, 0]]).expand(5, -1, -1).clone()  # one right, one wrong
     logits[2, :, 1] = math.nan
     logits.requires_grad_()
@@ -1324,19 +1339,19 @@ def test_no_two_uses_share_a_draw(net, x, y, monkeypatch, name, goal):
     uses: dict[tuple[str, int, int], list[tuple[object, ...]]] = defaultdict(list)
     attempts = 0
     attack = replace(STRONG[name]("linf", 0.15), restarts=3, goal=goal, steps=4)
-    path_logits, climb = ItoEnsemble.path_logits, type(attack)._climb
+    path_logits, attempt = ItoEnsemble.path_logits, type(attack).attempt
 
     def count(self, *args):
         nonlocal attempts
         attempts += 1
-        return climb(self, *args)
+        return attempt(self, *args)
 
     def record(self, x, paths):
         here = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).parent.name == "attacks"]
-        uses[paths.purpose, paths.first, paths.count].append((attempts if "_climb" in here else None, *here))
+        uses[paths.purpose, paths.first, paths.count].append((attempts if "attempt" in here else None, *here))
         return path_logits(self, x, paths)
 
-    monkeypatch.setattr(type(attack), "_climb", count)
+    monkeypatch.setattr(type(attack), "attempt", count)
     monkeypatch.setattr(ItoEnsemble, "path_logits", record)
     attack.run(make_ensemble(net, 1.0, 1.0), x[:8], y[:8])
     assert attempts == (9 if "targets" in name else 3)
@@ -1346,7 +1361,7 @@ def test_no_two_uses_share_a_draw(net, x, y, monkeypatch, name, goal):
     for draw, found in uses.items():
         assert len(set(found)) == 1, draw
         # Again and again: the candidates of all attempts; within one of them APGD's iterates and Square's queries.
-        compared, repeated = "_climb" not in found[0], not isinstance(attack, PGD) and "beaten" not in found[0]
+        compared, repeated = "attempt" not in found[0], not isinstance(attack, PGD) and "settle" not in found[0]
         assert len(found) == 1 or compared or (repeated and "ascend" not in found[0]), draw
 
 

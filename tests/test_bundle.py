@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -19,9 +21,12 @@ from torch import Tensor, nn
 
 import neuralsde_ito as ito
 from neuralsde_ito import Evidence, ItoEnsemble, WorstCase, load_bundle, save_bundle, verify_bundle
-from neuralsde_ito.attacks import PGD, Square
-from neuralsde_ito.attacks.selection import worst_labels
+from neuralsde_ito.attacks import PGD, Square, suite_run
+from neuralsde_ito.attacks.fingerprints import fingerprint, fingerprint_choice, fingerprint_split
+from neuralsde_ito.attacks.images import Images
+from neuralsde_ito.attacks.report import worst_labels
 from neuralsde_ito.attacks.suite import Step, Suite
+from neuralsde_ito.attacks.suite_run import attack_images
 from neuralsde_ito.audits import bundle
 from neuralsde_ito.audits import verify as verification
 from neuralsde_ito.audits.bundle import (
@@ -29,9 +34,6 @@ from neuralsde_ito.audits.bundle import (
     attack_names,
     cases_of,
     evidence_of,
-    fingerprint,
-    fingerprint_choice,
-    fingerprint_split,
     votes_in,
     votes_of,
 )
@@ -111,11 +113,9 @@ def attacked(
 ) -> Evidence:
     """What an honest attacker writes down."""
     suite, split = replace(suite or world.suite, seed=seed), split or world.split
-    index, x, y = next(split.first(n).batches(n))
-    results = {result.eps: result for _, result in suite.run(world.ensemble, x, y, index, RADII)}
+    run = attack_images(suite, world.ensemble, Images.of(split.first(n)), RADII)
     words.setdefault("config", {"run": "runs/x", "data": {"name": "digits"}, "suite": {"name": "own", "effort": 1.0}})
-    votes = suite.votes(world.ensemble, x, index)
-    return evidence_of([results[eps] for eps in RADII], votes, world.ensemble, suite, split, x, y, index, **words)
+    return evidence_of(run, split, **words)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def remembered():
         patch.setattr(verification, name, call)
 
     once("votes_of")
-    once("_sweep")
+    once("_attack_again")
     yield
     patch.undo()
 
@@ -397,7 +397,7 @@ CLAIMS = [
     "inside the ball", "unattacked images", "labels follow from votes", "worst cases in order", "data split",
     "choice of images", "true labels", "original images", "ensemble", "suite", "sources", "clean votes",
     "denial's votes", "evasion's votes", "clean, fresh noise", "denial, fresh noise", "evasion, fresh noise",
-    "denial made again", "evasion made again", "images met", "costs", "denial, another attack",
+    "denial made again", "evasion made again", "images attacked", "costs", "denial, another attack",
     "evasion, another attack",
 ]  # fmt: skip
 
@@ -498,7 +498,7 @@ def revoted(evidence: Evidence, ensemble: ItoEnsemble) -> Evidence:
     """True votes of an ensemble on the images as they are, and the labels that follow."""
 
     def votes(x: Tensor) -> Tensor:
-        return votes_of(ensemble, x, evidence.seed, evidence.names, evidence.repeat, 250)
+        return votes_of(ensemble, x, evidence.index, evidence.report, 250)
 
     cases = {name: replace(case, votes=votes(case.images)) for name, case in cases_of(evidence).items()}
     return relabelled(replace(evidence, clean_votes=votes(evidence.originals), **cases))
@@ -664,14 +664,14 @@ def gradients_times_100(world, e):
     return replace(e, gradients=tuple(100 * n for n in e.gradients))
 
 
-@forgery("sources", "images met")
+@forgery("sources", "images attacked")
 def images_and_costs_divided_by_100(world, e):
     return replace(e, **{n: tuple(v // 100 for v in getattr(e, n)) for n in ("attacked", "queries", "gradients")})
 
 
-@forgery("images met")
-def twice_as_many_images_met(world, e):
-    """At most all; an attack that meets all and costs more looks stronger than it is."""
+@forgery("images attacked")
+def twice_as_many_images_attacked(world, e):
+    """At most all; an attack on all images that costs more looks stronger than it is."""
     return replace(e, attacked=tuple(min(N, 2 * v) for v in e.attacked))
 
 
@@ -1008,10 +1008,42 @@ def user(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     members = [ito.recast(net, **config.sde.model_dump(), image_shape=(1, 8, 8)) for _ in range(2)]
     ito.save_ensemble("runs/tiny", ItoEnsemble(members, inferences=3), config, net)
-    words = ["attack", "--suite", "standard", "--eps", "0.02", "--effort", "0.01", "--bundle", "evidence"]
+    words = ["suite", "--eps", "0.02", "--effort", "0.01", "--bundle", "evidence"]
     done = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return tmp_path
+
+
+def example(where: object, **replaced: str) -> str:
+    """The code of a docstring's example, with other names."""
+    code = textwrap.dedent(where.__doc__.split("::\n", 1)[1].split("\n\n    Raises", 1)[0])
+    return functools.reduce(lambda text, pair: text.replace(*pair), replaced.items(), code)
+
+
+def test_the_examples_of_the_docstrings_run(user, capsys, monkeypatch):
+    """Five lines make a bundle, and five verify it; both as `ito-sde suite` and `ito-sde verify` do."""
+    standard = suite_run.standard
+    monkeypatch.setattr(suite_run, "standard", lambda norm, eps, noisy, effort: standard(norm, eps, noisy, 0.01))
+    names = {"runs/mine": "runs/tiny", "first(100)": "first(8)"}
+    exec(example(suite_run, **names), {"ito": ito})
+    assert "Outcomes(n=8" in capsys.readouterr().out
+    exec(example(verify_bundle, **names), {"ito": ito})
+    assert capsys.readouterr().out == "True\n"
+
+
+def test_the_library_and_the_command_line_make_the_same_evidence(user):
+    run, split = ito.Run.open("runs/tiny"), ito.load_data("digits").test
+    settings = ito.SuiteSettings(radii=(0.02,), effort=0.01)
+    both = ito.run_suite(run.ensemble(), run.resnet(), split.first(20), settings, Path("runs/tiny"))
+    assert both.state.is_dir()
+    both.discard_state()
+    assert not both.state.exists()
+    about = {"run": "runs/tiny", "data": {"name": "digits"}}
+    made, typed = evidence_of(both.ito, split, config=about), load_bundle("evidence/linf-0.02")
+    assert alike(replace(made, command=typed.command), typed)
+    assert both.paired(0).p <= 1
+    with pytest.raises(ito.ItoError, match="nothing to resume"):
+        ito.run_suite(run.ensemble(), run.resnet(), split.first(20), settings, Path("runs/tiny"), resume=True)
 
 
 def test_the_command_line_says_which_claims_stand(user):
@@ -1022,7 +1054,7 @@ def test_the_command_line_says_which_claims_stand(user):
         assert word in done.output, word
     assert "NOT" not in done.output
     assert max(map(len, done.output.splitlines())) < 150
-    words = ["attack", "--suite", "standard", "--eps", "0.02", "--effort", "0.01", "--limit", "8"]
+    words = ["suite", "--eps", "0.02", "--effort", "0.01", "--limit", "8"]
     words += ["--noise", "fixed", "--repeat", "2", "--bundle", "asked"]
     assert call(cli, words, catch_exceptions=False).exit_code == 0
     done = call(cli, ["verify", "asked/linf-0.02", "--sample", "4"], catch_exceptions=False)

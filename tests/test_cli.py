@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in processes of its own, from another directory."""
+"""The command line as a user runs it: in processes of its own, from another directory."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 PROGRAM = [sys.executable, "-c", "from neuralsde_ito.cli import main; main()"]
-# One thread: two that wait for each other on a busy machine are slower, and the result is the same.
+# One thread: on a busy machine two threads wait for each other and are slower; the result is the same.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL = ["--limit", "120", "--set", "resnet.epochs=3", "--epochs", "2", "--members", "2", "--inferences", "4"]
 
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_a_killed_suite_goes_on_to_the_same_table_and_its_evidence_stands(trained: Path, tmp_path: Path) -> None:
-    words = ["attack", "--run", "small", "--suite", "standard", "--eps", "0.1", "--limit", "8", "--effort", "0.1"]
+    words = ["suite", "--run", "small", "--eps", "0.1", "--limit", "8", "--effort", "0.1"]
     words += ["--batch-size", "4", "--json"]
     alone = ito_sde(*words, cwd=trained)
     assert alone.returncode == 0, alone.stderr
@@ -194,8 +194,8 @@ def test_a_killed_suite_goes_on_to_the_same_table_and_its_evidence_stands(traine
     assert json.loads(done.stdout)["attacked"] == json.loads(alone.stdout)["attacked"]
     assert json.loads(done.stdout)["clean"] == json.loads(alone.stdout)["clean"]
     assert not list(run.glob("suite-*/"))  # a finished suite leaves its record only
-    found = ito_sde("verify", str(evidence / "linf-0.1"), "--run", "small", "--json", cwd=trained)
-    assert found.returncode == 0, found.stdout + found.stderr
+    verified = ito_sde("verify", str(evidence / "linf-0.1"), "--run", "small", "--json", cwd=trained)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
     text = ito_sde(*words[:-1], cwd=trained).stdout
     for said in ("step by step", "transfer, noise-free", "Square", "report", "An upper bound on robustness"):
         assert said in text
@@ -210,7 +210,7 @@ def test_a_killed_suite_goes_on_to_the_same_table_and_its_evidence_stands(traine
     ],
 )
 def test_a_suite_that_cannot_be_is_told_in_a_sentence(trained: Path, words: list[str], said: str) -> None:
-    done = ito_sde("attack", "--run", "small", "--suite", "standard", "--limit", "4", *words, cwd=trained)
+    done = ito_sde("suite", "--run", "small", "--limit", "4", *words, cwd=trained)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -248,7 +248,9 @@ def test_help_and_version_do_not_wait_for_torch(tmp_path: Path) -> None:
         "import sys; from neuralsde_ito.cli import main\ntry: main()\n"
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
-    for words in (["--help"], ["--version"], ["nonsense"]):
+    from neuralsde_ito.cli import VERBS
+
+    for words in (["--help"], ["--version"], ["nonsense"], *([verb, "--help"] for verb in VERBS)):
         called = [sys.executable, "-c", code, *words]
         done = subprocess.run(called, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == (2 if words == ["nonsense"] else 0)
@@ -265,6 +267,10 @@ BAD = {
     "unknown architecture": (["train", "--arch", "resnet21"], "resnet20"),
     "unknown data set": (["train", "--data", "digit"], "digits"),
     "unknown solver": (["train", "--set", "sde.solver=milsten"], "milstein"),
+    "unknown solver by flag": (["train", "--solver", "milsten"], "milstein"),
+    "unknown schedule by flag": (["train", "--schedule", "inverse"], "inverse-time"),
+    "steps 3 by flag": (["train", "--steps", "3"], "power of two"),
+    "unknown rule": (["evaluate", "--rule", "flatt"], "flat"),
     "unknown schedule": (["train", "--set", "sde.schedule=inverse"], "inverse-time"),
     "omega negative": (["train", "--omega", "-0.1"], "omega"),
     "omega not a number": (["train", "--set", "sde.omega=nan"], "omega"),
@@ -335,6 +341,19 @@ def test_environment_variables_come_between_file_and_flags(trained: Path, capfd,
     code, _, err = in_process(["train", "--print-config"], trained, capfd)
     assert code == 2
     assert "sde.omega" in err
+
+
+def test_flags_set_keys_of_the_configuration(trained: Path, capfd) -> None:
+    flags = ["--solver", "srk", "--steps", "4", "--schedule", "multiplicative", "--omega", "0.1", "--limit", "50"]
+    assignments = ["--set", "sde.solver=euler", "--set", "sde.horizon=2.0"]
+    code, out, err = in_process(["train", *assignments, *flags, "--print-config"], trained, capfd)
+    assert code == 0, err
+    import yaml
+
+    tree = yaml.safe_load(out)
+    sde = {"omega": 0.1, "schedule": "multiplicative", "solver": "srk", "steps": 4, "horizon": 2.0}
+    assert tree["sde"] == {**sde, "checkpoint": False}  # a flag comes before --set
+    assert (tree["data"]["train_limit"], tree["data"]["test_limit"]) == (50, 50)
 
 
 @pytest.mark.parametrize(

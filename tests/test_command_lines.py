@@ -89,25 +89,6 @@ def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 IDLE = {
     **{
-        f"attack {words}": (f"attack {words}", words.split()[0])
-        for words in ("--bundle b", "--noise known", "--repeat 2", "--effort 2", "--resume", "--peer foolbox")
-    },
-    **{
-        f"suite {words}": (f"attack --suite standard {words}", words.split()[0])
-        for words in (
-            "--save s",
-            "--steps 3",
-            "--step-size 0.1",
-            "--eot 2",
-            "--restarts 2",
-            "--objective dlr",
-            "--random-start",
-            "--no-random-start",
-            "--preset fgsm",
-            "--surrogate resnet",
-        )
-    },
-    **{
         f"bench {words}": (f"bench --part training {words}", words.split()[0])
         for words in ("--eps 0.1", "--images 4", "--steps 2", "--eot 2", "--compile")
     },
@@ -130,6 +111,23 @@ def test_an_option_that_would_do_nothing_is_refused(case: str, here: Path, capfd
     assert code == 2
     assert name in said
     assert "would do nothing" in said
+    assert out == ""
+
+
+OTHERS = {  # options of one verb that its neighbour does not have
+    "attack": ("--bundle b", "--noise known", "--repeat 2", "--effort 2", "--resume", "--peer foolbox"),
+    "suite": (
+        *("--save s", "--steps 3", "--step-size 0.1", "--eot 2", "--restarts 2", "--objective dlr"),
+        *("--random-start", "--no-random-start", "--preset fgsm", "--surrogate resnet"),
+    ),
+}
+
+
+@pytest.mark.parametrize("line", [f"{verb} {words}" for verb, every in OTHERS.items() for words in every])
+def test_an_option_of_the_neighbouring_verb_is_refused(line: str, here: Path, capfd: pytest.CaptureFixture) -> None:
+    code, out, err = ito_sde(line, capfd)
+    assert code == 2
+    assert line.split()[1] in complaint(code, err)
     assert out == ""
 
 
@@ -190,6 +188,32 @@ def test_the_readme_has_command_lines() -> None:
     assert README.count("\n$ ito-sde ") > 10
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (
+            "compare --solver euler --problem double-well --steps 8",
+            "orders --solver euler --problem double-well --steps 8",
+        ),
+        ("compare --problem=all", "orders --problem all"),
+        ("attack --suite standard --eps 0.1", "suite --eps 0.1"),
+        ("attack --eps 0.1 --suite=standard", "suite --eps 0.1"),
+        ("compare --depth --versus single", "depth --versus single"),
+        ("compare --versus single --depth", "depth --versus single"),
+    ],
+)
+def test_an_option_that_became_a_verb_is_forwarded_with_a_hint(before: str, now: str, capfd) -> None:
+    from neuralsde_ito.cli import forwarded
+
+    assert forwarded(before.split()) == now.split()
+    out, err = capfd.readouterr()
+    assert out == ""
+    (hint,) = err.splitlines()
+    assert hint.endswith(f"is now 'ito-sde {now.split()[0]}'.")
+    assert forwarded(now.split()) == now.split()
+    assert capfd.readouterr().err == ""
+
+
 # --- files that cannot be written -----------------------------------------------------------------------
 
 WRITERS = {
@@ -199,7 +223,7 @@ WRITERS = {
     "bench --save": ("bench --part training --repeats 1 --save", ".png"),
     "audit --html": ("audit --limit 2 --steps 1 --html", ".html"),
     "attack --save": ("attack --limit 2 --steps 1 --eps 0.1 --save", ""),
-    "attack --bundle": ("attack --limit 2 --suite standard --effort 0.1 --eps 0.1 --bundle", ""),
+    "suite --bundle": ("suite --limit 2 --effort 0.1 --eps 0.1 --bundle", ""),
     "train --run": ("train --limit 20 --run", ""),
 }
 CANNOT = {
@@ -214,10 +238,10 @@ def _fails_if_it_works(*_: object, **__: object) -> None:
     raise AssertionError("the work began")
 
 
-@pytest.mark.parametrize("place", CANNOT)
+@pytest.mark.parametrize("path", CANNOT)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_file_that_cannot_be_written_is_noticed_before_the_work(
-    writer: str, place: str, here: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    writer: str, path: str, here: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from neuralsde_ito.attacks import sweep as evaluation
     from neuralsde_ito.attacks.base import Attack
@@ -238,7 +262,7 @@ def test_a_file_that_cannot_be_written_is_noticed_before_the_work(
     Path("file").write_text("")
     words, ending = WRITERS[writer]
     before = sorted(here.rglob("*"))
-    code, out, err = ito_sde([*words.split(), CANNOT[place].format("x") + ending], capfd)
+    code, out, err = ito_sde([*words.split(), CANNOT[path].format("x") + ending], capfd)
     assert code == 2, err
     complaint(code, err)
     assert out == ""
@@ -321,7 +345,7 @@ def test_a_bundle_of_before_is_noticed_before_the_work(here: Path, capfd, monkey
     monkeypatch.setattr(Attack, "run", _fails_if_it_works)
     Path("evidence/linf-0.1").mkdir(parents=True)
     Path("evidence/linf-0.1/mine").write_text("")
-    code, _, err = ito_sde("attack --limit 2 --suite standard --eps 0.1 --bundle evidence", capfd)
+    code, _, err = ito_sde("suite --limit 2 --eps 0.1 --bundle evidence", capfd)
     assert code == 2
     assert "evidence/linf-0.1" in complaint(code, err)
 
@@ -339,8 +363,8 @@ def test_a_run_whose_folder_cannot_be_written_into_is_noticed_before_the_attack(
     assert "permission denied" in err
 
 
-@pytest.mark.parametrize("fallen", [0, 1, 2])
-def test_a_picture_of_an_attack_shows_however_many_fell(fallen: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fooled", [0, 1, 2])
+def test_a_picture_of_an_attack_is_drawn_for_any_number_of_fooled_images(fooled: int, tmp_path: Path) -> None:
     from neuralsde_ito.cli.pictures import attack_picture
 
     import neuralsde_ito as ito
@@ -349,11 +373,11 @@ def test_a_picture_of_an_attack_shows_however_many_fell(fallen: int, tmp_path: P
 
     data = ito.load_data("digits", test_limit=4)
     index, x, y = next(data.test.batches(4))
-    found = y.clone()
-    found[:fallen] = -1
-    case = WorstCase(x, torch.zeros_like(y), found, torch.zeros(1, 4, 10).long())
+    labels = y.clone()
+    labels[:fooled] = -1
+    case = WorstCase(x, torch.zeros_like(y), labels, torch.zeros(1, 4, 10).long())
     settings = {"denial": [case], "evasion": [case]}
-    sweep = Sweep([0.0], y, index, {"resnet": y, "ito": y}, [{"resnet": found}], [y], [{"resnet": x}], **settings)
+    sweep = Sweep([0.0], y, index, {"resnet": y, "ito": y}, [{"resnet": labels}], [y], [{"resnet": x}], **settings)
     attack_picture(tmp_path / "a.png", sweep, {0.0: "0"}, "linf", data)
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
@@ -377,8 +401,8 @@ def test_a_picture_of_an_attack_shows_however_many_fell(fallen: int, tmp_path: P
         "attack --rule {}",
         "attack --limit {}",
         "attack --suite {}",
-        "attack --suite standard --peer {}",
-        "attack --suite standard --noise {}",
+        "suite --peer {}",
+        "suite --noise {}",
         "attack {}",
         "attack --device {}",
         "evaluate --confidence {}",
@@ -551,15 +575,15 @@ def test_evaluate_says_how_many_inferences_voted_for_nobody(here: Path, capfd, m
 
     predict = ItoEnsemble.predict
 
-    def half_blind(self, x, *rest, **settings):
-        found = predict(self, x, *rest, **settings)
-        return replace(found, invalid=torch.full_like(found.drawn, 2))
+    def partly_invalid(self, x, *rest, **settings):
+        prediction = predict(self, x, *rest, **settings)
+        return replace(prediction, invalid=torch.full_like(prediction.drawn, 2))
 
     said = "inferences had logits that are not finite and voted for nobody."
     code, out, _ = ito_sde("evaluate --run tiny --limit 3", capfd)
     assert code == 0
     assert said not in out
-    monkeypatch.setattr(ItoEnsemble, "predict", half_blind)
+    monkeypatch.setattr(ItoEnsemble, "predict", partly_invalid)
     code, out, _ = ito_sde("evaluate --run tiny --limit 3 --untrained", capfd)
     assert f"\n6 {said}" in out
     assert f"Before fine-tuning: 6 {said}" in out
@@ -573,7 +597,7 @@ def test_a_suite_of_a_run_whose_name_is_not_utf_8_leaves_its_evidence(here: Path
         shutil.copytree("runs/tiny", Path("runs") / name)
     except (OSError, UnicodeEncodeError):
         pytest.skip("this file system has no such names")
-    line = f"attack --suite standard --effort 0.02 --eps 0.1 --limit 2 --bundle evidence --run {name}"
+    line = f"suite --effort 0.02 --eps 0.1 --limit 2 --bundle evidence --run {name}"
     code, _, err = ito_sde(line, capfd)
     assert code == 0, err
     assert json.loads(Path("evidence/linf-0.1/records.json").read_text())["config"]["run"] == f"runs/{name}"
@@ -589,12 +613,30 @@ def test_json_holds_no_nan(here: Path, capfd: pytest.CaptureFixture) -> None:
 # --- words ----------------------------------------------------------------------------------------------
 
 
-def test_help_names_all_objectives_and_all_are_taken(here: Path, capfd: pytest.CaptureFixture) -> None:
-    from neuralsde_ito.cli.options import OBJECTIVES as named
+def test_the_names_of_the_options_are_those_of_the_library() -> None:
+    from neuralsde_ito.cli import options
 
+    from neuralsde_ito.attacks import BALLS, PRESETS
+    from neuralsde_ito.attacks.objectives import OBJECTIVES
+    from neuralsde_ito.attacks.other_libraries import PEERS
+    from neuralsde_ito.attacks.report import NOISES
+    from neuralsde_ito.attacks.sweep import SURROGATES
+    from neuralsde_ito.models.resnets import ARCHITECTURES
+    from neuralsde_ito.models.votes import RULES
+
+    assert tuple(BALLS) == options.NORMS
+    assert tuple(PRESETS) == options.PRESETS
+    assert tuple(OBJECTIVES) == options.OBJECTIVES
+    assert tuple(SURROGATES) == options.SURROGATES
+    assert tuple(NOISES) == options.NOISES
+    assert tuple(PEERS) == options.PEERS
+    assert tuple(RULES) == options.RULES
+    assert tuple(ARCHITECTURES) == options.ARCHITECTURES
+
+
+def test_help_names_all_objectives_and_all_are_taken(here: Path, capfd: pytest.CaptureFixture) -> None:
     from neuralsde_ito.attacks.objectives import OBJECTIVES
 
-    assert tuple(OBJECTIVES) == named
     code, out, _ = ito_sde(["attack", "--help"], capfd)
     assert code == 0
     assert all(name in "".join(out.split()) for name in OBJECTIVES)  # a line may end at a hyphen
@@ -654,14 +696,13 @@ VERBS = {
         {**RUN, **VOTE, "--norm": ["linf", "l2"], "--eps": ["0.1", "8/255", "0"], "--preset": ["fgsm", "default"],
          "--step-size": ["0.1"], "--objective": ["dlr", "denial", "targeted-dlr"], "--restarts": ["2"],
          "--random-start": None, "--no-random-start": None, "--surrogate": ["resnet", "member"], "--batch-size": ["1"],
-         "--save": ["adversarial"], "--json": None, "--bundle": ["evidence"], "--resume": None, "--peer": ["foolbox"],
-         "--noise": ["fixed"], "--repeat": ["2"], "--effort": ["0.1", "nan", "inf", "-1"]},
+         "--save": ["adversarial"], "--json": None, "--bundle": ["evidence"]},
     ),
-    "attack --suite standard": (
+    "suite": (
         ["--limit", "2", "--effort", "0.02", "--eps", "0.1"],
         {**RUN, **VOTE, "--norm": ["linf"], "--noise": ["fresh", "fixed", "known"], "--repeat": ["1", "2"],
          "--resume": None, "--bundle": ["evidence"], "--peer": ["foolbox"], "--batch-size": ["1"], "--json": None,
-         "--save": ["x"], "--preset": ["fgsm"]},
+         "--save": ["x"], "--effort": ["0.01", "nan", "inf", "-1"]},
     ),
     "audit": (
         ["--limit", "2", "--steps", "1", "--eot", "2", "--queries", "2", "--draws", "4"],
@@ -784,4 +825,4 @@ def test_random_lines_end_in_a_result_or_a_sentence(here: Path, capfd: pytest.Ca
             failed.append(f"{written}\n    {type(error).__name__}: {str(error)[:1500]}")
     assert not failed, f"{len(failed)} of {LINES} lines (seed {SEED}):\n" + "\n".join(failed)
     print(f"{LINES} lines, seed {SEED}, by exit code: {ends}")
-    assert min(ends[0], ends[2]) > LINES / 10, ends  # both kinds are met
+    assert min(ends[0], ends[2]) > LINES / 10, ends  # both ends occur

@@ -31,7 +31,7 @@ def frozen(name: str, **settings) -> FrozenResNet:
 
 
 class ByAutograd(FrozenResNet):
-    solve = ItoResNet.solve
+    solve_blocks = ItoResNet.solve_blocks
 
 
 def by_autograd(quick: FrozenResNet) -> ItoResNet:
@@ -46,7 +46,7 @@ def both_ways(quick: FrozenResNet, state: Tensor, keys: Tensor) -> list[tuple[Te
     found = []
     for model in (quick, by_autograd(quick)):
         at = state.clone().requires_grad_()
-        logits = model.propagate(at, keys)
+        logits = model.along_paths(at, keys)
         weights = torch.linspace(-1, 2, logits.numel()).view(logits.shape)
         found.append((logits.detach(), torch.autograd.grad((weights * logits.log_softmax(-1)).sum(), at)[0]))
     return found
@@ -60,9 +60,9 @@ def test_logits_are_equal_and_gradients_to_rounding(name, omega, copies, size):
     quick = frozen(name, omega=omega, image_shape=(3, 16, 16))
     x = torch.rand(4, 3, size, size)
     keys = ito.make_keys(0, "report", inference=torch.arange(copies)[:, None], index=torch.arange(4))
-    assert quick.by_hand
+    assert quick.manual_gradient
     with torch.no_grad():
-        state = quick.start(x)
+        state = quick.before_noise(x)
     before = state.clone()
     (logits, gradient), (wanted, slope) = both_ways(quick, state, keys)
     assert logits.shape == (copies, 4, 5)
@@ -71,10 +71,10 @@ def test_logits_are_equal_and_gradients_to_rounding(name, omega, copies, size):
     assert torch.allclose(gradient, slope, rtol=1e-4, atol=1e-5 * float(slope.abs().max()))
     assert torch.equal(state, before)
     with torch.no_grad():
-        assert torch.equal(quick.propagate(state, keys), wanted)
-        assert torch.allclose(quick.propagate(state, keys[0]), wanted[0], rtol=0, atol=1e-5)  # another batch
+        assert torch.equal(quick.along_paths(state, keys), wanted)
+        assert torch.allclose(quick.along_paths(state, keys[0]), wanted[0], rtol=0, atol=1e-5)  # another batch
     with torch.inference_mode():
-        assert torch.equal(quick.propagate(state, keys), wanted)
+        assert torch.equal(quick.along_paths(state, keys), wanted)
 
 
 def test_keys_that_do_not_fit_are_refused_on_both_ways():
@@ -82,7 +82,7 @@ def test_keys_that_do_not_fit_are_refused_on_both_ways():
     state = torch.rand(4, 16, 16, 16)
     for model, keys in itertools.product((quick, by_autograd(quick)), [torch.arange(3), torch.ones(4, 2).long()]):
         with pytest.raises(ValueError, match="One key an image"):
-            model.propagate(state, keys)
+            model.along_paths(state, keys)
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,11 @@ def test_keys_that_do_not_fit_are_refused_on_both_ways():
 def test_whatever_else_a_block_does_autograd_follows(change, by_hand):
     quick = frozen(PADDED)
     change(quick)
-    assert quick.by_hand == by_hand
+    assert quick.manual_gradient == by_hand
     if isinstance(quick.sdes[2].block.downsample, nn.AvgPool2d):  # it does not widen
         quick.sdes[2].block.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(16, 32, 1)).requires_grad_(False)
     with torch.no_grad():
-        state = quick.start(torch.rand(3, 3, 16, 16))
+        state = quick.before_noise(torch.rand(3, 3, 16, 16))
     (logits, gradient), (wanted, slope) = both_ways(quick, state, torch.arange(3))
     assert torch.equal(logits, wanted)
     assert torch.allclose(gradient, slope, rtol=1e-4, atol=1e-5 * float(slope.abs().max()))
@@ -119,7 +119,7 @@ def test_whatever_else_a_block_does_autograd_follows(change, by_hand):
 def test_bottlenecks_float64_and_autocast_are_autograd_s():
     torch.manual_seed(0)
     deep = quicken(ito.recast(CifarResNet(Bottleneck, (1, 1), (4, 8), 5, 3, option_a=False), omega=0.3))
-    assert not deep.by_hand
+    assert not deep.manual_gradient
     quick = frozen(PADDED)
     x, keys = torch.rand(3, 3, 16, 16), torch.arange(3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -134,7 +134,7 @@ def test_without_the_compiled_pass_results_stay(monkeypatch):
     x, keys = torch.rand(3, 3, 16, 16), torch.arange(3)
     wanted, largest = quick(x, keys), piece_of(quick, x, gradient=True)
     monkeypatch.setattr(kernels, "library", None)
-    assert not quick.by_hand
+    assert not quick.manual_gradient
     assert piece_of(quick, x, gradient=True) == largest // 2
     assert torch.allclose(quick(x, keys), wanted, rtol=0, atol=1e-4)
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import neuralsde_ito as ito
 from neuralsde_ito.attacks import PGD, Square, targets
+from neuralsde_ito.attacks.inspection import as_called, replay
 from neuralsde_ito.attacks.objectives import mean_loss
 from neuralsde_ito.attacks.sweep import surrogate_models
-from neuralsde_ito.attacks.targets import ModuleTarget, as_called, as_target, classify
+from neuralsde_ito.attacks.targets import ModuleTarget, as_target, classify
 from neuralsde_ito.audits.audit import CHECKS, audit
-from neuralsde_ito.audits.case import Attempt, Subject, frozen
+from neuralsde_ito.audits.case import AuditCase, JudgedAttack, input_gradients_only
 from neuralsde_ito.audits.check import percent
 from neuralsde_ito.audits.gradients import solver_gradient
 from neuralsde_ito.noise.keys import PathRange
@@ -273,7 +274,7 @@ def test_a_graph_stays_within_its_bound(x, monkeypatch):
     y, sizes = known(model, x), []
     each = targets.graph_bytes(model, x[:4]) // 4
     assert 0 < 8 * each == targets.graph_bytes(model, x[:8])  # what an image's layers hold, not the weights
-    monkeypatch.setattr(targets, "_GRAPH", {"cpu": 5 * each * 2})
+    monkeypatch.setattr(targets, "_GRAPH_BYTES", {"cpu": 5 * each * 2})
     target = ModuleTarget(model, x)
     model.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     target.at_once(1)
@@ -351,13 +352,13 @@ def test_noise_from_elsewhere_is_not_taken_for_company(x):
 def test_noise_by_place_in_the_batch_meets_the_same_cuts(x):
     model = Odd(lambda logits, x: logits + 5 * torch.randn(len(x), 10))
     y = known(model.net, x)
-    with frozen(model):
+    with input_gradients_only(model):
         for size in (12, 5, 3):
-            subject = Subject(model, x, y, PGD(eps=1e-3, steps=2, eot=2), batch_size=size)
-            found = checks.known_noise(subject)
+            case = AuditCase(model, x, y, PGD(eps=1e-3, steps=2, eot=2), batch_size=size)
+            found = checks.known_noise(case)
             # Hardly anything is moved: what is right is told by the paths, and these by the place in a batch.
             with torch.no_grad():
-                right = torch.cat([subject.fixed(part).argmax(1) for part in x.split(size)]) == y
+                right = torch.cat([case.fixed(part).argmax(1) for part in x.split(size)]) == y
             assert found.figure.startswith(f"{percent(float(right.double().mean()))} to ")
 
 
@@ -436,19 +437,19 @@ def test_rough_where_the_loss_is_no_number(x):
     y = known(net, x)
     odd = lambda points: (points * 1e4).frac().mean((1, 2, 3))[:, None] > 0.5  # noqa: E731
     model = Odd(lambda logits, points: torch.where(odd(points), torch.nan, logits))
-    with frozen(model):
-        subject = Subject(model, x, y, PGD(eps=1e-6, steps=1))
-        subject.__dict__["survivors"] = torch.arange(12)
-        _ = subject.main
-        assert checks.rough_landscape(subject).verdict == "fail"
+    with input_gradients_only(model):
+        case = AuditCase(model, x, y, PGD(eps=1e-6, steps=1))
+        case.__dict__["survivors"] = torch.arange(12)
+        _ = case.white_box
+        assert checks.rough_landscape(case).verdict == "fail"
 
 
 def test_a_loss_that_is_not_finite_has_not_come_to_rest(x):
     net = network()
-    subject = Subject(net, x, known(net, x), PGD(eps=1e-3, steps=3))
-    for losses in subject.main.trace.losses:
+    case = AuditCase(net, x, known(net, x), PGD(eps=1e-3, steps=3))
+    for losses in case.white_box.record.losses:
         losses.fill_(torch.inf)
-    assert checks.convergence(subject).verdict == "not applicable"
+    assert checks.convergence(case).verdict == "not applicable"
 
 
 def test_nan_is_no_answer_0(x):
@@ -460,25 +461,25 @@ def test_nan_is_no_answer_0(x):
         """No logits off the grey levels."""
         return torch.where(((4 * points).frac() != 0).flatten(1).any(1)[:, None], torch.nan, logits)
 
-    with frozen(broken := Odd(change, model)):
-        subject = Subject(broken, images, zeros, PGD(eps=0.01, steps=2, eot=2))
-        assert subject.clean.tolist() == [0] * 12
-        assert not subject.main.standing.any()
-        assert checks.selection_bias(subject).figure.startswith("0 % to 0 %")
-        assert checks.known_noise(subject).figure.startswith("0 % to 0 %")
+    with input_gradients_only(broken := Odd(change, model)):
+        case = AuditCase(broken, images, zeros, PGD(eps=0.01, steps=2, eot=2))
+        assert case.clean.tolist() == [0] * 12
+        assert not case.white_box.correct.any()
+        assert checks.selection_bias(case).figure.startswith("0 % to 0 %")
+        assert checks.known_noise(case).figure.startswith("0 % to 0 %")
 
 
 def test_a_vote_of_few_finite_answers_is_none(x):
     calls = itertools.count()
     net = network()
     model = Odd(lambda logits, _: logits * (1 if next(calls) % 4 == 0 else torch.nan), net)
-    subject = Subject(model, x, known(net, x))
-    subject.__dict__["target"] = as_target(with_dropout(), x)  # what makes it a randomised one
-    assert subject.clean.tolist() == [ito.ABSTAIN] * 12
+    case = AuditCase(model, x, known(net, x))
+    case.__dict__["target"] = as_target(with_dropout(), x)  # what makes it a randomised one
+    assert case.clean.tolist() == [ito.ABSTAIN] * 12
 
 
 def test_the_noise_of_a_module_with_nan_can_be_fixed(x):
-    assert Subject(Odd(nan_logits, with_dropout()), black(x), torch.zeros(12, dtype=torch.int64)).fixed is not None
+    assert AuditCase(Odd(nan_logits, with_dropout()), black(x), torch.zeros(12, dtype=torch.int64)).fixed is not None
 
 
 def test_random_draws_find_logits_that_are_not_finite(x):
@@ -487,12 +488,12 @@ def test_random_draws_find_logits_that_are_not_finite(x):
     model = Odd(lambda logits, points: torch.where(points[:, :, 0, 0] < 0.5, logits, logits / 0), net)
     images = x.clone()
     images[:, :, 0, 0] = 0.45
-    found = checks.random_noise(Subject(model, images, known(net, images), PGD(eps=0.1, steps=1, random_start=False)))
+    found = checks.random_noise(AuditCase(model, images, known(net, images), PGD(eps=0.1, steps=1, random_start=False)))
     assert found.verdict == "fail", found
 
 
 def test_a_landscape_with_gaps_is_drawn(x):
-    from neuralsde_ito.cli.report import _landscape
+    from neuralsde_ito.cli.report import landscape_lines, landscape_plane
 
     net = network()
     model = Odd(nan_logits, net)
@@ -502,9 +503,9 @@ def test_a_landscape_with_gaps_is_drawn(x):
     assert not found.landscape.loss.isfinite().all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(_landscape(found)) > 1000
+        assert min(len(landscape_lines(found)), len(landscape_plane(found))) > 1000
         found.landscape.loss[:] = torch.nan
-        assert len(_landscape(found)) > 1000
+        assert min(len(landscape_lines(found)), len(landscape_plane(found))) > 1000
 
 
 # --- odd models and odd images --------------------------------------------------------------------------
@@ -641,21 +642,21 @@ def test_replayed_draws_leave_other_generators_alone(x, monkeypatch):
     model = with_dropout()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", touched.append)
     state = torch.get_rng_state()
-    assert torch.equal(targets.replay(model, x, 3), targets.replay(model, x, 3))
+    assert torch.equal(replay(model, x, 3), replay(model, x, 3))
     assert torch.equal(torch.get_rng_state(), state)
     assert not touched
 
 
 def test_the_gradient_is_checked_also_where_the_caller_wants_none(x):
     model = network()
-    with frozen(model), torch.no_grad():
-        assert solver_gradient(Subject(model, x, known(model, x))).verdict == "pass"
+    with input_gradients_only(model), torch.no_grad():
+        assert solver_gradient(AuditCase(model, x, known(model, x))).verdict == "pass"
 
 
 def test_a_ball_of_nan_is_no_ball(x):
     model = network()
     y = known(model, x)
-    subject = Subject(model, x, y, PGD(eps=0.1))
+    case = AuditCase(model, x, y, PGD(eps=0.1))
     standing = torch.zeros(12, dtype=torch.bool)
-    subject.__dict__["main"] = Attempt(x * torch.nan, y, standing, ~standing, None)
-    assert checks.the_ball(subject).verdict == "fail"
+    case.__dict__["white_box"] = JudgedAttack(x * torch.nan, y, standing, ~standing, None)
+    assert checks.the_ball(case).verdict == "fail"

@@ -61,13 +61,13 @@ def test_the_finaliser_is_splitmix64s():
     gen = torch.Generator().manual_seed(0)
     words = torch.randint(-(2**63), 2**63 - 1, (2000,), generator=gen).tolist()
     words += [0, 1, -1, 2**63 - 1, -(2**63), 2**31, -(2**31)]
-    assert keys_._mix_(torch.tensor(words)).tolist() == [signed(mix(w & MASK)) for w in words]
+    assert keys_.mix_(torch.tensor(words)).tolist() == [signed(mix(w & MASK)) for w in words]
 
 
 def test_the_elements_are_the_published_first_outputs_of_splitmix64():
     # Seed 0 of the reference implementation by Vigna, https://prng.di.unimi.it/splitmix64.c
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
-    assert noise._elements(4, torch.device("cpu"))[0].tolist() == [signed(w) for w in published]
+    assert noise.mixed_elements(4, torch.device("cpu"))[0].tolist() == [signed(w) for w in published]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
@@ -341,6 +341,25 @@ def test_w_and_h_on_cells_have_brownian_motions_law(level):
         assert stats.kstest(row[:20000].numpy(), "norm").pvalue > 1e-5
 
 
+def test_the_bridge_is_the_one_that_is_written_down():
+    keys, t0, t1 = make_keys(3, "report", index=torch.arange(4)), 1.0, 1.5
+
+    def normal(variance: float, *address: int) -> torch.Tensor:
+        return math.sqrt(variance) * normals(keys, 6, 2, *address, dtype=torch.float64)
+
+    h = t1 - t0
+    W, H = normal(h, 0, 0, 0), normal(h / 12, 0, 0, 1)
+    z, n = normal(h / 4, 1, 0, 0), normal(h / 48, 1, 0, 1)
+    W_left = W / 2 + 3 * H / 2 + z / 2
+    expected = {0: (W_left, (H - z) / 4 + n), 1: (W - W_left, (H - z) / 4 - n)}
+    for index, (w, area) in expected.items():
+        path = BrownianPath(keys, 6, 2, t0, t1, dtype=torch.float64)
+        for found, wanted in zip(path.cell(1, index), (w, area), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+        u = path(t0 + index * h / 2, t0 + (index + 1) * h / 2, return_U=True)[1]
+        torch.testing.assert_close(u, h / 2 * (w / 2 + area), rtol=0, atol=1e-14)
+
+
 def test_blocks_and_neighbouring_elements_have_independent_paths():
     a = torch.stack([brownian(n=100, size=1000, block=b, seed=5).increment(2, 1) for b in range(4)])
     a = torch.cat([a.flatten(1), a.roll(1, 2).flatten(1)])
@@ -601,7 +620,7 @@ def test_transforms_of_images_and_keys(smooth):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_transformable_noise_is_the_noise(size, dtype):
     keys = make_keys(4, "report", index=torch.arange(5))
-    found = noise._transformable(keys_._absorb(keys, keys_._fold((3, 0, 0, 0))), size, dtype)
+    found = noise.transformable_normals(keys_.absorb(keys, keys_.fold_address((3, 0, 0, 0))), size, dtype)
     torch.testing.assert_close(found, normals(keys, size, 3, 0, 0, 0, dtype=dtype), rtol=2e-6, atol=2e-6)
 
 

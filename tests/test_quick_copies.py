@@ -147,7 +147,7 @@ def test_a_hook_records_where_its_owner_looks():
 def test_a_subclass_with_its_own_forward_is_called():
     made = ready(small())
     model = Louder(made.stem, made.sdes, made.head, made.solver, made.steps, made.checkpoint, made.image_shape)
-    assert not model.plain
+    assert not model.splits_at_noise
     assert max(disagreement(model, X)) < 1e-4
 
 
@@ -173,14 +173,14 @@ def test_batchnorm_without_running_statistics_is_refused():
 def test_a_copy_that_differs_is_not_used(monkeypatch):
     model = ready(small())
     assert isinstance(quicken(model), FrozenResNet)
-    folded = engine._folded
+    folded = engine.folded
 
     def wrong(own: ItoResNet) -> FrozenResNet:
         quick = folded(own)
         quick.head[-1].bias.add_(0.01)
         return quick
 
-    monkeypatch.setattr(engine, "_folded", wrong)
+    monkeypatch.setattr(engine, "folded", wrong)
     assert not isinstance(quicken(model), FrozenResNet)
     assert max(disagreement(model, X)) < 1e-4
 
@@ -287,9 +287,9 @@ def test_threads_on_one_model_with_images_of_different_sizes():
 
 def test_tf32_loosens_the_comparison_on_a_gpu_alone(monkeypatch):
     wanted = torch.tensor([[10.0, 0.0]])
-    assert not engine._close(wanted + 0.05, wanted)
-    assert engine._close(wanted + 5e-4, wanted)
-    assert not engine._close(torch.full_like(wanted, torch.nan), wanted)
+    assert not engine.close_logits(wanted + 0.05, wanted)
+    assert engine.close_logits(wanted + 5e-4, wanted)
+    assert not engine.close_logits(torch.full_like(wanted, torch.nan), wanted)
 
 
 def test_a_default_device_changes_nothing():
@@ -320,7 +320,7 @@ def test_a_gpu_s_copy_stays_on_it():
         module._buffers.update({name: moved(value) for name, value in module._buffers.items()})
     with mode:
         x, keys = torch.rand(2, 3, 12, 12, device="cuda:0"), torch.arange(2, device="cuda:0")
-        for one in (model, engine._folded(model)):
+        for one in (model, engine.folded(model)):
             logits = one(x, keys)
             assert (logits.device.type, tuple(logits.shape)) == ("cuda", (2, 5))
         assert infer(one, x, keys.repeat(3), keys.repeat(3)).device.type == "cuda"

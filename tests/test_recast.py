@@ -345,6 +345,17 @@ def test_networks_that_are_no_chain_of_blocks_are_refused():
         recast(Chain(nn.Identity(), [], nn.Flatten()))
 
 
+def test_a_block_that_runs_in_two_places_is_refused_by_its_names():
+    stem, block = nn.Conv2d(3, 6, 3, padding=1), trained(BasicBlock(6, 6))
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)]
+    with pytest.raises(ValueError, match=r"Sequential runs one block in two places, 1 and 2; give each .* a block of"):
+        recast(nn.Sequential(stem, block, block, *head))
+    # A chain says that it is meant.
+    net = Chain(stem, [block, block], nn.Sequential(*head)).eval()
+    x = random_images(2, 8)
+    assert torch.equal(recast(net, omega=0)(x), net(x))
+
+
 def test_a_block_that_changes_its_input_in_place_is_refused():
     inplace = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 3, 3, padding=1))
     chain = Chain(nn.Identity(), [nn.Sequential(nn.Conv2d(3, 3, 1)), inplace], nn.Flatten())

@@ -1,4 +1,4 @@
-"""An ensemble that was saved from Python, as the verbs of the command line meet it; pictures, as `predict` does."""
+"""An ensemble that was saved from Python and is opened by the verbs; pictures, read by `predict`."""
 
 import json
 import os
@@ -59,9 +59,9 @@ def test_every_verb_opens_what_was_saved(user: ItoEnsemble, words: list[str]) ->
 def test_the_verbs_vote_as_the_saved_ensemble_did(user: ItoEnsemble) -> None:
     index, x, _ = next(ito.load_data("digits", test_limit=30).test.batches(30))
     labels = user.predict(x, seed=4, index=index).labels
-    found = json.loads(ito_sde("evaluate", "--limit", "30", "--seed", "4", "--json").stdout)
-    assert (found["members"], found["inferences"], found["rule"]) == (2, 5, "flat")
-    assert found["ito"]["counts"]["abstained"] == int((labels == ito.ABSTAIN).sum())
+    report = json.loads(ito_sde("evaluate", "--limit", "30", "--seed", "4", "--json").stdout)
+    assert (report["members"], report["inferences"], report["rule"]) == (2, 5, "flat")
+    assert report["ito"]["counts"]["abstained"] == int((labels == ito.ABSTAIN).sum())
 
 
 def test_members_are_loaded_with_the_shape_of_their_images(user: ItoEnsemble, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_run_on_a_folder_keeps_the_size_of_its_images(tmp_path: Path, monkeypa
     assert config.data.size == 12
     assert [sde.shape for sde in ensemble.members[0].sdes] == [(16, 12, 12), (32, 6, 6), (64, 3, 3)]
     first = min((tmp_path / "images" / "test").rglob("*.png"))
-    Image.new("RGB", (30, 30)).save(first)  # which would have decided the size
+    Image.new("RGB", (30, 30)).save(first)  # it would decide the size, if the run did not keep it
     ito_sde("evaluate")
     ito_sde("train", "--resume", "--run", "folder")
     assert json.loads(Path("runs/folder/evaluation.json").read_text(encoding="utf-8"))["config"]["data"]["size"] == 12
@@ -107,7 +107,7 @@ def test_a_pictures_votes_do_not_depend_on_what_is_beside_it(user: ItoEnsemble) 
     assert votes_of("a.png", "other.png", "a.png")["other.png"] == together["c.png"]
 
 
-def test_pictures_that_differ_in_a_pixel_meet_other_noise() -> None:
+def test_pictures_that_differ_in_a_pixel_get_other_noise() -> None:
     from neuralsde_ito.noise.keys import content_index
 
     x = torch.rand(3, 1, 8, 8)
@@ -126,16 +126,16 @@ def test_pictures_that_differ_in_a_pixel_meet_other_noise() -> None:
 def test_inferences_that_voted_for_nobody_are_told(user: ItoEnsemble, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "invalid" not in ito_sde("predict", "a.png").output
 
-    def nobody(self: ItoEnsemble, x: torch.Tensor, *_: object, **__: object) -> Prediction:
+    def invalid(self: ItoEnsemble, x: torch.Tensor, *_: object, **__: object) -> Prediction:
         votes = torch.zeros(2, len(x), 10, dtype=torch.int64)
         votes[0, :, 7] = 3
         return Prediction(torch.full((len(x),), ito.ABSTAIN), votes, torch.tensor([10]), torch.tensor([7]))
 
-    monkeypatch.setattr(ItoEnsemble, "predict", nobody)
+    monkeypatch.setattr(ItoEnsemble, "predict", invalid)
     assert "7 of 10 inferences were invalid" in ito_sde("predict", "a.png").output
     record = json.loads(ito_sde("predict", "a.png", "--json").stdout)["images"][0]
     assert record["invalid"] == 7
-    assert record["top"]["7"] == 0.3  # a share of all inferences, not of those that voted
+    assert record["top"]["7"] == 0.3  # a share of all inferences, also of the invalid ones
 
 
 def test_predict_says_that_a_picture_is_read_on_white(user: ItoEnsemble) -> None:

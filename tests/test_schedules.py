@@ -1,11 +1,12 @@
 """The diffusion: its values, its shape, and what it refuses."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from neuralsde_ito.sde.schedules import SCHEDULES, Schedule
+from neuralsde_ito.sde.schedules import SCHEDULES, Law, Schedule
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,27 @@ def test_g_is_the_diagonal_in_the_states_shape_and_dtype(name, dtype):
         expected = x * sigma if "multiplicative" in name else torch.full_like(x, sigma)
         torch.testing.assert_close(g, expected, rtol=1e-6, atol=0)
     assert schedule.multiplicative == ("multiplicative" in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("inverse-time", "0.2 / (1 + t)"),
+        ("constant", "0.2"),
+        ("multiplicative", "0.2 / (1 + t) * x"),
+        ("constant-multiplicative", "0.2 * x"),
+    ],
+)
+def test_the_formula_as_text(name, formula):
+    assert Schedule(0.2, name).formula == formula
+
+
+def test_a_schedule_is_one_entry_of_the_table(monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "decaying", Law("omega * exp(-t)", lambda omega, t: omega * math.exp(-t)))
+    schedule = Schedule(0.5, "decaying")
+    assert schedule.formula == "0.5 * exp(-t)"
+    assert schedule.sigma(1.0) == 0.5 * math.exp(-1)
+    assert not schedule.multiplicative
 
 
 def test_no_noise_is_a_strength_too():

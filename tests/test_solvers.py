@@ -30,12 +30,12 @@ from neuralsde_ito.models.resnets import MEAN, STD, CifarResNet, Normalize
 from neuralsde_ito.noise.brownian import BrownianPath
 from neuralsde_ito.noise.keys import make_keys
 from neuralsde_ito.sde.block import BlockSDE
-from neuralsde_ito.sde.integrate import integrate
+from neuralsde_ito.sde.integrate import NATIVE, integrate
 from neuralsde_ito.sde.schedules import Schedule
-from neuralsde_ito.sde.solvers import SOLVERS, check_solver, find_solver
+from neuralsde_ito.sde.solvers import SOLVERS, ByNoise, Solver, check_solver, find_solver, solvers_for
 
-SDE_SOLVERS = [name for name, solver in SOLVERS.items() if solver.library != "torchdiffeq"]
-ODE_SOLVERS = [name for name, solver in SOLVERS.items() if solver.library == "torchdiffeq"]
+SDE_SOLVERS = [name for name, solver in SOLVERS.items() if solver.form != "ode"]
+ODE_SOLVERS = [name for name, solver in SOLVERS.items() if solver.form == "ode"]
 FIXED_ODE_SOLVERS = [name for name in ODE_SOLVERS if not SOLVERS[name].adaptive]
 ADDITIVE, MULTIPLICATIVE = "inverse-time", "multiplicative"
 
@@ -81,7 +81,7 @@ def test_strong_order(problem, solver, order, steps):
 @pytest.mark.parametrize("problem", list(PROBLEMS))
 @pytest.mark.parametrize("solver", SDE_SOLVERS)
 def test_no_strong_order_is_below_the_tables(solver, problem):
-    claim = SOLVERS[solver].order[problem == "gbm"]
+    claim = SOLVERS[solver].order.given(multiplicative=problem == "gbm")
     assert strong_order(*solved(problem), solver, (8, 16, 32)) > claim - 0.15
 
 
@@ -89,7 +89,7 @@ def test_stratonovich_solvers_solve_the_ito_equation():
     # Without the correction of the drift they would converge too, to a solution that is exp(omega^2 / 2) off.
     problem, exact = solved("gbm")
     for name, solver in SOLVERS.items():
-        if solver.stratonovich:
+        if solver.form == "stratonovich":
             with torch.no_grad():
                 assert float((problem.solve(name, 64) / exact - 1).abs().mean()) < 0.01, name
 
@@ -107,7 +107,7 @@ def logistic(solver: str, steps: int) -> float:
 def test_order_of_ode_methods(solver):
     steps = (16, 32, 64, 128)
     order = slope(steps, [logistic(solver, n) for n in steps])
-    assert order == pytest.approx(SOLVERS[solver].order[0], abs=0.15)
+    assert order == pytest.approx(SOLVERS[solver].order.additive, abs=0.15)
 
 
 @pytest.mark.parametrize("solver", [name for name in ODE_SOLVERS if SOLVERS[name].adaptive])
@@ -132,6 +132,40 @@ def test_native_euler_is_torchsdes(name, steps):
     problem, _ = solved(name)
     ours, theirs = problem.solve("euler", steps), problem.solve("torchsde:euler", steps)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def heun(sde, path, steps, x, first, last):
+    """Heun's method for the Stratonovich form, as the page on architecture adds it."""
+    h, form, y = (sde.t1 - sde.t0) / steps, sde.view("stratonovich", tuple(x.shape[1:])), x.flatten(1)
+    for k in range(first, last):
+        t, dw = sde.t0 + k * h, path.increment(steps.bit_length() - 1, k)
+        drift, noise = form.f(t, y), form.g(t, y) * dw
+        ahead = y + h * drift + noise
+        y = y + h * (drift + form.f(t + h, ahead)) / 2 + (noise + form.g(t + h, ahead) * dw) / 2
+    return y.view(x.shape)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("schedule", [ADDITIVE, MULTIPLICATIVE])
+def test_a_method_of_our_own_is_one_entry_and_one_function(monkeypatch, schedule, checkpoint):
+    entry = Solver("native", "heun", ByNoise(1.0, 1.0), ByNoise(2, 2), forms=("stratonovich",))
+    monkeypatch.setitem(SOLVERS, "native:heun", entry)
+    monkeypatch.setitem(NATIVE, "heun", heun)
+    x, found = random_images(2, 8, dtype=torch.float64).requires_grad_(), {}
+    for solver in ("heun", "native:heun"):
+        model = recast(tiny(), 0.3, schedule, solver, steps=2, checkpoint=checkpoint)
+        logits = model(x, keys_of(2))
+        found[solver] = torch.cat([logits.flatten(), torch.autograd.grad(logits.sum(), x)[0].flatten()])
+    torch.testing.assert_close(found["native:heun"], found["heun"], rtol=1e-9, atol=1e-10)
+    assert "native:heun" not in solvers_for("diagonal", "stratonovich")  # torchsde's protocol is torchsde's
+
+
+def test_the_solvers_of_a_users_own_sde():
+    assert solvers_for("diagonal", "ito") == ["euler", "milstein", "srk"]
+    assert solvers_for("general", "ito") == ["euler"]
+    rest = ["heun", "midpoint", "euler_heun", "reversible_heun"]
+    assert solvers_for("diagonal", "stratonovich") == ["milstein", *rest]
+    assert solvers_for("general", "stratonovich") == rest
 
 
 @functools.cache
@@ -241,7 +275,8 @@ def test_drift_evaluations_are_the_tables(solver, schedule, steps):
     with torch.no_grad():
         model(random_images(2, 8), keys_of(2))
     row = SOLVERS[solver]
-    expected = row.evaluations[schedule == MULTIPLICATIVE] * steps + row.starts
+    a_step = row.evaluations.given(multiplicative=schedule == MULTIPLICATIVE)
+    expected = a_step * steps + row.initial_evaluations
     assert counts == [1 if sde.jump else expected for sde in model.sdes]
     assert [sde.jump for sde in model.sdes] == [False, True, True]
     after = [sde.block.bn1.num_batches_tracked.item() for sde in model.sdes]

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 import neuralsde_ito as ito
 from neuralsde_ito.attacks import APGD, BALLS, PGD, Square
+from neuralsde_ito.attacks.images import Images
 from neuralsde_ito.attacks.other_libraries import PEERS, OnePath, check_peer, peer_attack
-from neuralsde_ito.attacks.selection import Selection, invalid, report_votes, worst_labels
-from neuralsde_ito.attacks.suite import Step, Suite, SuiteResult, joined, standard
+from neuralsde_ito.attacks.report import Report, invalid, worst_labels
+from neuralsde_ito.attacks.selection import Selection
+from neuralsde_ito.attacks.suite import Step, Suite, SuiteResult, join_results, standard
 from neuralsde_ito.attacks.sweep import least_norm
 from neuralsde_ito.models.ensemble import NoiseFree
 from neuralsde_ito.validation import ItoError
 
 N = 12
+INDEX = torch.arange(N)
 
 
 def make(*omegas: float) -> ito.ItoEnsemble:
@@ -65,19 +68,13 @@ def suite(ensemble, **settings) -> Suite:
     return Suite(steps, {"noise-free": NoiseFree(ensemble)}, **settings)
 
 
-def last(made, radii) -> list[SuiteResult]:
-    """How every radius stands after its last attack."""
-    by = {reached.eps: reached for _, reached in made}
-    return [by[eps] for eps in radii]
-
-
 RADII = [0.02, 0.06, 0.12]
 CASES = ("denial", "evasion")
 
 
 @pytest.fixture(scope="module")
 def alone(ensemble, x, y) -> list[SuiteResult]:
-    return last(suite(ensemble).run(ensemble, x, y, torch.arange(N), RADII), RADII)
+    return suite(ensemble).attack(ensemble, Images(x, y, INDEX), RADII)
 
 
 def test_images_lie_in_the_ball_and_labels_are_the_reports(ensemble, x, y, alone):
@@ -104,15 +101,15 @@ def test_images_are_carried_to_larger_radii_and_sources_are_numbered_through(alo
             assert int(two.source.max()) < 8 * (level + 2)
 
 
-def test_each_attack_meets_what_the_last_ones_left(alone):
-    standing = None
+def test_each_attack_runs_on_what_the_last_ones_left(alone):
+    left = None
     for found in alone:
         assert len(found.attacked) == 8
-        for met, felled in zip(found.attacked[:4], found.fooled[:4], strict=True):
-            assert standing is None or met == standing
-            standing = met - felled
-        for met, felled, after in zip(found.attacked[4:], found.fooled[4:], found.attacked[5:], strict=False):
-            assert after == met - felled
+        assert found.survivors == tuple(a - f for a, f in zip(found.attacked, found.fooled, strict=True))
+        for attacked, survivors in zip(found.attacked[:4], found.survivors[:4], strict=True):
+            assert left is None or attacked == left
+            left = survivors
+        assert found.attacked[5:] == found.survivors[4:7]
         for square in (3, 7):
             assert found.gradients[square] == 0
             assert found.queries[square] > 0 or found.attacked[square] == 0
@@ -127,7 +124,7 @@ def test_no_vote_of_the_report_chooses(ensemble, x, y, monkeypatch):
         return predict(self, x, seed, index, purpose, **settings)
 
     monkeypatch.setattr(ito.ItoEnsemble, "predict", record)
-    list(suite(ensemble).run(ensemble, x, y, torch.arange(N), [0.04, 0.1]))
+    suite(ensemble).attack(ensemble, Images(x, y, INDEX), [0.04, 0.1])
     purposes = [purpose for purpose, _ in asked]
     first = purposes.index("report")
     assert set(purposes[:first]) == {"selection"}
@@ -143,7 +140,7 @@ def test_what_the_report_says_chooses_nothing(ensemble, x, y, alone, monkeypatch
         return replace(found, votes=found.votes.roll(1, -1)) if purpose == "report" else found
 
     monkeypatch.setattr(ito.ItoEnsemble, "predict", contrary)
-    again = last(suite(ensemble).run(ensemble, x, y, torch.arange(N), RADII), RADII)
+    again = suite(ensemble).attack(ensemble, Images(x, y, INDEX), RADII)
     for one, two in zip(alone, again, strict=True):
         assert (one.attacked, one.fooled, one.gradients) == (two.attacked, two.fooled, two.gradients)
         for goal in CASES:
@@ -159,16 +156,16 @@ def test_what_abstains_is_attacked_on_for_evasion_at_every_radius(ensemble, x, y
         return run(self, model, x, y, seed, index, start)
 
     monkeypatch.setattr(PGD, "run", record)
-    found = last(suite(ensemble).run(ensemble, x, y, torch.arange(N), RADII), RADII)
+    found = suite(ensemble).attack(ensemble, Images(x, y, INDEX), RADII)
     attacked = {eps: set() for eps in RADII}
     for goal, eps, names, start in met:
         if goal == "evasion":
             attacked[eps] |= set(names)
             assert start is not None  # from the best candidate
             assert float(BALLS["linf"].length(start - x[names]).max()) <= eps + 1e-6
-    clean = Selection(ensemble, x, y, torch.arange(N))
-    clean.begin()
-    refused = set(clean.standing("evasion").tolist())
+    clean = Selection(ensemble, Images(x, y, INDEX), Report())
+    clean.offer_clean()
+    refused = set(clean.to_attack("evasion").tolist())
     assert refused  # abstained on without attack
     assert refused <= attacked[RADII[0]]
     assert attacked[RADII[0]] & attacked[RADII[1]] & attacked[RADII[2]]
@@ -180,7 +177,7 @@ def test_what_abstains_is_attacked_on_for_evasion_at_every_radius(ensemble, x, y
 
 def test_evasion_at_one_radius_is_no_weaker_after_smaller_ones(ensemble, x, y, alone):
     # An abstention that is carried upward and never attacked again raised "correct + abstained".
-    (only,) = last(suite(ensemble).run(ensemble, x, y, torch.arange(N), RADII[2:]), RADII[2:])
+    (only,) = suite(ensemble).attack(ensemble, Images(x, y, INDEX), RADII[2:])
 
     def wrong(found: SuiteResult) -> int:
         return int(((found.evasion.labels != y) & (found.evasion.labels != ito.ABSTAIN)).sum())
@@ -200,7 +197,7 @@ def test_a_suite_killed_after_any_step_goes_on_as_if_nothing_had_happened(ensemb
     radii, keep, order, some = RADII[1:], Suite._keep, [], torch.arange(0, N, 2)
 
     def run(**settings) -> list[SuiteResult]:
-        return last(suite(ensemble, **settings).run(ensemble, x[some], y[some], some, radii), radii)
+        return suite(ensemble, **settings).attack(ensemble, Images(x[some], y[some], some), radii)
 
     whole = run()
     assert all(max(found.fooled[:4]) and max(found.fooled[4:]) for found in whole)  # there is credit to be lost
@@ -234,7 +231,7 @@ def test_a_suite_killed_at_every_step_ends_as_if_nothing_had_happened(ensemble, 
     monkeypatch.setattr(Suite, "_keep", staticmethod(stop))
     while True:
         try:
-            again = last(suite(ensemble, state=tmp_path).run(ensemble, x, y, torch.arange(N), RADII), RADII)
+            again = suite(ensemble, state=tmp_path).attack(ensemble, Images(x, y, INDEX), RADII)
             break
         except KeyboardInterrupt:
             kills += 1
@@ -244,7 +241,7 @@ def test_a_suite_killed_at_every_step_ends_as_if_nothing_had_happened(ensemble, 
 
 def test_radii_that_print_alike_are_not_taken_for_one_another(ensemble, x, y, tmp_path):
     radii = [0.1, 0.1 + 1e-9]
-    first, second = last(suite(ensemble, state=tmp_path).run(ensemble, x, y, torch.arange(N), radii), radii)
+    first, second = suite(ensemble, state=tmp_path).attack(ensemble, Images(x, y, INDEX), radii)
     assert first.attacked[0] - sum(first.fooled[:4]) == second.attacked[0]
 
 
@@ -259,7 +256,7 @@ def test_the_worst_of_several_votes_by_hand():
 
 def test_the_reports_votes_are_full_and_repeated_by_seed(ensemble, x):
     names = torch.arange(N) + 7
-    votes = report_votes(ensemble, x, 3, names, 2)
+    votes = Report(3, repeat=2).votes(ensemble, x, names)
     assert votes.shape == (2, 3, N, 4)
     assert (votes.sum(-1) == 5).all()
     for again in range(2):
@@ -272,7 +269,7 @@ def test_an_ensemble_without_answers_is_denied_and_never_evaded(ensemble, x, y):
     with torch.no_grad():
         for member in broken.members[1:]:
             next(p for p in reversed(list(member.parameters()))).fill_(torch.inf)
-    found = last(suite(broken).run(broken, x[:4], y[:4], torch.arange(4), RADII[:1]), RADII[:1])[0]
+    found = suite(broken).attack(broken, Images(x[:4], y[:4], torch.arange(4)), RADII[:1])[0]
     for case in (found.denial, found.evasion):
         assert (case.labels == ito.ABSTAIN).all()
         assert invalid(case.votes, 5) == 2 * 5 * 4  # two members, five inferences, four images
@@ -284,11 +281,11 @@ def test_an_ensemble_without_answers_is_denied_and_never_evaded(ensemble, x, y):
 
 def test_batches_are_joined(ensemble, x, y, alone):
     parts = [
-        last(suite(ensemble).run(ensemble, x[part], y[part], torch.arange(N)[part], RADII), RADII)
+        suite(ensemble).attack(ensemble, Images(x[part], y[part], torch.arange(N)[part]), RADII)
         for part in (slice(0, 5), slice(5, N))
     ]
     for level, whole in enumerate(alone):
-        found = joined([part[level] for part in parts])
+        found = join_results([part[level] for part in parts])
         for goal in CASES:
             assert torch.equal(getattr(found, goal).labels, getattr(whole, goal).labels)
             assert torch.equal(getattr(found, goal).votes, getattr(whole, goal).votes)
@@ -301,16 +298,15 @@ def left(made: list[SuiteResult], y: Tensor) -> int:
 
 
 def test_whoever_knows_the_paths_or_asks_often_leaves_no_more(ensemble, x, y, alone):
-    known = last(suite(ensemble, noise="known").run(ensemble, x, y, torch.arange(N), RADII[:2]), RADII[:2])
+    known = suite(ensemble, noise="known").attack(ensemble, Images(x, y, INDEX), RADII[:2])
     assert left(known, y) <= left(alone[:2], y)
-    often = last(suite(ensemble, repeat=5).run(ensemble, x, y, torch.arange(N), RADII[:2]), RADII[:2])
+    often = suite(ensemble, repeat=5).attack(ensemble, Images(x, y, INDEX), RADII[:2])
     assert left(often, y) <= left(alone[:2], y)
 
 
 def test_fixed_noise_is_the_same_for_all_images(ensemble, x, y):
-    one = suite(ensemble, noise="fixed")
-    same = x[:1].expand(4, -1, -1, -1)
-    decided = one.decide(ensemble, same, y[:1].expand(4), torch.arange(4))
+    same = Images(x[:1].expand(4, -1, -1, -1), y[:1].expand(4), torch.arange(4))
+    decided = suite(ensemble, noise="fixed").report.decide(ensemble, same)
     assert (decided == decided[0]).all()
 
 
@@ -321,7 +317,7 @@ def test_settings_that_cannot_be(ensemble, x, y):
         suite(ensemble, repeat=0)
     for radii in ([0.1, 0.05], [0.1, 0.1]):
         with pytest.raises(ito.ItoError, match="Radii must rise"):
-            next(suite(ensemble).run(ensemble, x, y, torch.arange(N), radii))
+            suite(ensemble).attack(ensemble, Images(x, y, INDEX), radii)
 
 
 def test_standard_spends_no_more_than_eotpgd_or_autoattack():
@@ -391,7 +387,7 @@ def test_a_peer_sees_fresh_noise_and_is_counted(ensemble, x):
     assert not torch.equal(model(x), model(x))
     at = x.clone().requires_grad_()
     model(at).sum().backward()
-    assert (model.forwards, model.backwards) == (3 * N, N)
+    assert (model.inferences, model.gradients) == (3 * N, N)
 
 
 def test_a_peer_that_is_unknown_or_absent(monkeypatch):

@@ -2,6 +2,8 @@
 
 import io
 import math
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,20 +14,12 @@ from safetensors.torch import load_file
 import neuralsde_ito as ito
 from neuralsde_ito.files import write_atomically
 from neuralsde_ito.models.ensemble import ItoEnsemble
-from neuralsde_ito.runs import saving as checkpoints
+from neuralsde_ito.runs import weights as weight_files
+from neuralsde_ito.runs.build import build_resnet, load_dataset, pick_device
 from neuralsde_ito.runs.config import Fit, differing_keys, parse_config
-from neuralsde_ito.runs.run import (
-    build_resnet,
-    find_run,
-    is_complete,
-    load_dataset,
-    new_run_name,
-    pick_device,
-    prepare_run,
-    train_run,
-)
-from neuralsde_ito.runs.saving import load_base, member_path, save_weights, to_resnet
+from neuralsde_ito.runs.run import Run, new_run_name
 from neuralsde_ito.runs.training import Interrupted, Trainer, learning_rate, member_seed
+from neuralsde_ito.runs.weights import save_weights, to_resnet
 
 TINY = {
     "data.train_limit": 96,
@@ -43,9 +37,15 @@ def tiny(**changes: object) -> ito.Config:
     return ito.load_config("digits", overrides={**TINY, **{key.replace("__", "."): v for key, v in changes.items()}})
 
 
-def run(folder: Path, config: ito.Config, **callbacks) -> None:
-    prepare_run(folder, config, resume=(folder / "config.yaml").exists(), overwrite=False)
-    train_run(folder, config, load_dataset(config), torch.device("cpu"), **callbacks)
+def run(folder: Path, config: ito.Config, **callbacks) -> Run:
+    """A run that is trained; where there is one, it is resumed."""
+    if (folder / "config.yaml").exists():
+        made = Run.open(folder)
+        made.check_config(config)
+    else:
+        made = Run.create(folder, config)
+    made.train(load_dataset(config), torch.device("cpu"), **callbacks)
+    return made
 
 
 def test_a_run_that_is_left_at_any_step_ends_like_one_that_was_not(tmp_path: Path) -> None:
@@ -95,26 +95,24 @@ def test_training_does_not_depend_on_the_global_random_state(tmp_path: Path) -> 
     for seed in (1, 2):
         torch.manual_seed(seed)
         run(tmp_path / str(seed), tiny())
-        weights.append(load_file(member_path(tmp_path / str(seed), 1)))
+        weights.append(load_file(tmp_path / str(seed) / "members/01.safetensors"))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_members_differ_and_other_seeds_give_other_runs(tmp_path: Path) -> None:
-    run(tmp_path / "a", tiny())
-    run(tmp_path / "b", tiny(seed=1))
-    a0, a1, b0 = (load_file(member_path(tmp_path / name, m))["fc.weight"] for name, m in (("a", 0), ("a", 1), ("b", 0)))
+    a, b = run(tmp_path / "a", tiny()), run(tmp_path / "b", tiny(seed=1))
+    a0, a1, b0 = (load_file(made.member_file(m))["fc.weight"] for made, m in ((a, 0), (a, 1), (b, 0)))
     assert not torch.equal(a0, a1)
     assert not torch.equal(a0, b0)
     assert len({member_seed(seed, member) for seed in range(50) for member in range(50)}) == 2500
 
 
 def test_weights_skip_the_first_training_and_members_are_plain_resnets(tmp_path: Path) -> None:
-    run(tmp_path / "a", tiny())
-    weights = str(member_path(tmp_path / "a", 0))
+    weights = str(run(tmp_path / "a", tiny()).member_file(0))
     config = tiny(network__weights=weights, finetune__epochs=0)
     run(tmp_path / "b", config)
     assert torch.equal(load_file(tmp_path / "b/resnet.safetensors")["fc.weight"], load_file(weights)["fc.weight"])
-    assert torch.equal(load_file(member_path(tmp_path / "b", 1))["fc.weight"], load_file(weights)["fc.weight"])
+    assert torch.equal(load_file(tmp_path / "b/members/01.safetensors")["fc.weight"], load_file(weights)["fc.weight"])
     net = ito.load_resnet("resnet8", weights, in_channels=1)
     ensemble, _ = ito.load_ensemble(tmp_path / "b")
     x = torch.rand(4, 1, 8, 8)
@@ -303,11 +301,11 @@ def test_a_frozen_copy_is_refused(tmp_path: Path) -> None:
 def test_a_saved_ensemble_holds_a_resnet_to_compare_with(tmp_path: Path) -> None:
     ensemble, x = small_ensemble(), torch.rand(5, 1, 8, 8)
     ito.save_ensemble(tmp_path / "saved", ensemble, tiny())
-    base = load_base(tmp_path / "saved", ito.load_ensemble(tmp_path / "saved")[1])
+    base = Run.open(tmp_path / "saved").resnet()
     assert torch.equal(base(x), ensemble.members[0].base(x))
     net = ito.load_resnet("resnet8", None, 10, 1, (0.4,), (0.3,))
     ito.save_ensemble(tmp_path / "given", ensemble, tiny(), resnet=net)
-    assert torch.equal(load_base(tmp_path / "given", ito.load_ensemble(tmp_path / "given")[1])(x), net(x))
+    assert torch.equal(Run.open(tmp_path / "given").resnet()(x), net(x))
     for wrong, said in (
         (ito.load_resnet("resnet8", None, 10, 1), "mean"),
         (ito.load_resnet("resnet14", None, 10, 1, (0.4,), (0.3,)), r"sdes\.1.*'resnet8'"),
@@ -333,7 +331,7 @@ def test_saving_leaves_the_ensemble_and_the_random_state_alone(tmp_path: Path) -
 
 def test_a_save_over_a_run_that_is_cut_off_is_no_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ito.save_ensemble(tmp_path / "saved", small_ensemble(), tiny())
-    assert is_complete(tmp_path / "saved")
+    assert Run.open(tmp_path / "saved").is_complete
 
     def cut_off(path: Path, content: bytes) -> None:
         if path.name == "01.safetensors":
@@ -341,23 +339,23 @@ def test_a_save_over_a_run_that_is_cut_off_is_no_finished_run(tmp_path: Path, mo
         write_atomically(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "write_atomically", cut_off)
+        patch.setattr(weight_files, "write_atomically", cut_off)
         with pytest.raises(KeyboardInterrupt):
             ito.save_ensemble(tmp_path / "saved", small_ensemble(), tiny())
-    assert not is_complete(tmp_path / "saved")  # members of two ensembles
+    assert len(list((tmp_path / "saved/members").iterdir())) == 2  # of two ensembles
     with pytest.raises(ito.ItoError, match="no run in"):
         ito.load_ensemble(tmp_path / "saved")
 
 
 def test_a_run_is_finished_when_the_verbs_can_open_it(tmp_path: Path) -> None:
     ito.save_ensemble(tmp_path / "saved", small_ensemble(), tiny())
-    assert find_run(tmp_path, None) == tmp_path / "saved"
+    assert Run.find(tmp_path).folder == tmp_path / "saved"
     for lost in ("resnet.safetensors", "members/01.safetensors"):
         content = (tmp_path / "saved" / lost).read_bytes()
         (tmp_path / "saved" / lost).unlink()
-        assert not is_complete(tmp_path / "saved")
+        assert not Run.open(tmp_path / "saved").is_complete
         with pytest.raises(ValueError, match="no finished run"):
-            find_run(tmp_path, None)
+            Run.find(tmp_path)
         (tmp_path / "saved" / lost).write_bytes(content)
 
 
@@ -367,7 +365,7 @@ def test_a_run_without_its_resnet_says_so_and_is_not_given_another(tmp_path: Pat
     run(tmp_path / "a", config)
     (tmp_path / "a" / "resnet.safetensors").unlink()
     with pytest.raises(ito.ItoError, match=r"resnet\.safetensors.*save_ensemble"):
-        load_base(tmp_path / "a", config)
+        Run.open(tmp_path / "a").resnet()
     with pytest.raises(ito.ItoError, match=r"resnet\.safetensors.*--overwrite"):
         run(tmp_path / "a", config)
 
@@ -380,29 +378,59 @@ def test_a_torn_configuration_is_one_sentence_and_hides_no_other_run(content: by
     with pytest.raises(ito.ItoError) as caught:
         ito.load_ensemble(tmp_path / "torn")
     assert "\n" not in str(caught.value)
-    assert find_run(tmp_path, None) == tmp_path / "good"
+    assert Run.find(tmp_path).folder == tmp_path / "good"
+
+
+def test_the_newest_run_of_a_kind_is_taken(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        ito.save_ensemble(tmp_path / name, small_ensemble(), tiny())
+    Run.create(tmp_path / "begun", tiny())
+    for name, written in (("old", 1e9), ("new", 1.1e9), ("begun", 1.2e9)):
+        os.utime(tmp_path / name / "config.yaml", (written, written))
+    assert Run.find(tmp_path).folder.name == "new"
+    assert Run.find(tmp_path, complete=False).folder.name == "begun"
+    assert Run.find(tmp_path, "old") == Run.open(tmp_path / "old") == Run.find(Path("nowhere"), str(tmp_path / "old"))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.yaml").write_text("[]")
+    assert Run.find(tmp_path).folder.name == "new"
+    with pytest.raises(ito.ItoError, match="damaged"):  # to resume an older one instead would surprise
+        Run.find(tmp_path, complete=False)
+
+
+def test_a_run_names_all_of_its_files(tmp_path: Path) -> None:
+    assert ito.Run is Run
+    made = Run.create(tmp_path / "a", tiny())
+    assert sorted(file.name for file in made.folder.iterdir()) == ["config.yaml", "environment.json"]
+    assert [file.relative_to(made.folder).as_posix() for file in made.member_files] == [
+        "members/00.safetensors",
+        "members/01.safetensors",
+    ]
+    record = made.result_file("attack", "linf")
+    assert re.fullmatch(r"attack-linf-\d{8}-\d{6}\.json", record.name)
+    assert record.parent == made.suite_state("abc").parent == made.evaluation_file.parent == made.folder
+    assert made.suite_state("abc").name == "suite-abc"
 
 
 def test_unfinished_missing_and_foreign_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no finished run"):
-        find_run(tmp_path, None)
-    prepare_run(tmp_path / "begun", tiny(), resume=False, overwrite=False)
+        Run.find(tmp_path)
+    begun = Run.create(tmp_path / "begun", tiny())
     with pytest.raises(ValueError, match=r"2 of 2 members are missing.*--resume"):
         ito.load_ensemble(tmp_path / "begun")
     with pytest.raises(ValueError, match="no run in"):
         ito.load_ensemble(tmp_path)
     with pytest.raises(ValueError, match="did you mean 'begun'"):
-        find_run(tmp_path, "begum")
-    assert find_run(tmp_path, None, complete=False) == tmp_path / "begun"
+        Run.find(tmp_path, "begum")
+    assert Run.find(tmp_path, complete=False).folder == tmp_path / "begun"
     with pytest.raises(ValueError, match=r"differs in: sde\.omega\."):
-        prepare_run(tmp_path / "begun", tiny(sde__omega=0.3), resume=True, overwrite=False)
+        begun.check_config(tiny(sde__omega=0.3))
     with pytest.raises(ValueError, match="not empty"):
-        prepare_run(tmp_path / "begun", tiny(), resume=False, overwrite=False)
+        Run.create(tmp_path / "begun", tiny())
 
 
 def test_overwrite_begins_anew(tmp_path: Path) -> None:
     run(tmp_path / "a", tiny())
-    prepare_run(tmp_path / "a", tiny(ensemble__members=1), resume=False, overwrite=True)
+    Run.create(tmp_path / "a", tiny(ensemble__members=1), overwrite=True)
     assert not (tmp_path / "a" / "resnet.safetensors").exists()
     assert not list((tmp_path / "a" / "members").glob("*"))
 
@@ -447,7 +475,7 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
 
 
 def one_pixel_net() -> torch.nn.Sequential:
-    """A network whose BatchNorm meets one number an image and channel, as a deep ResNet's does on small images."""
+    """A network whose BatchNorm gets one number for an image and channel, as a deep ResNet's does on small images."""
     torch.manual_seed(0)
     layers = (torch.nn.Conv2d(1, 4, 8), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4, 10))
     return torch.nn.Sequential(*layers)
@@ -550,7 +578,7 @@ def test_a_training_state_of_more_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_torn_metrics_are_one_sentence(tmp_path: Path) -> None:
-    prepare_run(tmp_path / "a", tiny(), resume=False, overwrite=False)
+    Run.create(tmp_path / "a", tiny())
     (tmp_path / "a" / "metrics.jsonl").write_text('{"phase": "resnet", "ep')
     with pytest.raises(ito.ItoError, match=r"metrics\.jsonl.*delete it"):
         run(tmp_path / "a", tiny())
@@ -630,10 +658,8 @@ def test_devices() -> None:
 
 
 def test_the_base_of_a_run_is_the_resnet_it_began_with(tmp_path: Path) -> None:
-    config = tiny()
-    run(tmp_path, config)
-    base = load_base(tmp_path, config)
-    ensemble, _ = ito.load_ensemble(tmp_path)
+    trained = run(tmp_path, tiny())
+    base, ensemble = trained.resnet(), trained.ensemble()
     assert base[0].mean.shape == (1, 1, 1)
     assert len(ensemble.members) == 2
     assert not any(torch.equal(m.head[-1].weight, base[-1].fc.weight) for m in ensemble.members)

@@ -1,7 +1,8 @@
-"""Attacks on decisions under L-inf and L2, with gradients through the solver as it stepped, or with none."""
+"""Attacks on decisions under L-inf and L2: with gradients through the solver's own steps, or without gradients."""
 
 from __future__ import annotations
 
+from .active import ActiveSet
 from .apgd import APGD
 from .base import Attack, AttackResult
 from .norms import BALLS, parse_eps
@@ -10,5 +11,6 @@ from .pgd import PGD, PRESETS, fgsm, pgd
 from .square import Square
 
 __all__ = [  # noqa: RUF022  (in the order of reading)
-    "BALLS", "parse_eps", "OBJECTIVES", "Attack", "AttackResult", "PGD", "PRESETS", "pgd", "fgsm", "APGD", "Square",
+    "BALLS", "parse_eps", "OBJECTIVES", "Attack", "AttackResult", "ActiveSet", "PGD", "PRESETS", "pgd", "fgsm", "APGD",
+    "Square",
 ]  # fmt: skip

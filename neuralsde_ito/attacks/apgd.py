@@ -7,16 +7,15 @@ made on paths of the selection, the same for all iterates of an attempt; gradien
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..noise.keys import make_keys
+from .active import ActiveSet, choose
 from .base import Attack
 from .norms import BALLS
-from .objectives import Objective
-from .panels import Panels
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class APGD(Attack):
     objective: str = "dlr"
 
     def checkpoints(self) -> list[int]:
-        """Steps at which the step length is looked at again: 22 % of all, then ever closer, down to 6 %."""
+        """Steps after which the step length may halve: 22 % of all steps, then ever closer, down to every 6 %."""
         ends, share, length = [0], 22, 22  # in per cent: rounding must not add a step
         while share < 100:
             ends.append(-(-share * self.steps // 100))
@@ -35,68 +34,79 @@ class APGD(Attack):
             share += length
         return sorted({*ends, self.steps})
 
-    def _climb(self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor) -> Tensor:
+    def attempt(self, active: ActiveSet) -> None:
+        """See `Attack.attempt`."""
         ball = BALLS[self.norm]
-        if start is None:
-            keys = make_keys(panels.seed, "gradient", member=-1, inference=panels.attempt, index=panels.index[rows])
-            start = ball.start(x, self.eps, keys).clamp(0, 1)
-        adv = start
-        here = torch.arange(len(x), device=x.device)  # the images still in the batch
-
-        def look(adv: Tensor, here: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-            """The loss that decides, the gradient, and who has fallen."""
-            names = rows[here]
-            loss, logits, gradient = panels.ascend(objective, adv, names, step)
-            if panels.noisy:
-                logits = panels.judge(adv, names, 0)
-                loss = panels.loss(objective, logits, names)
-            done = (
-                panels.beaten(adv, names, logits, 1 + step) if self.stop else torch.zeros_like(names, dtype=torch.bool)
-            )
-            return loss, gradient, done
-
-        loss, gradient, done = look(adv, here, 0)
-        kept = adv.clone()
-        # Of the images still in the batch; compacted together when some leave.
-        best, best_loss, best_gradient, before = adv, loss, gradient, adv
-        length = torch.full((len(x), 1, 1, 1), 2 * self.eps, dtype=x.dtype, device=x.device)
-        rises = torch.zeros(len(x), device=x.device)
-        halved, best_then = torch.ones(len(x), dtype=torch.bool, device=x.device), loss.clone()
-        ends = self.checkpoints()
-        for step in range(1, self.steps + 1):
-            if bool(done.any()):
-                kept[here[done]] = adv[done]
-                stay = ~done
-                adv, before, gradient, best, best_loss, best_gradient, length, rises, halved, best_then, here, loss = (
-                    part[stay]
-                    for part in (
-                        adv, before, gradient, best, best_loss, best_gradient, length, rises, halved, best_then, here,
-                        loss,
-                    )
-                )  # fmt: skip
-            if not len(here):
-                return kept
-            origin = x[here]
-            ahead = ball.project(adv + length * ball.steepest(gradient), origin, self.eps).clamp(0, 1)
+        spans = {end: end - begin for begin, end in itertools.pairwise(self.checkpoints())}
+        loss, gradient, fooled = self._evaluate(active, 0)
+        loss, gradient = active.drop(fooled, loss, gradient)
+        active.keep_best(loss)
+        before, best_gradient = active.iterate, gradient
+        length = _StepLength(2 * self.eps, loss)
+        for step in active.steps(range(1, self.steps + 1)):
+            ahead = self.project(active.iterate + length.now * ball.steepest(gradient), active.origin)
             share = 0.75 if step > 1 else 1.0
-            moved = adv + share * (ahead - adv) + (1 - share) * (adv - before)
-            before, adv = adv, ball.project(moved, origin, self.eps).clamp(0, 1)
+            moved = active.iterate + share * (ahead - active.iterate) + (1 - share) * (active.iterate - before)
+            before, active.iterate = active.iterate, self.project(moved, active.origin)
             last = loss
-            loss, gradient, done = look(adv, here, step)
-            rises = rises + (loss > last)
-            better = loss > best_loss
-            picture = better[:, None, None, None]
-            best, best_gradient = torch.where(picture, adv, best), torch.where(picture, gradient, best_gradient)
-            best_loss = torch.where(better, loss, best_loss)
-            if step in ends[1:]:
-                span = step - ends[ends.index(step) - 1]
-                slow = rises < 0.75 * span
-                stuck = ~halved & (best_loss <= best_then)
-                halved = (slow | stuck) & ~done  # an image that has fallen keeps what it fell to
-                back = halved[:, None, None, None]
-                length = torch.where(back, length / 2, length)
-                adv, gradient = torch.where(back, best, adv), torch.where(back, best_gradient, gradient)
-                loss = torch.where(halved, best_loss, loss)
-                best_then, rises = best_loss.clone(), torch.zeros_like(rises)
-        kept[here] = torch.where(done[:, None, None, None], adv, best)
-        return kept
+            loss, gradient, fooled = self._evaluate(active, step)
+            last, loss, gradient, best_gradient, before = active.drop(
+                fooled, last, loss, gradient, best_gradient, before
+            )
+            length.drop(fooled)
+            better = active.keep_best(loss)
+            best_gradient = choose(better, gradient, best_gradient)
+            length.count(loss > last)
+            if step in spans:  # where the length halves, the search goes on from the best iterate
+                halved = length.halve(spans[step], active.best_loss)
+                active.iterate = choose(halved, active.best, active.iterate)
+                gradient = choose(halved, best_gradient, gradient)
+                loss = torch.where(halved, active.best_loss, loss)
+
+    @staticmethod
+    def _evaluate(active: ActiveSet, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """At the iterate: the loss that decides, the gradient, and which images are settled."""
+        loss, logits, gradient = active.ascend(step)
+        if active.panels.noisy:
+            logits = active.judge(0)
+            loss = active.loss(logits)
+        return loss, gradient, active.settle(logits, 1 + step)
+
+
+class _StepLength:
+    """The length of each image's steps, and conditions 1 and 2 of the paper, by which it halves.
+
+    Attributes:
+        now: ``(K, 1, 1, 1)``, in pixel units.
+    """
+
+    def __init__(self, first: float, loss: Tensor) -> None:
+        """``loss``: at the start, ``(K,)``."""
+        self.now = torch.full_like(loss, first)[:, None, None, None]
+        self._rises = torch.zeros(len(loss), device=loss.device)  # steps since the last checkpoint that raised the loss
+        self._halved = torch.ones_like(loss, dtype=torch.bool)  # at the last checkpoint
+        self._best_loss = loss.clone()  # at the last checkpoint
+
+    def drop(self, settled: Tensor) -> None:
+        """Forget images that left, as `ActiveSet.drop`."""
+        if bool(settled.any()):
+            stay = ~settled
+            self.now, self._rises, self._halved = self.now[stay], self._rises[stay], self._halved[stay]
+            self._best_loss = self._best_loss[stay]
+
+    def count(self, rose: Tensor) -> None:
+        """A step was made; ``rose``: where it raised the loss, bool ``(K,)``."""
+        self._rises = self._rises + rose
+
+    def halve(self, span: int, best_loss: Tensor) -> Tensor:
+        """Halve the length where the search makes no progress; returns where, bool ``(K,)``.
+
+        Either fewer than 75 % of the ``span`` steps since the last checkpoint raised the loss, or neither the length
+        nor the highest loss has changed since.
+        """
+        slow = self._rises < 0.75 * span
+        stuck = ~self._halved & (best_loss <= self._best_loss)
+        self._halved = slow | stuck
+        self.now = choose(self._halved, self.now / 2, self.now)
+        self._best_loss, self._rises = best_loss.clone(), torch.zeros_like(self._rises)
+        return self._halved

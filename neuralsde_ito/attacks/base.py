@@ -1,4 +1,4 @@
-"""What all attacks share: settings, restarts and targets, and what comes back."""
+"""What all attacks share: settings, restarts, classes to aim at, and the result."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..models.ensemble import ItoEnsemble
-from ..models.recast import ItoResNet
-from ..validation import ItoError, check_images, check_labels, image_names, nearest, recordable, whole_number
+from ..models.ensemble import ItoEnsemble, as_ensemble
+from ..validation import ItoError, check_images, check_labels, image_names, one_of, recordable, whole_number
+from .active import START, ActiveSet
+from .inspection import as_called
 from .norms import BALLS, check_eps
-from .objectives import AIMED, OBJECTIVES, Objective, answered
-from .panels import GOALS, Panels, comparable
-from .targets import Target, as_called, as_target
+from .objectives import OBJECTIVES, TARGETED, nan_lowest, zero_invalid
+from .panels import GOALS, Panels, goal_reached
+from .targets import Target, as_target
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack found.
+    """The result of an attack on ``N`` images.
 
     Attributes:
         images: ``(N, C, H, W)``, inside the ball and [0, 1].
@@ -37,14 +38,27 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class Attack:
-    """Settings of one attack; ``run`` is the attack.
+    """Settings of an attack; `run` attacks. A new attack is a subclass that says what one `attempt` does.
+
+    Example:
+        Steps of eps / 4 by the sign of the gradient::
+
+            class SignSteps(Attack):
+                def attempt(self, active):
+                    for step in active.steps(range(self.steps)):
+                        loss, logits, gradient = active.ascend(step)
+                        active.keep_best(loss, logits)
+                        fooled = active.settle(logits, step)
+                        moved = active.iterate + self.eps / 4 * gradient.sign()
+                        active.iterate = self.project(moved, active.origin)
+                        active.drop(fooled)
 
     Attributes:
         norm: a name in `BALLS`.
         eps: radius in pixel units.
         steps: iterations.
-        restarts: each begins anew on the images that still stand; the best of all counts.
-        eot: paths a gradient (or a query) averages, spread over members (expectation over transformation, Athalye
+        restarts: each begins anew on the images that still survive; the best of all counts.
+        eot: paths that a gradient (or a query) averages, spread over members (expectation over transformation, Athalye
             et al. 2018).
         selection: paths that judge an iterate.
         objective: a name in `OBJECTIVES`.
@@ -54,6 +68,9 @@ class Attack:
             wrong class).
         goal: ``denial``, the right class loses its majority, so that the answer is wrong or there is none; or
             ``evasion``, a wrong class gets the majority. They differ where there are several paths.
+
+    Raises:
+        ItoError: a setting that is unknown or out of range.
     """
 
     norm: str = "linf"
@@ -68,12 +85,9 @@ class Attack:
     goal: str = "denial"
 
     def __post_init__(self) -> None:
-        if self.norm not in BALLS:
-            raise ItoError(nearest("norm", self.norm, BALLS))
-        if self.objective not in OBJECTIVES:
-            raise ItoError(nearest("objective", self.objective, OBJECTIVES))
-        if self.goal not in GOALS:
-            raise ItoError(nearest("goal", self.goal, GOALS))
+        one_of("norm", self.norm, BALLS)
+        one_of("objective", self.objective, OBJECTIVES)
+        one_of("goal", self.goal, GOALS)
         object.__setattr__(self, "eps", check_eps(self.norm, self.eps))
         for name in ("steps", "restarts", "eot", "selection", "targets"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
@@ -95,16 +109,16 @@ class Attack:
             x, y: images ``(N, C, H, W)`` in [0, 1] and their true labels ``(N,)``.
             seed: of the panels and of random starts.
             index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
-            start: where the first attempt begins, ``(N, C, H, W)``: what another attack found. It is projected onto
-                the ball.
+            start: where the first attempt begins, ``(N, C, H, W)``, such as another attack's result. It is projected
+                onto the ball.
 
-        Warns where a gradient is not finite: its entries that are not become 0, and the attack goes on.
+        Warns where a gradient is not finite: such entries become 0, and the attack goes on.
 
         Raises:
-            ItoError: images, labels or a model that cannot be.
+            ItoError: images, labels or a model that cannot be attacked.
         """
-        if isinstance(model, ItoResNet):
-            model = ItoEnsemble([model])
+        if isinstance(model, nn.Module):
+            model = as_ensemble(model)
         check_images(x, model.channels if isinstance(model, ItoEnsemble) else None)
         x, y, index = x.detach(), check_labels(y, len(x)), image_names(index, x)
         if start is not None and start.shape != x.shape:
@@ -112,45 +126,56 @@ class Attack:
         with torch.inference_mode(False):  # which would record no gradient
             x, y, index = recordable(x), recordable(y), recordable(index)
             if start is not None:
-                start = BALLS[self.norm].project(recordable(start.detach()), x, self.eps).clamp(0, 1)
+                start = self.project(recordable(start.detach()), x)
             if isinstance(model, nn.Module):
                 with as_called(model):
                     return self._attempts(as_target(model, x), x, y, seed, index, start)
             return self._attempts(model, x, y, seed, index, start)
 
+    def project(self, images: Tensor, origin: Tensor) -> Tensor:
+        """The images projected onto the ball around ``origin``, and then onto [0, 1]; all ``(N, C, H, W)``."""
+        return BALLS[self.norm].project(images, origin, self.eps).clamp(0, 1)
+
+    def first_iterate(self, active: ActiveSet) -> Tensor:
+        """Where an attempt begins that was given no start: a random point of the ball, ``(N, C, H, W)``."""
+        return BALLS[self.norm].start(active.origin, self.eps, active.keys(START)).clamp(0, 1)
+
+    def attempt(self, active: ActiveSet) -> None:
+        """One attempt, from ``active.iterate`` on. The best iterates are kept by the active set.
+
+        A draw is the number of a step or query, from 0 to ``steps + 1``; each has paths of its own.
+        """
+        raise NotImplementedError
+
     def _attempts(
         self, target: Target, x: Tensor, y: Tensor, seed: int, index: Tensor, start: Tensor | None
     ) -> AttackResult:
-        """Restart after restart, class after class, on the images that still stand."""
-        panels = Panels(target, y, seed, index, self.eot, self.selection, self.goal, self.steps + 2)
+        """Attempt after attempt, one for each restart and each class to aim at, on the images that still survive."""
+        panels = Panels(target, y, seed, index, self.eot, self.selection, self.steps + 2)
         if panels.noisy and self.eot == 1:
             warnings.warn(
                 "A randomised model is attacked with one path a gradient (eot=1): the attack is weak, "
                 "and its figure no measure of robustness.",
                 stacklevel=3,
             )
-        objective = OBJECTIVES[self.objective]
-        everyone = torch.arange(len(x), device=x.device)
-        ranking = None
-        if self.objective in AIMED and len(x):
-            shares = panels.rank(x, everyone)
-            ranking = shares.scatter(1, y[:, None].clamp(0, shares.shape[1] - 1), -1).argsort(1, descending=True)
-        best, lead = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+        objective, aims = OBJECTIVES[self.objective], self._aims(panels, x, y)
+        best, best_score = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        classes = 1 if ranking is None else min(self.targets, ranking.shape[1] - 1)
-        for panels.attempt in range(self.restarts * classes):
+        for attempt in range(self.restarts * len(aims)):
             rows = (~fooled).nonzero()[:, 0]
             if not len(rows):
                 break
-            if ranking is not None:
-                panels.labels = torch.stack([y, ranking[:, panels.attempt % classes]], 1)
-            begin = None if start is None or panels.attempt >= classes else start[rows]
-            found = self._climb(panels, objective, x[rows], begin, rows)
-            logits = panels.compare(found, rows)
-            lost, loss = panels.lost(logits, rows), self._measure(logits, y[rows])
-            ahead = lost | (loss > lead[rows])
-            won = rows[ahead]
-            best[won], lead[won], fooled[won] = found[ahead], loss[ahead], lost[ahead]
+            panels.attempt, panels.labels = attempt, aims[attempt % len(aims)]
+            active = ActiveSet(panels, objective, x[rows], rows, self.goal, self.stop)
+            given = start is not None and attempt < len(aims)  # each class has one attempt from the given start
+            active.iterate = start[rows] if start is not None and given else self.first_iterate(active)
+            self.attempt(active)
+            images = active.result()
+            logits = panels.compare(images, rows)
+            reached, score = goal_reached(logits, y[rows], self.goal), self._score(logits, y[rows])
+            better = reached | (score > best_score[rows])
+            kept = rows[better]
+            best[kept], best_score[kept], fooled[kept] = images[better], score[better], reached[better]
         if bool(panels.blind.any()):
             blind, survive = int(panels.blind.sum()), int((panels.blind & ~fooled).sum())
             warnings.warn(
@@ -160,12 +185,17 @@ class Attack:
             )
         return AttackResult(best, fooled, panels.queries, panels.gradients, panels.blind)
 
-    def _measure(self, logits: Tensor, y: Tensor) -> Tensor:
-        """By what the candidates of several attempts are compared, ``(N,)``: a class aimed at is no measure of them."""
-        if self.goal == "evasion":  # the mean probability of the best wrong class
-            return answered(logits).softmax(-1).mean(0).scatter(1, y[:, None], 0).amax(1)
-        return comparable(OBJECTIVES["mean-loss" if self.objective in AIMED else self.objective](logits, y))
+    def _aims(self, panels: Panels, x: Tensor, y: Tensor) -> list[Tensor]:
+        """The labels of the attempts in turn: ``(N,)``, or ``(N, 2)`` with the class aimed at, the likeliest first."""
+        if self.objective not in TARGETED:
+            return [y]
+        shares = panels.rank(x, torch.arange(len(x), device=x.device))
+        ranking = shares.scatter(1, y[:, None].clamp(0, shares.shape[1] - 1), -1).argsort(1, descending=True)
+        count = min(self.targets, ranking.shape[1] - 1)
+        return [torch.stack([y, ranking[:, aim]], 1) for aim in range(count)]
 
-    def _climb(self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor) -> Tensor:
-        """One attempt on images ``x`` of numbers ``rows``: from ``start`` (None: the attack's own) to what is kept."""
-        raise NotImplementedError
+    def _score(self, logits: Tensor, y: Tensor) -> Tensor:
+        """By what the results of several attempts are compared, ``(N,)``; it does not depend on the class aimed at."""
+        if self.goal == "evasion":  # the mean probability of the best wrong class
+            return zero_invalid(logits).softmax(-1).mean(0).scatter(1, y[:, None], 0).amax(1)
+        return nan_lowest(OBJECTIVES["mean-loss" if self.objective in TARGETED else self.objective](logits, y))

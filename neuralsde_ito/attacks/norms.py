@@ -1,4 +1,4 @@
-"""Norm balls: all that an attack needs to know of a norm is a random start, a steepest direction, a projection."""
+"""Norm balls: an attack needs of a norm a random start, the steepest direction, a projection and a length."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ from ..validation import ItoError, shown
 
 
 class Linf:
-    """Every pixel within ``eps``, in pixel units (images are in [0, 1])."""
+    """The change of every pixel is at most ``eps``, in pixel units (images are in [0, 1])."""
 
     def start(self, x: Tensor, eps: float, keys: Tensor) -> Tensor:
-        """Uniform in the ball around ``x``: ``(N, ...) -> (N, ...)``, drawn from each image's key ``(N,)``."""
+        """A uniform point of the ball around each image, ``(N, ...) -> (N, ...)``, by the image's key ``(N,)``."""
         uniform = torch.special.ndtr(normals(keys, x[0].numel(), dtype=x.dtype)).view(x.shape)
         return x + eps * (2 * uniform - 1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The direction of length 1 in which the loss rises fastest."""
+        """The direction of length 1 in which the loss rises fastest, ``(N, ...) -> (N, ...)``."""
         return gradient.sign()
 
     def project(self, x: Tensor, origin: Tensor, eps: float) -> Tensor:
-        """The nearest point of the ball around ``origin``."""
+        """The nearest point of the ball around ``origin``, all ``(N, ...)``."""
         return origin + (x - origin).clamp(-eps, eps)
 
     def length(self, delta: Tensor) -> Tensor:
-        """The norm of every perturbation: ``(N, ...) -> (N,)``."""
+        """The norm of every perturbation, ``(N, ...) -> (N,)``."""
         return delta.flatten(1).abs().amax(1)
 
 
 class L2:
-    """The Euclidean length of the whole perturbation within ``eps``, in pixel units."""
+    """The Euclidean length of the whole perturbation is at most ``eps``, in pixel units."""
 
     def start(self, x: Tensor, eps: float, keys: Tensor) -> Tensor:
-        """Uniform in the ball: a uniform direction, and a radius whose ``d``-th power is uniform."""
+        """As `Linf.start`: a uniform direction, and a radius whose ``d``-th power is uniform (of ``d`` pixels)."""
         size = x[0].numel()
         draws = normals(keys, size + 1, dtype=x.dtype)
         radius = torch.special.ndtr(draws[:, -1:]).pow(1 / size)
         return x + (eps * radius * self._unit(draws[:, :-1])).view(x.shape)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The gradient at length 1; zero where it is zero."""
+        """The gradient of every image, scaled to length 1; a zero gradient stays zero."""
         return self._unit(gradient.flatten(1)).view(gradient.shape)
 
     @staticmethod
     def _unit(v: Tensor) -> Tensor:
-        # First by the largest entry: the squares of a tiny gradient (confident logits) would underflow, and
+        # Divide by the largest entry first: the squares of a tiny gradient (confident logits) would underflow, and
         # the usual floor of 1e-12 would then shorten the step.
         largest = v.abs().amax(1, keepdim=True)
         v = v / largest.where(largest > 0, torch.ones_like(largest))
         return v / v.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     def project(self, x: Tensor, origin: Tensor, eps: float) -> Tensor:
-        """The nearest point of the ball around ``origin``."""
+        """The nearest point of the ball around ``origin``, all ``(N, ...)``."""
         delta = (x - origin).flatten(1)
         shrink = (eps / delta.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
         return origin + (delta * shrink).view(x.shape)
 
     def length(self, delta: Tensor) -> Tensor:
-        """The norm of every perturbation: ``(N, ...) -> (N,)``."""
+        """The norm of every perturbation, ``(N, ...) -> (N,)``."""
         return delta.flatten(1).norm(dim=1)
 
 
@@ -89,7 +89,7 @@ def parse_eps(text: str | float) -> float:
 
 
 def check_eps(norm: str, eps: float) -> float:
-    """The radius as a number, refused where it makes no sense under the norm.
+    """The radius as a number, if it makes sense under the norm.
 
     Raises:
         ItoError: see `parse_eps`; or above 1 under L-inf, where 1 is the whole range of a pixel.

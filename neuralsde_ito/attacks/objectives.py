@@ -1,4 +1,4 @@
-"""What an attack climbs, and through which model: losses over paths, and one face for every kind of model."""
+"""Objectives: what an attack raises, one number for each image from its logits along several paths."""
 
 from __future__ import annotations
 
@@ -10,64 +10,69 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def answered(logits: Tensor) -> Tensor:
+def zero_invalid(logits: Tensor) -> Tensor:
     """Logits ``(..., classes)``, all 0 along a path where one of them is not finite: such a path prefers no class.
 
-    So one path that overflows does not turn the loss over all paths, and every comparison with it, into NaN.
+    Otherwise one path that overflows would turn the loss over all paths, and every comparison with it, into NaN.
     """
     return torch.where(logits.isfinite().all(-1, keepdim=True), logits, 0)
+
+
+def nan_lowest(loss: Tensor) -> Tensor:
+    """A loss ``(N,)`` in which NaN, which compares with nothing, becomes the lowest value."""
+    return loss.nan_to_num(nan=torch.finfo(loss.dtype).min)
 
 
 def mean_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy averaged over paths: logits ``(P, N, classes)``, labels ``(N,)`` -> ``(N,)``."""
     p, n, _ = logits.shape
-    return F.cross_entropy(answered(logits).flatten(0, 1), y.repeat(p), reduction="none").view(p, n).mean(0)
+    return F.cross_entropy(zero_invalid(logits).flatten(0, 1), y.repeat(p), reduction="none").view(p, n).mean(0)
 
 
 def loss_of_mean(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of the mean probability over paths (Athalye et al. 2018, section 4.2)."""
-    log_mean = answered(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
+    log_mean = zero_invalid(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
     return F.nll_loss(log_mean, y, reduction="none")
 
 
 def mean_logits(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of the mean logits over paths: no path is so confident that its gradient vanishes alone."""
-    return F.cross_entropy(answered(logits).mean(0), y, reduction="none")
+    """Cross-entropy of the mean logits over paths: the gradient of a single confident path does not vanish."""
+    return F.cross_entropy(zero_invalid(logits).mean(0), y, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Lead of the best wrong class over the right one, ``(..., classes), (N,) -> (..., N)``; above 0 it is fooled.
+    """Lead of the best wrong class over the right one, ``(..., N, classes), (N,) -> (..., N)``; above 0 where fooled.
 
-    Infinite where the logits are not finite: such an inference is never right.
+    It is infinite where the logits are not finite: such an inference is never right.
     """
     right = F.one_hot(y, logits.shape[-1]).bool()
-    valid, logits = logits.isfinite().all(-1), answered(logits)
+    valid, logits = logits.isfinite().all(-1), zero_invalid(logits)
     lead = logits.masked_fill(right, -torch.inf).amax(-1) - logits.masked_fill(~right, 0).sum(-1)
     return torch.where(valid, lead, torch.inf)
 
 
 def mean_margin(logits: Tensor, y: Tensor) -> Tensor:
     """The margin averaged over paths (Carlini & Wagner 2017, https://arxiv.org/abs/1608.04644)."""
-    return margin(answered(logits), y).mean(0)
+    return margin(zero_invalid(logits), y).mean(0)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio, averaged over paths: no scale of the logits hides it (Croce & Hein 2020, eq. 6)."""
-    logits = answered(logits)
+    """Difference of logits ratio (Croce & Hein 2020, eq. 6), averaged over paths; it is free of the logits' scale."""
+    logits = zero_invalid(logits)
     ranked = logits.sort(-1, descending=True).values
-    # Two classes have no third logit: the second stands in for it.
+    # With two classes there is no third logit: the second one is used instead.
     width = ranked[..., 0] - ranked[..., min(2, logits.shape[-1] - 1)]
     return (margin(logits, y) / (width + 1e-12)).mean(0)
 
 
 def denial(logits: Tensor, y: Tensor) -> Tensor:
-    """A smooth count of the paths that the right class loses: what brings a vote down to an abstention."""
+    """A smooth share of the paths on which the right class loses: at a half, the vote abstains."""
     return margin(logits, y).sigmoid().mean(0)
 
 
 def targeted_dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """DLR towards a class: labels ``(N, 2)``, the right one and the one aimed at (Croce & Hein 2020, eq. 7)."""
-    logits = answered(logits)
+    """DLR towards a class (Croce & Hein 2020, eq. 7): labels ``(N, 2)`` are the right class and the class aimed at."""
+    logits = zero_invalid(logits)
     right, aim = (column.expand(logits.shape[:-1])[..., None] for column in labels.unbind(1))
     ranked = logits.sort(-1, descending=True).values
     third, fourth = (ranked[..., min(i, logits.shape[-1] - 1)] for i in (2, 3))
@@ -76,7 +81,7 @@ def targeted_dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def targeted_vote(logits: Tensor, labels: Tensor) -> Tensor:
-    """A smooth count of the paths that a class wins: labels ``(N, 2)``, the right one and the one aimed at."""
+    """A smooth share of the paths on which the class aimed at wins; labels as in `targeted_dlr`."""
     return (-margin(logits, labels[:, 1])).sigmoid().mean(0)
 
 
@@ -91,4 +96,4 @@ OBJECTIVES: dict[str, Objective] = {
     "targeted-dlr": targeted_dlr,
     "targeted-vote": targeted_vote,
 }
-AIMED = ("targeted-dlr", "targeted-vote")  # those that need a class to aim at
+TARGETED = ("targeted-dlr", "targeted-vote")  # these need a class to aim at

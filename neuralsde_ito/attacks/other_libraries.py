@@ -1,4 +1,4 @@
-"""Attacks of other libraries on an ensemble as it is, where they are installed; judged like ours."""
+"""Attacks of other libraries on an unchanged ensemble, where they are installed; their results are judged like ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models.ensemble import ItoEnsemble
 from ..noise.keys import fresh_keys
-from ..validation import ItoError, nearest
+from ..validation import ItoError, one_of
 from .base import AttackResult
 from .panels import right_share
 
@@ -19,79 +19,91 @@ PEERS = {"foolbox": "foolbox", "torchattacks": "torchattacks", "autoattack": "py
 
 
 class OnePath(nn.Module):
-    """An ensemble as other libraries see it: every call one fresh path of the next member, counted.
+    """An ensemble as other libraries see it: every call draws one fresh path of the next member, and is counted.
 
     Attributes:
-        forwards, backwards: images that went through, and gradients that came back of them.
+        inferences: of single images, made so far.
+        gradients: how many of these were differentiated.
     """
 
     def __init__(self, ensemble: ItoEnsemble) -> None:
         super().__init__()
         self.ensemble = ensemble.quick()
         self.noisy = ensemble.noisy
-        self.forwards = self.backwards = 0
-        self._turn = itertools.cycle(range(len(ensemble.members)))
+        self.inferences = self.gradients = 0
+        self._members = itertools.cycle(range(len(ensemble.members)))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, classes)``; without noise the members' mean logits."""
-        self.forwards += len(x)
+        self.inferences += len(x)
         if self.noisy:
-            logits = self.ensemble.members[next(self._turn)](x, fresh_keys(len(x), x.device))
+            logits = self.ensemble.members[next(self._members)](x, fresh_keys(len(x), x.device))
         else:
             logits = torch.stack([m(x, fresh_keys(len(x), x.device)) for m in self.ensemble.members]).mean(0)
         if logits.requires_grad:
-            logits.register_hook(self._count)
+            logits.register_hook(self._count_gradients)
         return logits
 
-    def _count(self, gradient: Tensor) -> None:
-        self.backwards += len(gradient)
+    def _count_gradients(self, gradient: Tensor) -> None:
+        self.gradients += len(gradient)
 
 
 def check_peer(name: str) -> None:
     """Refuse a library that is unknown or not installed.
 
     Raises:
-        ItoError: with the mend.
+        ItoError: the message says how to install it.
     """
-    if name not in PEERS:
-        raise ItoError(nearest("peer", name, PEERS))
+    one_of("peer", name, PEERS)
     if importlib.util.find_spec(PEERS[name]) is None:
         raise ItoError(f"{PEERS[name]} is not installed: pip install 'ito-sde[peers]'.")
 
 
 def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: str, eps: float) -> AttackResult:
-    """Attack by another library.
+    """Attack by another library; every call of the model draws one fresh path.
 
     ``foolbox``: its PGD (40 or 50 steps; without EOT). ``torchattacks``: EOTPGD with 100 steps of 20 paths (L-inf) or
-    PGDL2. ``autoattack``: pyautoattack's ``rand`` for a randomised ensemble, else ``standard``. One fresh path a call.
+    PGDL2. ``autoattack``: pyautoattack's ``rand`` for a randomised ensemble, else ``standard``.
+
+    Args:
+        name: of the library, one of `PEERS`.
+        ensemble, x, y: as in `Attack.run`.
+        norm: ``linf`` or ``l2``.
+        eps: radius in pixel units.
 
     Raises:
         ItoError: the library is unknown or not installed.
     """
     check_peer(name)
+    attack = {"foolbox": _foolbox, "torchattacks": _torchattacks, "autoattack": _autoattack}[name]
     model = OnePath(ensemble).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if name == "foolbox":
-            import foolbox
-
-            attack = foolbox.attacks.LinfPGD() if norm == "linf" else foolbox.attacks.L2PGD()
-            images = attack(foolbox.PyTorchModel(model, (0, 1), device=x.device), x, y, epsilons=eps)[1]
-        elif name == "torchattacks":
-            import torchattacks
-
-            if norm == "linf":
-                images = torchattacks.EOTPGD(model, eps=eps, alpha=2.5 * eps / 100, steps=100, eot_iter=20)(x, y)
-            else:
-                images = torchattacks.PGDL2(model, eps=eps, alpha=2.5 * eps / 100, steps=100)(x, y)
-        else:
-            import pyautoattack
-
-            kind, spelling = "rand" if model.noisy else "standard", {"linf": "Linf", "l2": "L2"}[norm]
-            attack = pyautoattack.AutoAttack(model, eps=eps, norm=spelling, version=kind, seed=0, device=x.device)
-            images = attack.run_standard_evaluation(x, y, batch_size=len(x))[0]
-    images = images.detach()
-    forwards, backwards = model.forwards - model.backwards, model.backwards
+        images = attack(model, x, y, norm, eps).detach()
+    queries, gradients = model.inferences - model.gradients, model.gradients
     with torch.no_grad():
         fooled = right_share(torch.stack([model(images) for _ in range(20 if model.noisy else 1)]), y) <= 0.5
-    return AttackResult(images, fooled, forwards, backwards, torch.zeros_like(fooled))
+    return AttackResult(images, fooled, queries, gradients, torch.zeros_like(fooled))
+
+
+def _foolbox(model: OnePath, x: Tensor, y: Tensor, norm: str, eps: float) -> Tensor:
+    import foolbox
+
+    attack = foolbox.attacks.LinfPGD() if norm == "linf" else foolbox.attacks.L2PGD()
+    return attack(foolbox.PyTorchModel(model, (0, 1), device=x.device), x, y, epsilons=eps)[1]
+
+
+def _torchattacks(model: OnePath, x: Tensor, y: Tensor, norm: str, eps: float) -> Tensor:
+    import torchattacks
+
+    if norm == "linf":
+        return torchattacks.EOTPGD(model, eps=eps, alpha=2.5 * eps / 100, steps=100, eot_iter=20)(x, y)
+    return torchattacks.PGDL2(model, eps=eps, alpha=2.5 * eps / 100, steps=100)(x, y)
+
+
+def _autoattack(model: OnePath, x: Tensor, y: Tensor, norm: str, eps: float) -> Tensor:
+    import pyautoattack
+
+    kind, spelling = "rand" if model.noisy else "standard", {"linf": "Linf", "l2": "L2"}[norm]
+    attack = pyautoattack.AutoAttack(model, eps=eps, norm=spelling, version=kind, seed=0, device=x.device)
+    return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]

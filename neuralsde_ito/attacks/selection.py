@@ -1,7 +1,7 @@
-"""Two worst cases of every image, denial and evasion: votes on the selection's noise choose, the report's decide.
+"""Which candidate is the worst case of an image: votes on the selection's noise choose it, the report's votes judge it.
 
-What is chosen by the report's own noise looks worse than it is: minima over radii or sources by the report's votes
-claimed 55 to 57 correct where the chosen images had 62 to 70 on fresh noise.
+A candidate that the report's own noise chooses looks worse than it is: minima over radii or sources by the report's
+votes claimed 55 to 57 correct where the chosen images had 62 to 70 on fresh noise.
 """
 
 from __future__ import annotations
@@ -14,58 +14,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.ensemble import ItoEnsemble
-from ..models.votes import decide
 from ..outcomes import ABSTAIN, WorstCase
-from ..validation import ItoError, nearest, whole_number
+from .images import Images
 from .panels import GOALS
+from .report import Report, invalid, worst_labels
 
-NOISES = ("fresh", "fixed", "known")
-_FALLEN = 2  # added to a score, which is a share of votes and so at most 1
-
-
-def report_votes(ensemble: ItoEnsemble, x: Tensor, seed: int, names: Tensor, repeat: int = 1) -> Tensor:
-    """All votes of the report: int64 ``(repeat, members, N, classes)``.
-
-    Args:
-        ensemble: the defender.
-        x: images ``(N, C, H, W)`` in [0, 1].
-        seed: of the first vote; the others follow it.
-        names: int64 ``(N,)``, the images' names in the noise's address (all 0: one set of paths for all images).
-        repeat: how many votes.
-    """
-    return torch.stack([ensemble.predict(x, seed + again, names, full=True).votes for again in range(repeat)])
-
-
-def worst_labels(votes: Tensor, truth: Tensor, rule: str, inferences: int) -> Tensor:
-    """The worst decision ``(N,)`` of several votes: the first wrong one, else an abstention, else the right answer.
-
-    Args:
-        votes: ``(repeat, members, N, classes)``.
-        truth: true labels ``(N,)``.
-        rule, inferences: as in `decide`.
-    """
-    worst = truth.clone()
-    for vote in votes:
-        found = decide(vote, rule, inferences)
-        wrong = (found != truth) & (found != ABSTAIN)
-        still = (worst == truth) | (worst == ABSTAIN)
-        worst = torch.where(still & wrong, found, worst)
-        worst = torch.where((worst == truth) & (found == ABSTAIN), found, worst)
-    return worst
-
-
-def invalid(votes: Tensor, inferences: int) -> int:
-    """How many inferences of full votes ``(repeat, members, N, classes)`` voted for nobody."""
-    return int((inferences - votes.sum(-1)).sum())
+_REACHED = 2  # added to a score where the goal is reached; without it a score is a share of votes, at most 1
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What votes of the selection say of ``N`` candidates: shares of them, and which goals all of them find reached.
+class SelectionVotes:
+    """What votes of the selection say of ``N`` candidates.
 
     Attributes:
-        right, wrong: ``(N,)``, shares for the right class and for the best wrong one.
-        denial, evasion: bool ``(N,)``: no vote is right; all are wrong answers.
+        right, wrong: ``(N,)``, the shares of votes for the right class and for the best wrong one.
+        denial, evasion: bool ``(N,)``, whether all votes say that the goal is reached: no vote is right; all votes are
+            wrong answers.
     """
 
     right: Tensor
@@ -74,38 +38,40 @@ class Judged:
     evasion: Tensor
 
 
-def judge(ensemble: ItoEnsemble, x: Tensor, y: Tensor, index: Tensor, seed: int, noise: str = "fresh") -> Judged:
-    """Up to three votes on noise of the selection; one, the report's, where there is no other or the attacker knows it.
+def selection_votes(ensemble: ItoEnsemble, candidates: Images, report: Report) -> SelectionVotes:
+    """Vote on candidates, up to three times, on noise of the selection.
+
+    Where the ensemble has no noise, or the attacker knows the report's paths, the only vote is the report's.
 
     Args:
         ensemble: the defender.
-        x, y, index: candidates ``(N, C, H, W)``, true labels and names in the noise's address ``(N,)``.
-        seed: of the report; these votes have seeds of their own.
-        noise: a name in `NOISES`.
+        candidates: attacked images, with the labels and names of the original ones.
+        report: how the report votes; votes of the selection have other seeds, or another purpose.
     """
-    if noise == "known" or not ensemble.noisy:
-        votes = [(seed, "report")]
+    x, y, index = candidates.x, candidates.y, candidates.index
+    if report.noise == "known" or not ensemble.noisy:
+        panels = [(report.seed, "report")]
     else:
-        votes = [(seed + 1 + again, "selection") for again in range(3)]
+        panels = [(report.seed + 1 + turn, "selection") for turn in range(3)]
     denial, evasion = torch.ones_like(y, dtype=torch.bool), torch.ones_like(y, dtype=torch.bool)
-    count, drawn = None, torch.zeros_like(y)
-    for seed, purpose in votes:
-        ask = denial.nonzero()[:, 0]  # one right vote is enough to stand
-        if count is not None and not len(ask):
+    counts, drawn = None, torch.zeros_like(y)
+    for seed, purpose in panels:
+        rows = denial.nonzero()[:, 0]  # one right vote settles that neither goal is reached
+        if counts is not None and not len(rows):
             break
-        found = ensemble.predict(x[ask], seed, index[ask], purpose)
-        denial[ask] = found.labels != y[ask]
-        evasion[ask] &= denial[ask] & (found.labels != ABSTAIN)
-        count = torch.zeros_like(found.votes[0]) if count is None else count  # the first vote is on all candidates
-        count[ask] += found.votes.sum(0)
-        drawn[ask] += found.drawn
-    assert count is not None
-    share = count / drawn.clamp_min(1)[:, None]  # (N, classes)
-    wrong = share.masked_fill(F.one_hot(y, share.shape[1]).bool(), 0).amax(1)
-    return Judged(share.gather(1, y[:, None])[:, 0], wrong, denial, evasion)
+        prediction = ensemble.predict(x[rows], seed, index[rows], purpose)
+        denial[rows] = prediction.labels != y[rows]
+        evasion[rows] &= denial[rows] & (prediction.labels != ABSTAIN)
+        counts = torch.zeros_like(prediction.votes[0]) if counts is None else counts  # the first vote is on all
+        counts[rows] += prediction.votes.sum(0)
+        drawn[rows] += prediction.drawn
+    assert counts is not None
+    shares = counts / drawn.clamp_min(1)[:, None]  # (N, classes)
+    wrong = shares.masked_fill(F.one_hot(y, shares.shape[1]).bool(), 0).amax(1)
+    return SelectionVotes(shares.gather(1, y[:, None])[:, 0], wrong, denial, evasion)
 
 
-def joined_cases(parts: Sequence[WorstCase]) -> WorstCase:
+def join_cases(parts: Sequence[WorstCase]) -> WorstCase:
     """The worst cases of several batches as those of one, on the CPU."""
     images, source, labels = (
         torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("images", "source", "labels")
@@ -114,11 +80,14 @@ def joined_cases(parts: Sequence[WorstCase]) -> WorstCase:
 
 
 @dataclass
-class _Held:
-    """What is kept for one goal: images, the number of the attack that made each, and a score.
+class _Best:
+    """The best candidate so far for one goal, of each of ``N`` images.
 
-    The score ``(N,)`` is the share of votes that the attack has won; `_FALLEN` more where all votes of the selection
-    find the goal reached, and for denial as much again where they are wrong answers.
+    Attributes:
+        images: ``(N, C, H, W)``.
+        source: int64 ``(N,)``, the number of the attack that made each; -1: the clean image.
+        score: ``(N,)``, the share of votes that the attack has won. Where all votes of the selection say that the goal
+            is reached, the score is `_REACHED` higher; for denial as much again where all are wrong answers.
     """
 
     images: Tensor
@@ -126,123 +95,128 @@ class _Held:
     score: Tensor
 
     @property
-    def fallen(self) -> Tensor:
-        """Where all votes of the selection agree, bool ``(N,)``."""
-        return self.score >= _FALLEN
+    def reached(self) -> Tensor:
+        """Where all votes of the selection say that the goal is reached, bool ``(N,)``."""
+        return self.score >= _REACHED
 
 
 class Selection:
-    """The candidates for the worst cases of some images, the clean ones among them.
+    """Chooses the two worst cases of each image among candidates; the clean image is the first candidate.
 
-    An image has fallen where three votes of the selection agree: to denial if none of them is right, to evasion if all
-    are wrong answers. Of candidates that have not, the one is kept on which the right class has the smallest share
-    (denial), or the best wrong class the largest (evasion). An image that fell to a wrong answer serves both goals.
+    Three votes of the selection decide whether a candidate reaches a goal: denial, if none of them is right; evasion,
+    if all are wrong answers. Among candidates that do not reach the goal, the best one has the smallest share of votes
+    for the right class (denial), or the largest for the best wrong class (evasion). A wrong answer serves both goals.
 
     Args:
         ensemble: the defender.
-        x, y, index: images ``(N, C, H, W)`` in [0, 1], true labels and names in the noise's address ``(N,)``.
-        seed: of the report; selection votes have seeds of their own.
-        noise: ``fresh``, ``fixed`` or ``known`` paths, see `Suite`.
-        repeat: how often the report votes.
+        images: the images, not attacked.
+        report: how the report votes.
+
+    Attributes:
+        best: for each goal, the best candidates so far.
+        invalid: inferences in the report's votes that voted for no class.
     """
 
-    def __init__(
-        self,
-        ensemble: ItoEnsemble,
-        x: Tensor,
-        y: Tensor,
-        index: Tensor,
-        seed: int = 0,
-        noise: str = "fresh",
-        repeat: int = 1,
-    ) -> None:
-        if noise not in NOISES:
-            raise ItoError(nearest("noise model", noise, NOISES))
-        self.ensemble, self.y, self.index, self.seed, self.noise = ensemble, y, index, seed, noise
-        self.repeat = whole_number("repeat", repeat)
-        nobody = torch.full((len(x),), -torch.inf, device=x.device)
-        self.held = {goal: _Held(x.clone(), torch.full_like(y, -1), nobody.clone()) for goal in GOALS}
-        self.invalid = 0  # inferences of the report's votes that voted for nobody
-        self._reported: list[tuple[Tensor, Tensor]] = []  # images and the report's votes on them
+    def __init__(self, ensemble: ItoEnsemble, images: Images, report: Report) -> None:
+        self.ensemble, self.images, self.report = ensemble, images, report
+        x, y = images.x, images.y
+        lowest = torch.full((len(x),), -torch.inf, device=x.device)
+        self.best = {goal: _Best(x.clone(), torch.full_like(y, -1), lowest.clone()) for goal in GOALS}
+        self.invalid = 0
+        self._voted_on: list[tuple[Tensor, Tensor]] = []  # images, and the report's votes on them
 
-    def standing(self, goal: str) -> Tensor:
-        """Positions of the images that are to be attacked: for evasion those that fell without a wrong answer."""
-        denied, evaded = (self.held[goal].fallen for goal in GOALS)
+    def to_attack(self, goal: str) -> Tensor:
+        """Positions of the images that an attack with this goal is to be run on.
+
+        For denial these are the images on which the goal is not reached; for evasion those that are denied, but not
+        by a wrong answer.
+        """
+        denied, evaded = (self.best[goal].reached for goal in GOALS)
         return ((denied & ~evaded) if goal == "evasion" else ~denied).nonzero()[:, 0]
 
-    def begin(self) -> dict[str, Tensor]:
-        """Let the clean images compete; gives the `state` after it."""
-        self.meet(torch.arange(len(self.y), device=self.y.device), self.held["denial"].images, -1)
+    def offer_clean(self) -> dict[str, Tensor]:
+        """Offer the clean images as candidates; gives the `state` after it."""
+        self.offer(torch.arange(len(self.images), device=self.images.y.device), self.best["denial"].images, -1)
         return self.state()
 
-    def meet(self, rows: Tensor, images: Tensor, source: int, since: int = 0) -> dict[str, Tensor]:
-        """Let images ``(K, C, H, W)`` at positions ``rows`` compete for both goals; which reach them, bool ``(K,)``.
+    def offer(self, rows: Tensor, candidates: Tensor, source: int, since: int = 0) -> dict[str, Tensor]:
+        """Offer candidates for both goals, and keep them where they are better; gives which reach each goal.
 
         Args:
-            rows, images: the candidates.
+            rows: int64 ``(K,)``, the positions of the images.
+            candidates: ``(K, C, H, W)``.
             source: the number of the attack that made them; -1: the clean images.
-            since: the number of the first attack at this radius. Of equal scores the first at this radius is kept: a
-                candidate in the larger ball, not yet fallen, is the better one to go on from.
+            since: the number of the first attack at this radius. Of equal scores that do not reach the goal, the first
+                candidate at this radius is kept: it lies in the larger ball, where the next attack may begin.
+
+        Returns:
+            For each goal, bool ``(K,)``.
         """
-        found = judge(self.ensemble, images, self.y[rows], self.index[rows], self.seed, self.noise)
-        evaded = _FALLEN * found.evasion
-        scores = {"denial": 1 - found.right + _FALLEN * found.denial + evaded, "evasion": found.wrong + evaded}
+        votes = selection_votes(self.ensemble, replace(self.images[rows], x=candidates), self.report)
+        evaded = _REACHED * votes.evasion
+        scores = {"denial": 1 - votes.right + _REACHED * votes.denial + evaded, "evasion": votes.wrong + evaded}
         for goal, score in scores.items():
-            held = self.held[goal]
-            before = held.score[rows]
-            renewed = (score == before) & (score < _FALLEN) & (held.source[rows] < since)
+            best = self.best[goal]
+            before = best.score[rows]
+            renewed = (score == before) & (score < _REACHED) & (best.source[rows] < since)
             better = (score > before) | renewed
-            won = rows[better]
-            held.images[won], held.score[won], held.source[won] = images[better], score[better], source
-        return {"denial": found.denial, "evasion": found.evasion}
+            replaced = rows[better]
+            best.images[replaced], best.score[replaced], best.source[replaced] = (
+                candidates[better],
+                score[better],
+                source,
+            )
+        return {"denial": votes.denial, "evasion": votes.evasion}
 
     def state(self) -> dict[str, Tensor]:
-        """All that is held, by name; `restore` takes it back."""
-        return {f"{goal}.{name}": value for goal, held in self.held.items() for name, value in vars(held).items()}
+        """The best candidates, by name; `restore` takes them back."""
+        return {f"{goal}.{name}": value for goal, best in self.best.items() for name, value in vars(best).items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state`."""
         for key, value in state.items():
             goal, name = key.split(".")
-            setattr(self.held[goal], name, value.to(self.y.device))
+            setattr(self.best[goal], name, value.to(self.images.y.device))
 
     def vote(self) -> dict[str, Tensor]:
-        """The report's votes on what is held for each goal; an image that they have met already keeps its votes."""
-        met, votes = list(self._reported), {}
-        for goal, held in self.held.items():
-            votes[goal] = self._votes(held.images, met)
-            met.append((held.images, votes[goal]))
+        """The report's votes on the best candidates of each goal; no image is voted on twice."""
+        voted_on, votes = list(self._voted_on), {}
+        for goal, best in self.best.items():
+            votes[goal] = self._votes(best.images, voted_on)
+            voted_on.append((best.images, votes[goal]))
         return votes
 
-    def _votes(self, images: Tensor, met: list[tuple[Tensor, Tensor]]) -> Tensor:
-        names = torch.zeros_like(self.index) if self.noise == "fixed" else self.index
-        ask, votes = torch.ones_like(self.y, dtype=torch.bool), None
-        for before, found in met:
+    def _votes(self, images: Tensor, voted_on: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The report's votes on ``images``: those in ``voted_on`` where the image is the same, else new ones."""
+        ask, votes = torch.ones_like(self.images.y, dtype=torch.bool), None
+        for before, known in voted_on:
             same = ask & (images == before).flatten(1).all(1)
-            votes = found if votes is None else torch.where(same[:, None], found, votes)
+            votes = known if votes is None else torch.where(same[:, None], known, votes)
             ask = ask & ~same
         if votes is not None and not bool(ask.any()):
             return votes
-        made = report_votes(self.ensemble, images[ask], self.seed, names[ask], self.repeat)
-        self.invalid += invalid(made, self.ensemble.inferences)
+        new = self.report.votes(self.ensemble, images[ask], self.images.index[ask])
+        self.invalid += invalid(new, self.ensemble.inferences)
         if votes is None:
-            return made
+            return new
         votes = votes.clone()
-        votes[:, :, ask] = made
+        votes[:, :, ask] = new
         return votes
 
     def worst_cases(self, votes: dict[str, Tensor] | None = None) -> tuple[WorstCase, WorstCase]:
-        """Denial and evasion as the report's ``votes`` decide; without them, labels and votes are empty."""
-        nothing = self.y.new_empty(0)
+        """Denial and evasion, with the labels that follow from the report's ``votes``.
+
+        Without votes, labels and votes of the worst cases are empty.
+        """
+        empty = self.images.y.new_empty(0)
         cases = {
-            goal: WorstCase(held.images.clone(), held.source.clone(), nothing, nothing)
-            for goal, held in self.held.items()
+            goal: WorstCase(best.images.clone(), best.source.clone(), empty, empty) for goal, best in self.best.items()
         }
         if votes is not None:
-            votes = {goal: value.to(self.y.device) for goal, value in votes.items()}
-            self._reported = [(case.images, votes[goal]) for goal, case in cases.items()]
+            votes = {goal: value.to(self.images.y.device) for goal, value in votes.items()}
+            self._voted_on = [(case.images, votes[goal]) for goal, case in cases.items()]
             labels = {
-                goal: worst_labels(value, self.y, self.ensemble.rule, self.ensemble.inferences)
+                goal: worst_labels(value, self.images.y, self.ensemble.rule, self.ensemble.inferences)
                 for goal, value in votes.items()
             }
             cases = {goal: replace(case, labels=labels[goal], votes=votes[goal]) for goal, case in cases.items()}

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..noise.keys import make_keys
 from ..noise.normals import normals
 from ..validation import ItoError
+from .active import ActiveSet
 from .base import Attack
-from .norms import BALLS
-from .objectives import Objective
-from .panels import Panels
+
+_SQUARES = -2  # the use of this attack's random numbers, see `ActiveSet.keys`
 
 
 @dataclass(frozen=True)
 class Square(Attack):
-    """Squares of ever smaller side are changed to the ball's surface, and kept where the margin falls; see `Attack`.
+    """Squares of ever smaller side are moved to the ball's surface, and kept where the margin falls; see `Attack`.
 
     Attributes:
         steps: queries.
@@ -41,52 +40,29 @@ class Square(Attack):
         if not 0 < self.share <= 1:
             raise ItoError(f"share must be above 0 and at most 1, got {self.share}.")
 
-    def side(self, step: int, height: int, width: int) -> int:
-        """The side of a square at a query: the share of pixels is halved on the published schedule of 10,000."""
-        place = step / self.steps * 10_000
-        halvings = sum(place > end for end in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+    def side(self, query: int, height: int, width: int) -> int:
+        """The side of a square in pixels: the share of pixels halves on the published schedule of 10,000 queries."""
+        progress = query / self.steps * 10_000
+        halvings = sum(progress > end for end in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
         side = round((self.share / 2**halvings * height * width) ** 0.5)
         return max(1, min(side, height, width))
 
-    def _climb(self, panels: Panels, objective: Objective, x: Tensor, start: Tensor | None, rows: Tensor) -> Tensor:
-        ball = BALLS[self.norm]
+    def attempt(self, active: ActiveSet) -> None:
+        """See `Attack.attempt`."""
+        active.iterate = self.project(active.iterate.clamp(0, 1), active.origin)
+        for query in active.steps(range(self.steps + 1)):
+            if query > 0:
+                active.iterate = self.project(self._with_square(active, query).clamp(0, 1), active.origin)
+            logits = active.query()
+            fooled = active.settle(logits, query)
+            active.keep_best(active.loss(logits))
+            active.drop(fooled)
 
-        def draw(step: int, names: Tensor, size: int) -> Tensor:
-            """Uniform numbers ``(N, size)``, of each image's own."""
-            keys = make_keys(panels.seed, "gradient", -2, panels.attempt, panels.index[names])
-            return torch.special.ndtr(normals(keys, size, step, dtype=x.dtype))
-
-        def ask(adv: Tensor, names: Tensor, query: int) -> tuple[Tensor, Tensor]:
-            """The margin, and who has fallen."""
-            logits = panels.judge(adv, names, 0, "gradient")
-            done = panels.beaten(adv, names, logits, query) if self.stop else torch.zeros_like(names, dtype=torch.bool)
-            return panels.loss(objective, logits, names), done
-
-        here = torch.arange(len(x), device=x.device)
-        adv = self._begin(x, draw(0, rows, 4 * x[0].numel())) if start is None else start
-        adv = ball.project(adv.clamp(0, 1), x, self.eps).clamp(0, 1)
-        kept = adv.clone()
-        lead, done = ask(adv, rows, 0)
-        for query in range(1, self.steps + 1):
-            if bool(done.any()):
-                kept[here[done]] = adv[done]
-                here, adv, lead = here[~done], adv[~done], lead[~done]
-            if not len(here):
-                return kept
-            side = self.side(query, x.shape[-2], x.shape[-1])
-            numbers = draw(query, rows[here], 4 + 2 * x.shape[1] + side * side)
-            trial = self._change(adv, x[here], numbers, side)
-            trial = ball.project(trial.clamp(0, 1), x[here], self.eps).clamp(0, 1)
-            found, fallen = ask(trial, rows[here], query)
-            better = (found > lead) | fallen
-            adv, lead = torch.where(better[:, None, None, None], trial, adv), torch.where(better, found, lead)
-            done = fallen
-        kept[here] = adv
-        return kept
-
-    def _begin(self, x: Tensor, numbers: Tensor) -> Tensor:
+    def first_iterate(self, active: ActiveSet) -> Tensor:
         """L-inf: vertical stripes. L2: a grid of bumps of either sign."""
+        x = active.origin
         n, c, h, w = x.shape
+        numbers = _uniform(active, 0, 4 * x[0].numel())
         if self.norm == "linf":
             stripes = (numbers[:, : c * w].view(n, c, 1, w) < 0.5).to(x.dtype)
             return x + self.eps * (2 * stripes - 1)
@@ -94,56 +70,60 @@ class Square(Attack):
         rows, columns = -(-h // side), -(-w // side)
         signs = 2 * (numbers[:, : c * rows * columns].view(n, c, rows, columns) < 0.5).to(x.dtype) - 1
         signs = signs.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :h, :w]
-        bumps = _bump(side, x).repeat(rows, columns)[:h, :w]
-        delta = signs * bumps
+        delta = signs * _bump(side, x).repeat(rows, columns)[:h, :w]
         return x + self.eps * delta / delta.flatten(1).norm(dim=1).view(n, 1, 1, 1)
 
-    def _change(self, adv: Tensor, x: Tensor, numbers: Tensor, side: int) -> Tensor:
-        """A trial: another square of every image is pushed to the surface."""
-        n, c, h, w = x.shape
-
-        def corner(which: int) -> Tensor:
-            """Pixels of a square at a random place: row and column numbers ``(N, side, side)``."""
-            top = (numbers[:, which] * (h - side + 1)).long().clamp(max=h - side)
-            left = (numbers[:, which + 1] * (w - side + 1)).long().clamp(max=w - side)
-            steps = torch.arange(side, device=x.device)
-            shape = (n, side, side)
-            return torch.stack([
-                (top[:, None] + steps)[:, :, None].expand(shape), (left[:, None] + steps)[:, None, :].expand(shape)
-            ])  # fmt: skip
-
-        images = torch.arange(n, device=x.device)[:, None, None]
-        signs = 2 * (numbers[:, 4 : 4 + c] < 0.5).to(x.dtype) - 1  # (N, C)
-        row, column = corner(0)
-        trial = adv.clone()
+    def _with_square(self, active: ActiveSet, query: int) -> Tensor:
+        """The best iterates with one more random square moved to the ball's surface, ``(K, C, H, W)``."""
+        x, best = active.origin, active.best
+        k, c, h, w = x.shape
+        side = self.side(query, h, w)
+        numbers = _uniform(active, query, 4 + 2 * c + side * side)
+        images = torch.arange(k, device=x.device)[:, None, None]
+        signs = 2 * (numbers[:, 4 : 4 + c] < 0.5).to(x.dtype) - 1  # (K, C)
+        row, column = _window(numbers[:, :2], side, h, w)
         if self.norm == "linf":
+            trial = best.clone()
             trial[images, :, row, column] = x[images, :, row, column] + self.eps * signs[:, None, None, :]
             return trial
-        # L2: the length that a second square gives up goes into the first, along a bump and what is there already.
-        delta = (adv - x).clone()
-        other_row, other_column = corner(2)
-        here = delta[images, :, row, column]  # (N, side, side, C)
-        held = torch.zeros(n, h, w, dtype=torch.bool, device=x.device)
-        held[images, row, column] = True
-        held[images, other_row, other_column] = True
+        # L2: the length that a second square gives up goes into the first one, along a bump and its present content.
+        other_row, other_column = _window(numbers[:, 2:4], side, h, w)
+        delta = (best - x).clone()
+        content = delta[images, :, row, column]  # (K, side, side, C)
+        covered = torch.zeros(k, h, w, dtype=torch.bool, device=x.device)
+        covered[images, row, column] = True
+        covered[images, other_row, other_column] = True
         total = delta.flatten(1).square().sum(1)
-        inside = (delta.square() * held[:, None]).flatten(1).sum(1)
+        inside = (delta.square() * covered[:, None]).flatten(1).sum(1)
         available = (self.eps**2 - (total - inside)).clamp_min(0).sqrt()
         new = _bump(side, x)[None, :, :, None] * signs[:, None, None, :]
-        norm = here.flatten(1).norm(dim=1).clamp_min(1e-12).view(n, 1, 1, 1)
-        new = new + here / norm
-        new = new / new.flatten(1).norm(dim=1).clamp_min(1e-12).view(n, 1, 1, 1)
+        new = new + content / content.flatten(1).norm(dim=1).clamp_min(1e-12).view(k, 1, 1, 1)
+        new = new / new.flatten(1).norm(dim=1).clamp_min(1e-12).view(k, 1, 1, 1)
         delta[images, :, other_row, other_column] = 0
-        delta[images, :, row, column] = available.view(n, 1, 1, 1) * new
+        delta[images, :, row, column] = available.view(k, 1, 1, 1) * new
         return x + delta
+
+
+def _uniform(active: ActiveSet, query: int, count: int) -> Tensor:
+    """Uniform numbers ``(K, count)``: every image and every query has its own."""
+    return torch.special.ndtr(normals(active.keys(_SQUARES), count, query, dtype=active.origin.dtype))
+
+
+def _window(numbers: Tensor, side: int, h: int, w: int) -> tuple[Tensor, Tensor]:
+    """Row and column numbers ``(K, side, side)`` of the pixels of a random square, from uniform numbers ``(K, 2)``."""
+    top = (numbers[:, 0] * (h - side + 1)).long().clamp(max=h - side)
+    left = (numbers[:, 1] * (w - side + 1)).long().clamp(max=w - side)
+    offsets = torch.arange(side, device=numbers.device)
+    shape = (len(numbers), side, side)
+    return (top[:, None] + offsets)[:, :, None].expand(shape), (left[:, None] + offsets)[:, None, :].expand(shape)
 
 
 def _bump(side: int, like: Tensor) -> Tensor:
     """A square hill ``(side, side)`` of length 1, of rings that rise towards the middle as sums of 1 / k^2."""
-    place = torch.arange(side, device=like.device)
-    ring = torch.minimum(place, side - 1 - place)  # how far from the edge
+    pixel = torch.arange(side, device=like.device)
+    ring = torch.minimum(pixel, side - 1 - pixel)  # distance from the edge
     ring = torch.minimum(ring[:, None], ring[None, :])
-    most = int(ring.max()) + 1
-    weights = torch.tensor([1 / (most - k) ** 2 for k in range(most)], dtype=like.dtype, device=like.device).cumsum(0)
-    hill = weights[ring]
+    count = int(ring.max()) + 1
+    heights = torch.tensor([1 / (count - k) ** 2 for k in range(count)], dtype=like.dtype, device=like.device).cumsum(0)
+    hill = heights[ring]
     return hill / hill.norm()

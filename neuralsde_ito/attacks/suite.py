@@ -1,9 +1,9 @@
 """The strongest honest attack: a sequence of attacks, weak and cheap ones first, each on what the last ones left.
 
-It looks for two worst cases of every image, denial (no right answer) and evasion (a wrong one). Votes on noise of the
-selection decide when an image has fallen and which candidate is kept. Only then, once a radius, the report votes on
-what was kept: an attack that is chosen by the report's own noise looks stronger than it is (measured: 22 % instead of
-38 % of digits at L-inf 0.1).
+It looks for two worst cases of every image, denial (no right answer) and evasion (a wrong answer). Votes on noise of
+the selection decide when a goal is reached and which candidate is kept. Only then, once a radius, the report votes on
+what was kept: an attack that the report's own noise chooses looks stronger than it is (measured: 22 % instead of 38 %
+of digits at L-inf 0.1).
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from ..files import write_atomically
 from ..models.ensemble import ItoEnsemble
 from ..outcomes import WorstCase
-from ..validation import ItoError, nearest, shown, whole_number
+from ..validation import ItoError, one_of, shown
 from .apgd import APGD
 from .base import Attack
+from .images import Images
 from .panels import GOALS
 from .pgd import PGD
-from .selection import NOISES, Selection, joined_cases, report_votes, worst_labels
+from .report import Report
+from .selection import Selection, join_cases
 from .square import Square
 from .targets import KnownPaths, Target
 
@@ -43,7 +45,7 @@ class Step:
         name: what tables call it.
         attack: its settings.
         through: the network whose gradients it takes: ``itself`` or a surrogate's name.
-        warm: whether it begins at what the steps before it have kept.
+        warm: whether it begins at the best candidates of the steps before it.
     """
 
     name: str
@@ -55,8 +57,9 @@ class Step:
 def standard(norm: str, eps: float, noisy: bool, effort: float = 1.0) -> list[Step]:
     """The steps of the suite ``standard``.
 
-    For a randomised ensemble at most 1,415 gradients an image, and as many again for evasion where the ensemble
-    abstains; for a deterministic network what AutoAttack's ``standard`` has in APGD and Square, in a cheaper order.
+    A randomised ensemble gets at most 1,415 gradients an image, and as many again for evasion where it abstains. A
+    deterministic network gets the APGD and Square of AutoAttack's ``standard`` (Croce and Hein 2020,
+    https://arxiv.org/abs/2003.01690), in a cheaper order.
 
     Args:
         norm, eps: the ball.
@@ -73,12 +76,12 @@ def standard(norm: str, eps: float, noisy: bool, effort: float = 1.0) -> list[St
         return max(1, round(effort * steps))
 
     def rise(steps: int, objective: str) -> PGD:
-        # Many steps of few paths, averaged by the momentum: at omega 1, 100 steps of 4 paths leave fewer images so
-        # than 100 steps of 20 paths do without it (docs/results.md).
+        # The momentum averages many steps of few paths: at omega 1, 100 steps of 4 paths with it leave fewer images
+        # than 100 steps of 20 paths without it (docs/results.md).
         return PGD(norm, eps, steps, eot=8, objective=objective, targets=3, momentum=0.9)
 
     if noisy:
-        # What fools a surrogate by a hair seldom fools the ensemble: transfers go on to the end.
+        # What barely fools a surrogate seldom fools the ensemble: transfers do not stop early.
         return [
             Step("transfer, ResNet", PGD(norm, eps, n(20), stop=False), "resnet"),
             Step("transfer, noise-free", PGD(norm, eps, n(20), stop=False), "noise-free"),
@@ -107,14 +110,16 @@ def standard(norm: str, eps: float, noisy: bool, effort: float = 1.0) -> list[St
 class SuiteResult:
     """A suite at one radius.
 
+    The counts are those of each attack at this radius: first the steps for denial, then the same steps for evasion.
+
     Attributes:
-        eps: the radius.
+        eps: the radius, in pixel units.
         denial, evasion: the two worst cases; labels and votes are empty until the report has voted, after the last
             attack of the radius. Sources number the attacks through all radii up to this one.
-        attacked, fooled: of each attack at this radius, first the steps for denial, then the same steps for evasion:
-            images that it was run on, and images that fell to it by the selection's votes.
-        queries, gradients: inferences of each attack without and with a gradient.
-        blind: images of each attack at which some gradient was not finite.
+        attacked: images that the attack was run on.
+        fooled: images among them on which it reached its goal, by votes of the selection.
+        queries, gradients: its inferences without and with a gradient.
+        blind: images at which some gradient was not finite.
     """
 
     eps: float
@@ -126,19 +131,33 @@ class SuiteResult:
     gradients: tuple[int, ...]
     blind: tuple[int, ...] = ()
 
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Of each attack, the images on which it did not reach its goal."""
+        return tuple(attacked - fooled for attacked, fooled in zip(self.attacked, self.fooled, strict=True))
+
+
+def check_rising(radii: Sequence[float]) -> None:
+    """Refuse radii that do not rise: an image made in a larger ball would compete in a smaller one.
+
+    Raises:
+        ItoError: with the mend.
+    """
+    if any(small >= large for small, large in itertools.pairwise(radii)):
+        raise ItoError(f"Radii must rise from one to the next, got {shown(list(radii))}; sort them.")
+
 
 @dataclass
 class Suite:
-    """A sequence of attacks on an ensemble.
+    """A sequence of attacks on an ensemble; `SuiteSettings.suite` makes the standard one.
 
     Attributes:
         steps: from a radius to the sequence at that radius; `standard` or one's own.
         surrogates: the networks that ``through`` names.
-        noise: ``fresh`` (the defender draws anew for every image and the attacker cannot know), ``fixed`` (the
-            defender has one set of paths for all images, which the attacker does not know) or ``known`` (he does).
-        repeat: how often a persistent attacker may ask about each image; one wrong answer is enough for him.
+        noise, repeat: what the attacker knows of the report's paths and how often he may ask, see `Report`.
         seed: of all panels.
-        state: a folder in which every finished attack on every batch is kept, and found again after a kill.
+        state: a folder that keeps the result of every finished attack on every batch. After a kill, the same call
+            takes finished results from it and makes the others.
     """
 
     steps: Callable[[float], Sequence[Step]]
@@ -149,81 +168,81 @@ class Suite:
     state: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.noise not in NOISES:
-            raise ItoError(nearest("noise model", self.noise, NOISES))
-        self.repeat = whole_number("repeat", self.repeat)
+        self.repeat = self.report.repeat
 
-    def votes(self, ensemble: ItoEnsemble, x: Tensor, index: Tensor) -> Tensor:
-        """The report's votes ``(repeat, members, N, classes)``, see `report_votes`."""
-        names = torch.zeros_like(index) if self.noise == "fixed" else index
-        return report_votes(ensemble, x, self.seed, names, self.repeat)
+    @property
+    def report(self) -> Report:
+        """How the report votes."""
+        return Report(self.seed, self.noise, self.repeat)
 
-    def decide(self, ensemble: ItoEnsemble, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """The report's decisions ``(N,)``: the worst of ``repeat`` votes, wrong before abstained before right."""
-        return worst_labels(self.votes(ensemble, x, index), y, ensemble.rule, ensemble.inferences)
+    def attack(
+        self, ensemble: ItoEnsemble, images: Images, radii: Sequence[float], name: str = "0"
+    ) -> list[SuiteResult]:
+        """`run` to its end: the result at each radius."""
+        last = {result.eps: result for _, result in self.run(ensemble, images, radii, name)}
+        return [last[eps] for eps in radii]
 
     def run(
-        self, ensemble: ItoEnsemble, x: Tensor, y: Tensor, index: Tensor, radii: Sequence[float], name: str = "0"
+        self, ensemble: ItoEnsemble, images: Images, radii: Sequence[float], name: str = "0"
     ) -> Iterator[tuple[Step, SuiteResult]]:
-        """Attack one batch of images, at rising radii; images, never labels, are carried to the next radius.
+        """Attack a batch at rising radii. The best candidates, not labels, are carried to the next radius.
 
-        At every radius the steps attack what has not fallen to denial. Then the same steps go on with evasion as
-        their goal where an image fell without a wrong answer, from the best candidate for it.
+        At every radius the steps attack the images that are not yet denied. Then the same steps go on with evasion as
+        their goal where an image is denied without a wrong answer, from the best candidate for evasion.
 
         Args:
             ensemble: the defender.
-            x, y, index: images ``(N, C, H, W)`` in [0, 1], true labels and names ``(N,)``.
+            images: the batch.
             radii: rising, in pixel units.
             name: of the batch, in the state.
 
         Yields:
-            After every attack: the step, and how its radius stands so far.
+            After every attack: its step, and the result at its radius so far.
 
         Raises:
-            ItoError: radii that do not rise: an image found in a larger ball would compete in a smaller one.
+            ItoError: radii that do not rise; an unknown surrogate.
         """
-        if any(small >= large for small, large in itertools.pairwise(radii)):
-            raise ItoError(f"Radii must rise from one to the next, got {shown(list(radii))}; sort them.")
-        chosen = Selection(ensemble, x, y, index, self.seed, self.noise, self.repeat)
-        chosen.restore(self._once(f"{name}-clean", chosen.begin))
-        since = 0  # attacks at smaller radii
+        check_rising(radii)
+        selection = Selection(ensemble, images, self.report)
+        selection.restore(self._once(f"{name}-clean", selection.offer_clean))
+        since = 0  # the number of attacks at smaller radii
         for eps in radii:
             attacks = [(goal, step) for goal in GOALS for step in self.steps(eps)]
-            count = torch.zeros(len(_COUNTS), len(attacks), dtype=torch.int64)
+            counts = torch.zeros(len(_COUNTS), len(attacks), dtype=torch.int64)
             for number, (goal, step) in enumerate(attacks):
-                done = partial(self._attack, chosen, x, goal, step, number, since, count)
-                state = self._once(f"{name}-{eps!r}-{number}", done)
-                count = state.pop("count")
-                chosen.restore(state)
+                attack = partial(self._attack, selection, goal, step, since + number, since)
+                state = self._once(f"{name}-{eps!r}-{number}", attack)
+                counts[:, number] = state.pop("counts")
+                selection.restore(state)
                 last = number == len(attacks) - 1
-                votes = self._once(f"{name}-{eps!r}-report", chosen.vote) if last else None
-                counts = (tuple(row) for row in count.tolist())
-                yield step, SuiteResult(eps, *chosen.worst_cases(votes), *counts)
+                votes = self._once(f"{name}-{eps!r}-report", selection.vote) if last else None
+                columns = (tuple(row) for row in counts.tolist())
+                yield step, SuiteResult(eps, *selection.worst_cases(votes), *columns)
             since += len(attacks)
 
-    def _attack(
-        self, chosen: Selection, x: Tensor, goal: str, step: Step, number: int, since: int, count: Tensor
-    ) -> dict[str, Tensor]:
-        """Run one attack on what stands, and give all that is to be kept of it."""
-        rows, count = chosen.standing(goal), count.clone()
+    def _attack(self, selection: Selection, goal: str, step: Step, number: int, since: int) -> dict[str, Tensor]:
+        """Run one attack; gives its counts and the selection's state after it."""
+        rows, counts = selection.to_attack(goal), torch.zeros(len(_COUNTS), dtype=torch.int64)
         if len(rows):
-            start = chosen.held[goal].images[rows] if step.warm or goal == "evasion" else None
-            attack, model = replace(step.attack, goal=goal), self._through(step, chosen.ensemble, x)
-            found = attack.run(model, x[rows], chosen.y[rows], self.seed, chosen.index[rows], start)
-            fallen = chosen.meet(rows, found.images, since + number, since)[goal]
-            values = (len(rows), int(fallen.sum()), found.queries, found.gradients, int(found.blind.sum()))
-            count[:, number] = torch.tensor(values)
-        return {"count": count, **chosen.state()}
+            start = selection.best[goal].images[rows] if step.warm or goal == "evasion" else None
+            images, attack = selection.images[rows], replace(step.attack, goal=goal)
+            model = self._model(step, selection)
+            result = attack.run(model, images.x, images.y, self.seed, images.index, start)
+            fooled = selection.offer(rows, result.images, number, since)[goal]
+            values = (len(rows), int(fooled.sum()), result.queries, result.gradients, int(result.blind.sum()))
+            counts = torch.tensor(values)
+        return {"counts": counts, **selection.state()}
 
-    def _through(self, step: Step, ensemble: ItoEnsemble, x: Tensor) -> nn.Module | Target:
+    def _model(self, step: Step, selection: Selection) -> nn.Module | Target:
+        """The network whose gradients a step takes."""
         if step.through != "itself":
-            if step.through not in self.surrogates:
-                raise ItoError(nearest("surrogate", step.through, self.surrogates))
-            return self.surrogates[step.through]
-        return KnownPaths(ensemble, x, self.seed) if self.noise == "known" else ensemble
+            return self.surrogates[one_of("surrogate", step.through, self.surrogates)]
+        if self.noise == "known":
+            return KnownPaths(selection.ensemble, selection.images.x, self.seed)
+        return selection.ensemble
 
     def _once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``make`` gives; found again in the state, if there is one, when it was made before."""
+        """What ``make`` gives; from the state, if an earlier call has made it."""
         if self.state is None:
             return make()
         file = self.state / f"{name}.safetensors"
@@ -240,11 +259,11 @@ class Suite:
         write_atomically(file, safetensors_bytes({k: v.cpu().clone().contiguous() for k, v in tensors.items()}))
 
 
-def joined(parts: Sequence[SuiteResult]) -> SuiteResult:
-    """Batches of one radius as one."""
+def join_results(parts: Sequence[SuiteResult]) -> SuiteResult:
+    """The results of several batches at one radius as one."""
 
     def sums(what: str) -> tuple[int, ...]:
         return tuple(map(sum, zip(*(getattr(part, what) for part in parts), strict=True)))
 
-    denial, evasion = joined_cases([part.denial for part in parts]), joined_cases([part.evasion for part in parts])
+    denial, evasion = join_cases([part.denial for part in parts]), join_cases([part.evasion for part in parts])
     return SuiteResult(parts[0].eps, denial, evasion, *map(sums, _COUNTS))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,11 +15,16 @@ from torch import Tensor, nn
 from ..data import Split
 from ..models.ensemble import ItoEnsemble, NoiseFree
 from ..outcomes import WorstCase
-from ..validation import ItoError, image_names, nearest
-from .base import Attack
+from ..validation import image_names, one_of
+from .base import Attack, AttackResult
+from .images import Images
 from .pgd import PGD
-from .selection import Selection, joined_cases, judge
+from .report import Report
+from .selection import Selection, join_cases, selection_votes
 from .targets import classify
+
+SURROGATES = ("ensemble", "member", "noise-free", "resnet")
+Tick = Callable[[int], object]
 
 
 def least_norm(
@@ -30,10 +37,11 @@ def least_norm(
     seed: int = 0,
     index: Tensor | None = None,
 ) -> Tensor:
-    """The least radius at which each image was made to fall, by bisection: ``(N,)``, in pixel units.
+    """The least radius at which the attack denies each image, by bisection: ``(N,)``, in pixel units.
 
-    0 where it is wrong without attack, infinite where it stands at ``most``. An upper bound on the true least radius.
-    An image has fallen where votes on the selection's noise agree that it has, see `judge`.
+    It is 0 where the image is wrong without attack, and infinite where the attack fails at ``most``. It is an upper
+    bound on the true least radius. Votes on the selection's noise decide whether an image is denied, see
+    `selection_votes`.
 
     Args:
         ensemble, x, y, seed, index: as in `Attack.run`.
@@ -41,58 +49,74 @@ def least_norm(
         most: the largest radius.
         rounds: bisections; the result is exact to ``most / 2**rounds``, as far as the attack is.
     """
-    index = image_names(index, x)
+    images, report = Images(x, y, image_names(index, x)), Report(seed)
     low = torch.zeros(len(x), device=x.device)
-    found = torch.full((len(x),), math.inf, device=x.device)
-    found[ensemble.predict(x, seed, index).labels != y] = 0
-    high = torch.full_like(found, most)
+    least = torch.full((len(x),), math.inf, device=x.device)
+    least[ensemble.predict(x, seed, images.index).labels != y] = 0
+    high = torch.full_like(least, most)
     for turn in range(rounds + 1):
         middle = high if turn == 0 else (low + high) / 2
-        rows = ((found > 0) & ((found < math.inf) if turn else found.isinf())).nonzero()[:, 0]
+        rows = ((least > 0) & ((least < math.inf) if turn else least.isinf())).nonzero()[:, 0]
         for eps in middle[rows].unique().tolist():
             here = rows[middle[rows] == eps]
-            images = attack(eps).run(ensemble, x[here], y[here], seed, index[here]).images
-            fell = judge(ensemble, images, y[here], index[here], seed).denial  # the report must not choose a radius
-            found[here[fell]], high[here[fell]], low[here[~fell]] = eps, eps, eps
-    return found
-
-
-SURROGATES = ("ensemble", "member", "noise-free", "resnet")
-Tick = Callable[[int], object]
+            some = images[here]
+            attacked = attack(eps).run(ensemble, some.x, some.y, seed, some.index).images
+            # The report must not choose a radius.
+            denied = selection_votes(ensemble, replace(some, x=attacked), report).denial
+            least[here[denied]], high[here[denied]], low[here[~denied]] = eps, eps, eps
+    return least
 
 
 def surrogate_models(ensemble: ItoEnsemble, resnet: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """The networks through which gradients may be taken, by name.
 
     ``ensemble`` itself; its first ``member``, with noise; the ``noise-free`` members averaged; the original ``resnet``.
+
+    Raises:
+        ItoError: an unknown name.
     """
     models: dict[str, nn.Module] = {}
     for name in names:
-        if name not in SURROGATES:
-            raise ItoError(nearest("surrogate", name, SURROGATES))
-        if name == "ensemble":
+        if one_of("surrogate", name, SURROGATES) == "ensemble":
             models[name] = ensemble
         elif name == "member":
-            models[name] = ItoEnsemble([ensemble.members[0]])  # type: ignore[list-item]
+            models[name] = ItoEnsemble([ensemble.members[0]])
         else:
             models[name] = NoiseFree(ensemble) if name == "noise-free" else resnet
     return models
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Inferences of attacks, over all images and paths: with a gradient, and without (``queries``)."""
+
+    gradients: int = 0
+    queries: int = 0
+
+    @classmethod
+    def of(cls, result: AttackResult) -> Cost:
+        """What one attack has cost."""
+        return cls(result.gradients, result.queries)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.gradients + other.gradients, self.queries + other.queries)
+
+
 @dataclass
 class Sweep:
-    """Decisions under one attack at several radii, all on the same images.
+    """Decisions under one attack at several radii, all on the same ``N`` images.
 
     Attributes:
-        truth, index: ``(N,)``; ``clean``: labels without attack, of ``resnet`` and ``ito``.
         eps: the radii, rising, in pixel units.
+        truth, index: int64 ``(N,)``, true labels and names.
+        clean: labels ``(N,)`` without attack, of ``resnet`` and ``ito``.
         labels: for every radius, the ensemble's labels by surrogate, each on the images of that attack.
         resnet: for every radius, the ResNet's worst labels under the attack on itself and the images of all surrogates.
         images: for every radius and surrogate, the adversarial images ``(N, C, H, W)``.
-        cost: for every radius and surrogate, inferences (with a gradient, without).
+        cost: for every radius and surrogate, the cost of the attack.
         denial, evasion: for every radius the worst cases over all surrogates up to it; the report votes on them once.
-        evasion_cost, resnet_cost: for every radius, inferences (with a gradient, without) of the attacks that went on
-            for evasion, and of those on the ResNet.
+        evasion_cost, resnet_cost: for every radius, the cost of the attacks that went on for evasion, and of the
+            attack on the ResNet, with the queries to judge all images that it gets.
         invalid: inferences of the report whose logits were not finite.
     """
 
@@ -103,11 +127,11 @@ class Sweep:
     labels: list[dict[str, Tensor]]
     resnet: list[Tensor]
     images: list[dict[str, Tensor]]
-    cost: list[dict[str, tuple[int, int]]] = field(default_factory=list)
+    cost: list[dict[str, Cost]] = field(default_factory=list)
     denial: list[WorstCase] = field(default_factory=list)
     evasion: list[WorstCase] = field(default_factory=list)
-    evasion_cost: list[tuple[int, int]] = field(default_factory=list)
-    resnet_cost: list[tuple[int, int]] = field(default_factory=list)
+    evasion_cost: list[Cost] = field(default_factory=list)
+    resnet_cost: list[Cost] = field(default_factory=list)
     invalid: int = 0
 
     def worst(self, level: int) -> Tensor:
@@ -115,15 +139,15 @@ class Sweep:
         return self.denial[level].labels
 
     def worst_resnet(self, level: int) -> Tensor:
-        """The ResNet's labels under the attacks on it up to this radius: of a network without noise they are final."""
-        return _worst_of(self.truth, [self.clean["resnet"], *self.resnet[: level + 1]])
+        """The ResNet's labels under the attacks up to this radius: of a network without noise they are final."""
+        return _first_wrong(self.truth, [self.clean["resnet"], *self.resnet[: level + 1]])
 
 
-def _worst_of(truth: Tensor, labels: Sequence[Tensor]) -> Tensor:
+def _first_wrong(truth: Tensor, labels: Sequence[Tensor]) -> Tensor:
     """The first label of each image that is not the true one."""
     worst = truth.clone()
-    for found in labels:
-        worst = torch.where(worst == truth, found, worst)
+    for row in labels:
+        worst = torch.where(worst == truth, row, worst)
     return worst
 
 
@@ -140,10 +164,10 @@ def attack_sweep(
     """Attack the ensemble through each surrogate, and the ResNet as often, at each radius.
 
     The images of all surrogates and of smaller radii compete, by votes of the selection, for the two worst cases of an
-    image. What falls without a wrong answer is attacked on, through each surrogate, with evasion as the goal. The
-    report votes once on what was chosen, and on the images of each surrogate for a row of their own.
+    image. An image that is denied without a wrong answer is attacked again, through each surrogate, with evasion as the
+    goal. The report votes once on the worst cases, and on the images of each surrogate for a row of their own.
 
-    The ResNet meets the attack on itself, with as many attempts as the surrogates have together, and all images that
+    The ResNet gets the attack on itself, with as many attempts as the surrogates have together, and all images that
     were made for the ensemble.
 
     Args:
@@ -154,81 +178,116 @@ def attack_sweep(
         seed: of gradient, selection and report panels.
         batch_size: images at a time.
         tick: called with 1 whenever one attack on one batch is done.
+
+    Raises:
+        ItoError: an unknown surrogate.
     """
     attacks = sorted(attacks, key=lambda attack: attack.eps)
     models = surrogate_models(ensemble, resnet, surrogates)
     device = next(ensemble.parameters()).device
-    parts = [
-        _sweep_batch(ensemble, resnet, batch, attacks, models, seed, tick) for batch in data.batches(batch_size, device)
-    ]
+    parts = []
+    for index, x, y in data.batches(batch_size, device):
+        batch = _Batch(ensemble, resnet, Images(x, y, index), models, seed)
+        for attack in attacks:
+            batch.attack(attack, tick)
+        parts.append(batch.finished())
     whole = {column.name: _joined([getattr(part, column.name) for part in parts]) for column in fields(Sweep)}
     return Sweep(**whole | {"eps": parts[0].eps})
 
 
-def _sweep_batch(
-    ensemble: ItoEnsemble,
-    resnet: nn.Module,
-    batch: tuple[Tensor, Tensor, Tensor],
-    attacks: Sequence[PGD],
-    models: dict[str, nn.Module],
-    seed: int,
-    tick: Tick,
-) -> Sweep:
-    """A sweep of one batch."""
-    index, x, y = batch
-    chosen = Selection(ensemble, x, y, index, seed)
-    chosen.begin()
-    clean = ensemble.predict(x, seed, index)
-    labels = {"resnet": classify(resnet, x).cpu(), "ito": clean.labels.cpu()}
-    sweep = Sweep([attack.eps for attack in attacks], y.cpu(), index.cpu(), labels, [], [], [])
-    sweep.invalid += int(clean.invalid.sum())
-    for level, attack in enumerate(attacks):
-        # What fools a surrogate by a hair seldom fools the ensemble: a transfer goes on to the end.
-        through = {name: attack if name in ("ensemble", "member") else replace(attack, stop=False) for name in models}
-        own = replace(attack, restarts=attack.restarts * len(models)).run(resnet, x, y, seed, index)
-        fooled = [classify(resnet, own.images)]
-        sweep.resnet_cost.append((own.gradients, own.queries + len(models) * len(x)))
-        since, every = 2 * len(models) * level, torch.arange(len(x), device=x.device)
-        sweep.labels.append({})
-        sweep.images.append({})
-        sweep.cost.append({})
-        for number, (name, model) in enumerate(models.items()):
-            found = through[name].run(model, x, y, seed, index)
-            chosen.meet(every, found.images, since + number, since)
-            decided = ensemble.predict(found.images, seed, index)
-            fooled.append(classify(resnet, found.images))
-            sweep.labels[level][name], sweep.images[level][name] = decided.labels.cpu(), found.images.cpu()
-            sweep.cost[level][name] = (found.gradients, found.queries)
-            sweep.invalid += int(decided.invalid.sum())
+class _Batch:
+    """A sweep of one batch, radius after radius."""
+
+    def __init__(
+        self, ensemble: ItoEnsemble, resnet: nn.Module, images: Images, models: dict[str, nn.Module], seed: int
+    ) -> None:
+        self.ensemble, self.resnet, self.images, self.models, self.seed = ensemble, resnet, images, models, seed
+        self.selection = Selection(ensemble, images, Report(seed))
+        self.selection.offer_clean()
+        clean = ensemble.predict(images.x, seed, images.index)
+        labels = {"resnet": classify(resnet, images.x).cpu(), "ito": clean.labels.cpu()}
+        self.sweep = Sweep([], images.y.cpu(), images.index.cpu(), labels, [], [], [])
+        self.sweep.invalid += int(clean.invalid.sum())
+
+    def attack(self, attack: PGD, tick: Tick) -> None:
+        """Attack ResNet and ensemble at the next radius, and let the report vote."""
+        # What barely fools a surrogate seldom fools the ensemble: a transfer does not stop early.
+        through = {
+            name: attack if name in ("ensemble", "member") else replace(attack, stop=False) for name in self.models
+        }
+        since = 2 * len(self.models) * len(self.sweep.eps)  # the number of attacks at smaller radii
+        self.sweep.eps.append(attack.eps)
+        resnet_labels = [self._attack_resnet(attack)]
+        resnet_labels += self._deny(through, since, tick)
+        resnet_labels += self._evade(through, since)
+        self.sweep.resnet.append(_first_wrong(self.images.y, resnet_labels).cpu())
+        cases = self.selection.worst_cases(self.selection.vote())
+        for column, case in zip((self.sweep.denial, self.sweep.evasion), cases, strict=True):
+            column.append(WorstCase(*(value.cpu() for value in vars(case).values())))
+
+    def _attack_resnet(self, attack: PGD) -> Tensor:
+        """The ResNet's labels under the attack on itself, with as many attempts as the surrogates have together."""
+        x, y, index = self.images.x, self.images.y, self.images.index
+        attempts = attack.restarts * len(self.models)
+        own = replace(attack, restarts=attempts).run(self.resnet, x, y, self.seed, index)
+        self.sweep.resnet_cost.append(Cost.of(own) + Cost(queries=len(self.models) * len(x)))
+        return classify(self.resnet, own.images)
+
+    def _deny(self, through: dict[str, PGD], since: int, tick: Tick) -> list[Tensor]:
+        """Attack all images through each surrogate; gives the ResNet's labels on what comes out."""
+        x, y, index = self.images.x, self.images.y, self.images.index
+        every = torch.arange(len(x), device=x.device)
+        labels: dict[str, Tensor] = {}
+        images: dict[str, Tensor] = {}
+        cost: dict[str, Cost] = {}
+        resnet_labels = []
+        for number, (name, model) in enumerate(self.models.items(), since):
+            result = through[name].run(model, x, y, self.seed, index)
+            self.selection.offer(every, result.images, number, since)
+            prediction = self.ensemble.predict(result.images, self.seed, index)
+            resnet_labels.append(classify(self.resnet, result.images))
+            labels[name], images[name] = prediction.labels.cpu(), result.images.cpu()
+            cost[name] = Cost.of(result)
+            self.sweep.invalid += int(prediction.invalid.sum())
             tick(1)
-        gradients = queries = 0
-        for number, (name, model) in enumerate(models.items(), len(models)):
-            rows = chosen.standing("evasion")
-            if len(rows):
-                evade, start = replace(through[name], goal="evasion"), chosen.held["evasion"].images[rows]
-                found = evade.run(model, x[rows], y[rows], seed, index[rows], start)
-                chosen.meet(rows, found.images, since + number, since)
-                gradients, queries = gradients + found.gradients, queries + found.queries
-                fooled.append(y.clone())
-                fooled[-1][rows] = classify(resnet, found.images)
-        sweep.resnet.append(_worst_of(y, fooled).cpu())
-        sweep.evasion_cost.append((gradients, queries))
-        votes = chosen.vote()
-        for cases, case in zip((sweep.denial, sweep.evasion), chosen.worst_cases(votes), strict=True):
-            cases.append(WorstCase(*(value.cpu() for value in vars(case).values())))
-    sweep.invalid += chosen.invalid
-    return sweep
+        self.sweep.labels.append(labels)
+        self.sweep.images.append(images)
+        self.sweep.cost.append(cost)
+        return resnet_labels
+
+    def _evade(self, through: dict[str, PGD], since: int) -> list[Tensor]:
+        """Attack the images that are denied without a wrong answer; gives the ResNet's labels on what comes out."""
+        cost, resnet_labels = Cost(), []
+        for number, (name, model) in enumerate(self.models.items(), since + len(self.models)):
+            rows = self.selection.to_attack("evasion")
+            if not len(rows):
+                continue
+            some, start = self.images[rows], self.selection.best["evasion"].images[rows]
+            evasion = replace(through[name], goal="evasion")
+            result = evasion.run(model, some.x, some.y, self.seed, some.index, start)
+            self.selection.offer(rows, result.images, number, since)
+            cost += Cost.of(result)
+            labels = self.images.y.clone()
+            labels[rows] = classify(self.resnet, result.images)
+            resnet_labels.append(labels)
+        self.sweep.evasion_cost.append(cost)
+        return resnet_labels
+
+    def finished(self) -> Sweep:
+        """The sweep of this batch."""
+        self.sweep.invalid += self.selection.invalid
+        return self.sweep
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """What several batches gave as one: tensors and worst cases end to end, counts added, in lists and dicts alike."""
+    """A column of `Sweep` of several batches as one: images and labels end to end, counts added, in lists and dicts."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(list(parts))
     if isinstance(first, WorstCase):
-        return joined_cases(parts)
+        return join_cases(parts)
     if isinstance(first, dict):
         return {name: _joined([part[name] for part in parts]) for name in first}
-    if isinstance(first, list | tuple):
-        return type(first)(_joined(column) for column in zip(*parts, strict=True))
-    return sum(parts)
+    if isinstance(first, list):
+        return [_joined(column) for column in zip(*parts, strict=True)]
+    return reduce(operator.add, parts)

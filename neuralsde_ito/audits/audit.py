@@ -15,39 +15,44 @@ from ..attacks.norms import BALLS
 from ..attacks.pgd import PGD
 from ..outcomes import Outcomes, Rate
 from ..validation import recordable
-from .binarisation import binarisation
-from .case import Reseeded, Subject, frozen
-from .check import BESIDE, FAIL, PASS, Check
-from .gradients import eot_adequacy, logits, randomness, solver_gradient, zero_gradients
-from .optimisation import (
-    convergence,
-    monotone,
-    more_iterations,
-    one_step,
-    rough_landscape,
-    silent_success,
-    unbounded_attack,
-)
-from .other_attacks import black_box, known_noise, random_noise, transfer
-from .reporting import extraordinary_claim, selection_bias, the_ball
+from . import binarisation, gradients, optimisation, other_attacks, reporting
+from .case import AuditCase, Reseeded, input_gradients_only
+from .check import FAIL, NOT_APPLICABLE, PASS, Check, RunCheck
 
-CHECKS: tuple[Callable[[Subject], Check], ...] = (
-    randomness, logits, zero_gradients, eot_adequacy, more_iterations, convergence, silent_success, rough_landscape,
-    unbounded_attack, monotone, one_step, black_box, random_noise, transfer, known_noise, selection_bias, binarisation,
-    solver_gradient, the_ball, extraordinary_claim,
-)  # fmt: skip
+CHECKS: tuple[RunCheck, ...] = (  # in the order of their numbers
+    gradients.randomness,
+    gradients.logits,
+    gradients.zero_gradients,
+    gradients.eot_adequacy,
+    optimisation.more_iterations,
+    optimisation.convergence,
+    optimisation.silent_success,
+    optimisation.rough_landscape,
+    optimisation.unbounded_attack,
+    optimisation.monotone,
+    optimisation.one_step,
+    other_attacks.black_box,
+    other_attacks.random_noise,
+    other_attacks.transfer,
+    other_attacks.known_noise,
+    reporting.selection_bias,
+    binarisation.binarisation,
+    gradients.solver_gradient,
+    reporting.the_ball,
+    reporting.extraordinary_claim,
+)
 
 __all__ = ["Audit", "Check", "Landscape", "audit"]
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """The loss around one image on fixed paths: along the gradient, and along a random direction.
+    """The loss around one image on fixed paths, along the gradient's direction and along a random one.
 
     Attributes:
-        row: the image's position among those audited.
-        reach: ``(K,)``, steps in either direction, in units of eps.
-        loss: ``(K, K)``; the first axis is the gradient's.
+        row: the image's position among the audited images.
+        reach: ``(K,)``, the distances along either direction, in units of eps.
+        loss: ``(K, K)``, the cross-entropy; the first axis is the gradient's direction.
     """
 
     row: int
@@ -57,16 +62,18 @@ class Landscape:
 
 @dataclass(frozen=True)
 class Audit:
-    """The verdicts, and what a report shows beside them.
+    """The outcomes of all checks, with the attack's figures and images.
 
     Attributes:
         checks: all twenty, by number.
         attack: the attack whose figure was in doubt.
-        clean, attacked: outcomes before and under it.
-        curve: radius and accuracy with its interval, from 0 on; never rising, as successes are carried upward.
-        landscape: None where the noise cannot be fixed.
-        x, images: clean and adversarial ``(N, C, H, W)``; ``truth``, ``before`` and ``after``: labels ``(N,)``; all
-            on the CPU.
+        clean: outcomes without attack.
+        attacked: outcomes under the attack; None where a solver chooses its own steps, so that no attack runs.
+        curve: pairs of radius (pixel units) and accuracy with its interval. It begins at radius 0 and never rises: an
+            image that falls at one radius counts as fallen at all larger ones. Empty where no attack runs.
+        landscape: None where no attack runs, where the noise cannot be fixed, or where the model is right on no image.
+        x, images: clean and adversarial images ``(N, C, H, W)``, on the CPU.
+        truth, before, after: labels ``(N,)``, on the CPU: the true ones, and the decisions on ``x`` and on ``images``.
     """
 
     checks: list[Check]
@@ -94,8 +101,8 @@ class Audit:
     @property
     def verdict(self) -> str:
         """The outcome in one sentence."""
-        count = {word: sum(check.verdict == word for check in self.checks) for word in (PASS, FAIL, BESIDE)}
-        others = f"{count[PASS]} passed, {count[BESIDE]} not applicable"
+        count = {verdict: sum(c.verdict == verdict for c in self.checks) for verdict in (PASS, FAIL, NOT_APPLICABLE)}
+        others = f"{count[PASS]} passed, {count[NOT_APPLICABLE]} not applicable"
         if self.failed:
             return (
                 f"{count[FAIL]} of {len(self.checks)} checks failed ({others}): do not trust the attacked accuracy yet."
@@ -103,7 +110,7 @@ class Audit:
         return f"No check failed ({others}): no sign that the attack was fooled."
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the pictures, ready for JSON."""
+        """Everything but images, labels and landscape, ready for JSON."""
         return {
             "passed": self.passed,
             "verdict": self.verdict,
@@ -122,8 +129,6 @@ def audit(
     norm: str = "linf",
     eps: float = 8 / 255,
     *,
-    steps: int = 20,
-    eot: int = 20,
     seed: int = 0,
     index: Tensor | None = None,
     surrogates: Mapping[str, nn.Module] | None = None,
@@ -137,9 +142,9 @@ def audit(
 
     Args:
         model: `ItoEnsemble` or `ItoResNet`, in eval mode; or any module from images in [0, 1] to logits, in the modes
-            that it has: with dropout left on it is audited as a randomised model.
+            that it has: if its dropout is on, it is audited as a randomised model.
         x, y: images ``(N, C, H, W)`` in [0, 1] and their true labels ``(N,)``.
-        norm, eps, steps, eot: of the attack, see `PGD`; so are ``settings``.
+        norm, eps: of the attack, in pixel units.
         seed: of all noise.
         index: int64 ``(N,)``, the images' names in the noise's address, no two alike; default their position.
         surrogates: networks to transfer attacks from, by name; for Itô models the noise-free network is added.
@@ -148,59 +153,69 @@ def audit(
         batch_size: images that go through a module at a time, each on all paths of a gradient; see `ModuleTarget`. It
             does not change the figures of a module without noise. An ensemble has its own ``chunk``.
         tick: called with 1 after every check.
+        settings: of the attack: ``steps``, ``eot``, ``restarts`` and all else that `PGD` takes.
 
     Raises:
-        ItoError: images, labels or settings that cannot be; a model that gives no gradient, or in which the answer to
-            an image depends on the others in its batch (BatchNorm in train mode).
+        ItoError: images, labels or settings that cannot be used; a model that gives no gradient, or in which the
+            answer to an image depends on the others in its batch (BatchNorm in train mode).
 
     Example:
         ``audit(net, x, y, norm="linf", eps=8/255).passed``
     """
-    attack = PGD(norm=norm, eps=eps, steps=steps, eot=eot, **settings)
+    attack = PGD(norm=norm, eps=eps, **settings)
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.inference_mode(False))  # inference mode records no gradient
         x, y = recordable(x), recordable(y)
         index = None if index is None else recordable(index)
-        s = Subject(model, x, y, attack, seed, index, surrogates, queries, draws, batch_size)
-        for net in (s.model, *s.surrogates.values()):
-            stack.enter_context(frozen(net))
-        _ = s.classes, None if s.adaptive else s.others  # refuse what cannot be audited before anything is run
+        case = AuditCase(model, x, y, attack, seed, index, surrogates, queries, draws, batch_size)
+        for network in (case.model, *case.surrogates.values()):
+            stack.enter_context(input_gradients_only(network))
+        # These raise where something cannot be audited: before anything is attacked.
+        _ = case.classes, None if case.adaptive else case.surrogate_targets
         checks = []
-        for check in CHECKS:
-            checks.append(check(s))
+        for run_check in CHECKS:
+            checks.append(run_check(case))
             tick(1)
-        attacked = None if s.adaptive else s.main
-        after = s.clean if attacked is None else attacked.labels
-        return Audit(
-            checks,
-            attack,
-            Outcomes.of(s.clean, s.y),
-            None if attacked is None else Outcomes.of(after, s.y),
-            [] if s.adaptive else s.curve,
-            None if s.adaptive else _landscape(s),
-            *(part.cpu() for part in (s.x, s.x if attacked is None else attacked.images, s.y, s.clean, after)),
-        )
+        return _audit_of(case, checks)
 
 
-def _landscape(s: Subject, size: int = 21) -> Landscape | None:
-    """The loss around a survivor, or around any image that was known, within twice the radius."""
-    rows = s.survivors if len(s.survivors) else s.right
-    model = s.fixed
+def _audit_of(case: AuditCase, checks: list[Check]) -> Audit:
+    """The outcomes of the checks, with what the report shows of their case."""
+    attacked = None if case.adaptive else case.white_box
+    images, after = (case.x, case.clean) if attacked is None else (attacked.images, attacked.labels)
+    return Audit(
+        checks=checks,
+        attack=case.attack,
+        clean=Outcomes.of(case.clean, case.y),
+        attacked=None if attacked is None else Outcomes.of(after, case.y),
+        curve=[] if case.adaptive else case.curve,
+        landscape=None if case.adaptive else _landscape(case),
+        x=case.x.cpu(),
+        images=images.cpu(),
+        truth=case.y.cpu(),
+        before=case.clean.cpu(),
+        after=after.cpu(),
+    )
+
+
+def _landscape(case: AuditCase, size: int = 21) -> Landscape | None:
+    """The loss within twice the radius of a survivor, or else of any image that is decided rightly without attack."""
+    rows = case.survivors if len(case.survivors) else case.correct_rows
+    model = case.fixed
     if model is None or not len(rows):
         return None
-    row, ball, reach = int(rows[0]), BALLS[s.attack.norm], torch.linspace(-2, 2, size)
-    x, y = s.x[row : row + 1], s.y[row : row + 1]
+    row, ball, reach = int(rows[0]), BALLS[case.attack.norm], torch.linspace(-2, 2, size)
+    x, y = case.x[row : row + 1], case.y[row : row + 1]
     with torch.enable_grad():
         start = x.clone().requires_grad_()
-        out = s.answers(model, start)
-        loss = F.cross_entropy(out, y)
+        loss = F.cross_entropy(case.logits(model, start), y)
         gradient = torch.autograd.grad(loss, start)[0] if loss.requires_grad else torch.zeros_like(x)
     along = ball.steepest(gradient.nan_to_num(0, 0, 0))
-    aside = ball.steepest(s.noise(x, rows[:1], 1.0, 1 << 22) - x)
-    grid = (reach * s.attack.eps).to(x)
+    aside = ball.steepest(case.random_points(x, rows[:1], 1.0, 1 << 22) - x)
+    grid = (reach * case.attack.eps).to(x)
     points = x + grid[:, None, None, None, None] * along + grid[None, :, None, None, None] * aside
     with torch.no_grad():
-        # A module draws by place in the batch: point after point, so that all meet the same path.
+        # A module's draws depend on the position in the batch: with one point in each, all points get the same draws.
         parts = points.flatten(0, 1).split(1 if isinstance(model, Reseeded) else 128)
-        losses = torch.cat([F.cross_entropy(s.answers(model, p), y.expand(len(p)), reduction="none") for p in parts])
-    return Landscape(row, reach, losses.view(size, size).cpu())
+        losses = [F.cross_entropy(case.logits(model, part), y.expand(len(part)), reduction="none") for part in parts]
+    return Landscape(row, reach, torch.cat(losses).view(size, size).cpu())

@@ -1,7 +1,7 @@
 """Evidence of an attack: a folder with which anybody can check its figures.
 
-``images.safetensors`` holds the images before and after, ``records.json`` all votes and what is claimed of every image,
-``summary.json`` the figures. `verify_bundle` repeats the votes and the attack, and votes on fresh noise.
+``images.safetensors`` holds the images before and after the attack, ``records.json`` all votes and what is claimed of
+every image, ``summary.json`` the figures. `verify_bundle` repeats the votes and the attack, and votes on fresh noise.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..attacks.fingerprints import fingerprint, fingerprint_choice, fingerprint_split
 from ..attacks.norms import BALLS, check_eps
-from ..attacks.selection import NOISES, report_votes, worst_labels
-from ..attacks.suite import Suite, SuiteResult
+from ..attacks.report import NOISES, Report
+from ..attacks.suite import Suite
+from ..attacks.suite_run import SuiteRun, SuiteSettings
 from ..data import Split
 from ..files import sync_folder, write_atomically
 from ..models.ensemble import ItoEnsemble
 from ..models.votes import check_rule
 from ..outcomes import ABSTAIN, Outcomes, WorstCase
-from ..validation import ItoError, check_images, nearest, shown
+from ..validation import ItoError, check_images, one_of, shown
 
 IMAGES, RECORDS, SUMMARY = "images.safetensors", "records.json", "summary.json"
 FORMAT = 2
-CLEAN = -1  # the source that is no attack: the clean image itself
+CLEAN = -1  # the source of an image that no attack made: the clean image itself
 _CLEAN = "(the clean image)"
 CASES = ("denial", "evasion")
 _THREAT = {"linf": "Linf", "l2": "L2"}  # RobustBench's spelling
@@ -44,32 +46,31 @@ ROUNDING = 1e-6  # of float32, in pixel units: added to eps, and between an orig
 
 
 class Altered(ItoError):
-    """A bundle's files are not those that were written together."""
+    """One of a bundle's files was changed after the bundle was written."""
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What a suite of attacks claims of ``N`` images at one radius.
 
-    Votes are those of the report, all of them: the labels follow from them by `votes.worst_labels`.
+    It holds all votes of the report. The labels follow from them by `worst_labels`.
 
     Attributes:
         norm, eps: the ball, a name in `BALLS`; eps in pixel units.
-        attacks: names in the order in which they ran, through all radii of the sweep; no two alike.
-        index: int64 ``(N,)``, the images' names in the noise's address, no two alike.
+        attacks: their names, all different, in the order in which they ran, through all radii of the sweep.
+        index: int64 ``(N,)``, the images' names in the noise's address, all different.
         truth, clean: int64 ``(N,)``: true labels, and the decisions without attack (`ABSTAIN` = -1).
         originals: float32 ``(N, C, H, W)`` in [0, 1], before the attack.
         clean_votes: int64 ``(repeat, members, N, classes)``, on the originals.
-        denial, evasion: the two worst cases; their images float32, their votes as ``clean_votes``.
-        attacked, queries, gradients: of each attack, the images that it was run on, and its model evaluations without
-            and with a gradient.
-        inferences, rule: of each member, and how votes become a label.
-        seed: of all panels; report ``r`` of ``repeat`` has ``seed + r``.
-        noise, repeat: the noise model and the persistence of the attacker, see `Suite`.
+        denial, evasion: the two worst cases; their images are float32, their votes have the shape of ``clean_votes``.
+        attacked, queries, gradients: of each attack, the images that it was run on, and its inferences without and
+            with a gradient.
+        inferences, rule: inferences of each member, and how votes become a label.
+        seed, noise, repeat: how the report votes, see `Report`; the seed is that of all panels.
         fingerprints: ``weights`` (`fingerprint`), ``split`` (`fingerprint_split`), ``choice`` (`fingerprint_choice`).
-        command: as it was typed.
-        config: as JSON has it. Read: ``run`` (its path), ``data.name``, and of ``suite`` the keys ``name``, ``effort``
-            and ``radii`` (of the sweep, up to this one).
+        command: as the user typed it.
+        config: as JSON has it. The keys that are read are ``run`` (its path), ``data.name``, and ``name``, ``effort``
+            and ``radii`` (those of the sweep, up to this one) in ``suite``.
     """
 
     norm: str
@@ -95,140 +96,110 @@ class Evidence:
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def names(self) -> Tensor:
-        """The names ``(N,)`` under which the report's noise knows the images: one for all under ``fixed``."""
-        return torch.zeros_like(self.index) if self.noise == "fixed" else self.index
+    def report(self) -> Report:
+        """How the report votes."""
+        return Report(self.seed, self.noise, self.repeat)
 
 
 def evidence_of(
-    results: Sequence[SuiteResult],
-    clean_votes: Tensor,
-    ensemble: ItoEnsemble,
-    suite: Suite,
-    split: Split,
-    x: Tensor,
-    y: Tensor,
-    index: Tensor,
-    command: str = "",
-    config: dict[str, Any] | None = None,
+    run: SuiteRun, split: Split, level: int = -1, command: str = "", config: dict[str, Any] | None = None
 ) -> Evidence:
-    """What a sweep of a suite claims at its last radius.
+    """What a run of a suite claims at one radius.
 
     Args:
-        results: of all radii, rising, up to this one, each of all images.
-        clean_votes: ``(repeat, members, N, classes)``, `Suite.votes` of the originals.
-        ensemble, suite: the defender, and what attacked it.
+        run: see `run_suite` and `attack_images`.
         split: the whole test split from which the images were chosen.
-        x, y, index: images ``(N, C, H, W)``, true labels and names ``(N,)``, as the suite had them.
-        command, config: see `Evidence`; the radii are added to ``config["suite"]``.
+        level: the number of the radius; default the last.
+        command, config: see `Evidence`; ``config["suite"]`` gets the run's description and radii.
     """
-    radii, last = [result.eps for result in results], results[-1]
-    clean_votes, config = clean_votes.cpu(), config or {}
+    results = run.results[: range(len(run.results))[level] + 1]
+    last, radii = results[-1], [result.eps for result in results]
+    images, suite, config = run.images, run.suite, config or {}
+
+    def counts(what: str) -> tuple[int, ...]:
+        return tuple(count for result in results for count in getattr(result, what))
+
     return Evidence(
-        norm=suite.steps(last.eps)[0].attack.norm,
+        norm=run.norm,
         eps=last.eps,
         attacks=attack_names(suite, radii),
-        index=index.cpu(),
-        truth=y.cpu(),
-        originals=x.cpu(),
-        clean=worst_labels(clean_votes, y.cpu(), ensemble.rule, ensemble.inferences),
-        clean_votes=clean_votes,
-        denial=_on_cpu(last.denial),
-        evasion=_on_cpu(last.evasion),
-        attacked=tuple(n for result in results for n in result.attacked),
-        queries=tuple(n for result in results for n in result.queries),
-        gradients=tuple(n for result in results for n in result.gradients),
-        inferences=ensemble.inferences,
-        rule=ensemble.rule,
+        index=images.index,
+        truth=images.y,
+        originals=images.x,
+        clean=run.clean,
+        clean_votes=run.clean_votes,
+        denial=last.denial,
+        evasion=last.evasion,
+        attacked=counts("attacked"),
+        queries=counts("queries"),
+        gradients=counts("gradients"),
+        inferences=run.ensemble.inferences,
+        rule=run.ensemble.rule,
         seed=suite.seed,
         noise=suite.noise,
         repeat=suite.repeat,
         fingerprints={
-            "weights": fingerprint(ensemble),
+            "weights": fingerprint(run.ensemble),
             "split": fingerprint_split(split),
-            "choice": fingerprint_choice(index, y, x),
+            "choice": fingerprint_choice(images.index, images.y, images.x),
         },
         command=command,
-        config={**config, "suite": {**config.get("suite", {}), "radii": radii}},
+        config={**config, "suite": {**config.get("suite", {}), **run.description, "radii": radii}},
     )
 
 
 def attack_names(suite: Suite, radii: Sequence[float]) -> tuple[str, ...]:
-    """The attacks of a sweep, in the order in which they run: at each radius the denial's, then the evasion's."""
+    """The attacks of a sweep, in the order in which they run: at each radius those for denial, then for evasion."""
     return tuple(
         f"{step.name}, {goal}eps {eps:.6g}" for eps in radii for goal in ("", "evasion, ") for step in suite.steps(eps)
     )
 
 
+def suite_of(evidence: Evidence, ensemble: ItoEnsemble, resnet: nn.Module) -> Suite:
+    """The suite that a bundle names, with the verifier's own networks as its surrogates.
+
+    Args:
+        evidence: as read by `load_bundle`.
+        ensemble: the defender.
+        resnet: the network that it came from.
+
+    Raises:
+        ItoError: the bundle names no suite that this version knows.
+    """
+    settings = evidence.config.get("suite")
+    settings = settings if isinstance(settings, dict) else {}
+    if settings.get("name") != "standard":
+        raise ItoError("the bundle names no suite")
+    return SuiteSettings(evidence.norm, (evidence.eps,), settings.get("effort", 0.0)).suite(ensemble, resnet)
+
+
 def votes_of(
     ensemble: ItoEnsemble,
     x: Tensor,
-    seed: int,
-    names: Tensor,
-    repeat: int,
+    index: Tensor,
+    report: Report,
     batch_size: int,
     tick: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
-    """`report_votes` in batches, int64 ``(repeat, members, N, classes)`` on the CPU."""
+    """`Report.votes` in batches, int64 ``(repeat, members, N, classes)`` on the CPU."""
     device = next(ensemble.parameters()).device
     parts = []
-    for part, named in zip(x.split(batch_size), names.split(batch_size), strict=True):
-        parts.append(report_votes(ensemble, part.to(device), seed, named.to(device), repeat).cpu())
-        tick(len(part))
+    for images, names in zip(x.split(batch_size), index.split(batch_size), strict=True):
+        parts.append(report.votes(ensemble, images.to(device), names.to(device)).cpu())
+        tick(len(images))
     return torch.cat(parts, 2)
 
 
-def fingerprint(ensemble: ItoEnsemble) -> str:
-    """SHA-256 of all that a member computes with: weights, buffers (normalisation too), noise, solver and steps."""
-    digest = hashlib.sha256()
-    for member in ensemble.members:
-        schedule = member.schedule
-        times = [(sde.t0, sde.t1, sde.jump) for sde in member.sdes]  # type: ignore[union-attr]
-        kinds = [type(module).__name__ for module in member.modules()]
-        digest.update(
-            repr((schedule.omega, schedule.name, member.solver, member.steps, times, kinds)).encode()  # type: ignore[union-attr]
-        )
-        for name, value in sorted([*member.named_parameters(), *member.named_buffers()], key=lambda pair: pair[0]):
-            content = value.detach().cpu().contiguous().view(torch.uint8) if value.dim() else value.detach().cpu()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + content.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint_split(split: Split) -> str:
-    """SHA-256 of a whole split's size, names and labels: of what a choice of images was drawn from."""
-    names = torch.arange(len(split)) if split.names is None else split.names
-    return _digest(names, split.labels)
-
-
-def fingerprint_choice(index: Tensor, y: Tensor, x: Tensor) -> str:
-    """SHA-256 of the names and labels ``(N,)`` and pixels ``(N, C, H, W)`` of the chosen images.
-
-    Pixels count in steps of 1/65,535, so that the last bit of a division by 255 does not matter.
-    """
-    return _digest(index, y, (x.double() * 65535).round())
-
-
-def _digest(*columns: Tensor) -> str:
-    digest = hashlib.sha256()
-    for column in columns:
-        digest.update(repr(tuple(column.shape)).encode() + column.cpu().long().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _on_cpu(case: WorstCase) -> WorstCase:
-    return WorstCase(case.images.cpu(), case.source.cpu(), case.labels.cpu(), case.votes.cpu())
-
-
 def save_bundle(folder: str | Path, evidence: Evidence) -> None:
-    """Write a bundle, the whole folder or nothing.
+    """Write a bundle: the whole folder or nothing.
 
     Args:
-        folder: new or empty; evidence is never written over.
+        folder: a new or empty one; a bundle is never written over.
         evidence: on any device.
 
     Raises:
-        ItoError: a folder that holds something; shapes or values that do not fit, images outside the ball or
-            outside [0, 1], a config that is not JSON.
+        ItoError: a folder that is not empty; shapes or values that do not fit together; images outside the ball or
+            outside [0, 1]; a config that JSON cannot hold.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -263,13 +234,14 @@ def save_bundle(folder: str | Path, evidence: Evidence) -> None:
 
 
 def load_bundle(folder: str | Path) -> Evidence:
-    """Read a bundle back, bit for bit, onto the CPU. Tensors and JSON only: nothing in it is run.
+    """Read a bundle back, bit for bit, onto the CPU.
 
-    That images are inside the ball is for `verify_bundle` to say.
+    A bundle holds tensors and JSON only, so that reading it runs none of its content. Whether its images are inside the
+    ball is not checked here, but by `verify_bundle`.
 
     Raises:
-        Altered: the images are not those of the records' SHA-256, or the summary does not follow from the records.
-        ItoError: files that are missing, damaged or something else.
+        Altered: the images do not have the SHA-256 in the records, or the summary does not follow from the records.
+        ItoError: files that are missing, damaged or of another kind.
     """
     folder = Path(folder)
     for name in (IMAGES, RECORDS, SUMMARY):
@@ -310,9 +282,19 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _records(evidence: Evidence, digest: str) -> str:
     """The content of ``records.json``: a head, then one line an image."""
-    repeat, members, _, classes = evidence.clean_votes.shape
+    try:
+        head = json.dumps(_head(evidence, digest), indent=2, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
+    except (TypeError, ValueError) as error:
+        raise ItoError(f"The bundle's config must be what JSON can hold: {error}.") from None
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in _rows(evidence))
+    return f'{head},\n  "images": [\n{lines}\n  ]\n}}\n'
+
+
+def _head(evidence: Evidence, digest: str) -> dict[str, Any]:
+    """What the records say of the attack; ``digest`` is the SHA-256 of the images' file."""
+    _, members, _, classes = evidence.clean_votes.shape
     costs = zip(evidence.attacks, evidence.attacked, evidence.queries, evidence.gradients, strict=True)
-    head = {
+    return {
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"ito-sde": version("ito-sde"), "torch": str(torch.__version__)},
@@ -323,7 +305,8 @@ def _records(evidence: Evidence, digest: str) -> str:
         "norm": evidence.norm,
         "eps": evidence.eps,
         "attacks": [
-            {"name": name, "images": int(met), "forwards": int(f), "backwards": int(b)} for name, met, f, b in costs
+            {"name": name, "images": int(attacked), "forwards": int(queries), "backwards": int(gradients)}
+            for name, attacked, queries, gradients in costs
         ],
         "members": members,
         "inferences": evidence.inferences,
@@ -333,29 +316,29 @@ def _records(evidence: Evidence, digest: str) -> str:
         "fingerprints": evidence.fingerprints,
         "config": evidence.config,
     }
-    names = (*evidence.attacks, _CLEAN)  # the last is that of source -1
+
+
+def _rows(evidence: Evidence) -> list[dict[str, Any]]:
+    """What the records say of each image: labels, sources and norms of the cases, and all votes."""
+    repeat, members, _, _ = evidence.clean_votes.shape
+    sources = (*evidence.attacks, _CLEAN)  # source -1 is the last
     columns = (evidence.index, evidence.truth, evidence.clean)
     rows: list[dict[str, Any]] = [
         {"index": i, "truth": y, "clean": {"label": label}}
         for i, y, label in zip(*(column.tolist() for column in columns), strict=True)
     ]
-    for case, found in cases_of(evidence).items():
-        columns = (found.labels, found.source, norms_of(evidence, found))
+    for name, case in cases_of(evidence).items():
+        columns = (case.labels, case.source, norms_of(evidence, case))
         for row, label, source, norm in zip(rows, *(column.tolist() for column in columns), strict=True):
-            row[case] = {"label": label, "source": names[source], "norm": norm}
-    for case, votes in votes_in(evidence).items():
+            row[name] = {"label": label, "source": sources[source], "norm": norm}
+    for name, votes in votes_in(evidence).items():
         for row in rows:
-            row[case]["votes"] = [[{} for _ in range(members)] for _ in range(repeat)]
-        # Of ImageNet's thousand classes a vote names few.
+            row[name]["votes"] = [[{} for _ in range(members)] for _ in range(repeat)]
+        # Only classes that got votes are written: of ImageNet's thousand few do.
         votes = votes.cpu()
         for (r, m, i, c), count in zip(votes.nonzero().tolist(), votes[votes != 0].tolist(), strict=True):
-            rows[i][case]["votes"][r][m][str(c)] = count
-    try:
-        start = json.dumps(head, indent=2, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
-    except (TypeError, ValueError) as error:
-        raise ItoError(f"The bundle's config must be what JSON can hold: {error}.") from None
-    lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-    return f'{start},\n  "images": [\n{lines}\n  ]\n}}\n'
+            rows[i][name]["votes"][r][m][str(c)] = count
+    return rows
 
 
 def _evidence(head: dict[str, Any], tensors: dict[str, Tensor]) -> Evidence:
@@ -371,13 +354,13 @@ def _evidence(head: dict[str, Any], tensors: dict[str, Tensor]) -> Evidence:
         return torch.tensor([numbers[value] for value in values] if keys[-1] == "source" else values)
 
     def votes(case: str) -> Tensor:
-        found = torch.zeros(head["repeat"], head["members"], len(rows), head["classes"], dtype=torch.int64)
+        votes = torch.zeros(head["repeat"], head["members"], len(rows), head["classes"], dtype=torch.int64)
         for i, row in enumerate(rows):
             for r, members in enumerate(row[case]["votes"]):
                 for m, counts in enumerate(members):
                     for c, count in counts.items():
-                        found[r, m, i, int(c)] = count
-        return found
+                        votes[r, m, i, int(c)] = count
+        return votes
 
     cases = {
         case: WorstCase(tensors[case], column(case, "source"), column(case, "label"), votes(case)) for case in CASES
@@ -407,7 +390,10 @@ def _evidence(head: dict[str, Any], tensors: dict[str, Tensor]) -> Evidence:
 
 
 def _summary(evidence: Evidence) -> dict[str, Any]:
-    """The figures under RobustBench's names, in per cent; ``robust_acc`` is not AutoAttack's, and says whose it is."""
+    """The figures in per cent, under RobustBench's names.
+
+    ``robust_acc`` is not that of AutoAttack; ``robust_acc_attack`` names the attacks.
+    """
     data = evidence.config.get("data")
     content: dict[str, Any] = {
         "dataset": data.get("name") if isinstance(data, dict) else data,
@@ -418,13 +404,14 @@ def _summary(evidence: Evidence) -> dict[str, Any]:
     labelled = {"clean": evidence.clean, "robust": evidence.denial.labels, "evasion": evidence.evasion.labels}
     for name, labels in labelled.items():
         outcomes = Outcomes.of(labels, evidence.truth)
-        # Under evasion it is the paper's column; RobustBench has no name for it.
+        # Correct + abstained under evasion is the paper's column; RobustBench has no name for it.
         figure, rate = (
             ("correct_or_abstained", outcomes.rate("correct", "abstained"))
             if name == "evasion"
             else (f"{name}_acc", outcomes.rate("correct"))
         )
-        # Two digits, as there: the summary is compared with the records, and last bits differ between machines.
+        # Two digits, as RobustBench has them: the last bits differ between machines, and the summary is compared with
+        # the records.
         content[figure] = round(100 * rate.value, 2)
         content[f"{figure}_interval"] = [round(100 * rate.low, 2), round(100 * rate.high, 2)]
         counts = outcomes.as_dict()["counts"]
@@ -435,71 +422,81 @@ def _summary(evidence: Evidence) -> dict[str, Any]:
 
 
 def check_evidence(evidence: Evidence) -> None:
-    """Refuse what does not fit together."""
-    if evidence.norm not in BALLS:
-        raise ItoError(nearest("norm", evidence.norm, BALLS))
+    """Refuse evidence whose values do not fit together.
+
+    Raises:
+        ItoError: what does not fit.
+    """
+    _check_settings(evidence)
+    n, shape = len(evidence.index), evidence.clean_votes.shape
+    if len(shape) != 4 or shape[2] != n or 0 in shape or shape[0] != evidence.repeat:
+        raise ItoError(f"votes must be ({evidence.repeat}, members, {n}, classes) and not empty, got {tuple(shape)}.")
+    _check_labels(evidence, n, shape[3])
+    for name, votes in votes_in(evidence).items():
+        if votes.dtype != torch.int64 or votes.shape != shape:
+            raise ItoError(f"{name} votes must be int64 {tuple(shape)}, got {votes.dtype} {tuple(votes.shape)}.")
+    if len(evidence.index.unique()) < n:
+        raise ItoError("index names an image twice: it would count twice.")
+    originals = evidence.originals
+    images = {"originals": originals, **{f"{name}'s images": case.images for name, case in cases_of(evidence).items()}}
+    for name, values in images.items():
+        if values.dtype != torch.float32 or values.dim() != 4 or values.shape != originals.shape:
+            raise ItoError(f"{name} must be float32 (N, C, H, W), got {values.dtype} {tuple(values.shape)}.")
+    if len(originals) != n:
+        raise ItoError(f"There are {len(originals)} original images for {n} names.")
+
+
+def _check_settings(evidence: Evidence) -> None:
+    """Refuse a norm, a radius, attacks, counts or words that cannot be."""
+    one_of("norm", evidence.norm, BALLS)
     if type(evidence.eps) not in (int, float):
         raise ItoError(f"eps must be a number, got {shown(evidence.eps)}.")
     check_eps(evidence.norm, evidence.eps)
     check_rule(evidence.rule)
-    if evidence.noise not in NOISES:
-        raise ItoError(nearest("noise model", evidence.noise, NOISES))
+    one_of("noise model", evidence.noise, NOISES)
     names = (*evidence.attacks, _CLEAN)
     if not evidence.attacks or len(set(names)) < len(names):
         raise ItoError(f"A bundle needs attacks, no two of one name, got {shown(evidence.attacks)}.")
     for name in ("attacked", "queries", "gradients"):
         values = getattr(evidence, name)
-        if len(values) != len(evidence.attacks) or not all(
-            type(value) is int and 0 <= value < 2**62 for value in values
-        ):
+        counts = all(type(value) is int and 0 <= value < 2**62 for value in values)
+        if len(values) != len(evidence.attacks) or not counts:
             raise ItoError(f"{name} must be a count for each of the {len(evidence.attacks)} attacks.")
     for name, least in (("inferences", 1), ("repeat", 1), ("seed", 0)):
         value = getattr(evidence, name)
-        if type(value) is not int or value < least:
+        if type(value) is not int or value < least:  # `whole_number` takes numpy's integers, which JSON does not
             raise ItoError(f"{name} must be a whole number of at least {least}, got {shown(value)}.")
     for name in ("config", "fingerprints"):
         if not isinstance(getattr(evidence, name), dict):
             raise ItoError(f"{name} must hold keys and values, got {type(getattr(evidence, name)).__name__}.")
-    n, shape = len(evidence.index), evidence.clean_votes.shape
-    if len(shape) != 4 or shape[2] != n or 0 in shape or shape[0] != evidence.repeat:
-        raise ItoError(f"votes must be ({evidence.repeat}, members, {n}, classes) and not empty, got {tuple(shape)}.")
-    classes = shape[3]
+
+
+def _check_labels(evidence: Evidence, n: int, classes: int) -> None:
+    """Refuse names, labels or sources that are not ``n`` whole numbers in their range."""
     columns = {
         "index": (evidence.index, -(2**63), 2**63),
         "truth": (evidence.truth, 0, classes),
         "clean": (evidence.clean, ABSTAIN, classes),
     }
-    pictures = {"originals": evidence.originals}
-    for case, found in cases_of(evidence).items():
-        columns[f"{case}'s labels"] = (found.labels, ABSTAIN, classes)
-        columns[f"{case}'s source"] = (found.source, CLEAN, len(evidence.attacks))
-        pictures[f"{case}'s images"] = found.images
+    for name, case in cases_of(evidence).items():
+        columns[f"{name}'s labels"] = (case.labels, ABSTAIN, classes)
+        columns[f"{name}'s source"] = (case.source, CLEAN, len(evidence.attacks))
     for name, (values, low, end) in columns.items():
         if values.dtype != torch.int64 or values.shape != (n,):
             raise ItoError(f"{name} must be int64 ({n},), got {values.dtype} {tuple(values.shape)}.")
         first, last = int(values.amin()), int(values.amax())
         if not low <= first <= last < end:
             raise ItoError(f"{name} must be from {low} to below {end}, got {first} to {last}.")
-    for name, votes in votes_in(evidence).items():
-        if votes.dtype != torch.int64 or votes.shape != shape:
-            raise ItoError(f"{name} votes must be int64 {tuple(shape)}, got {votes.dtype} {tuple(votes.shape)}.")
-    if len(evidence.index.unique()) < n:
-        raise ItoError("index names an image twice: it would count twice.")
-    for name, values in pictures.items():
-        if values.dtype != torch.float32 or values.dim() != 4 or values.shape != evidence.originals.shape:
-            raise ItoError(f"{name} must be float32 (N, C, H, W), got {values.dtype} {tuple(values.shape)}.")
-    if len(evidence.originals) != n:
-        raise ItoError(f"There are {len(evidence.originals)} original images for {n} names.")
 
 
 def cases_of(evidence: Evidence) -> dict[str, WorstCase]:
     """Both worst cases, by name."""
-    return {case: getattr(evidence, case) for case in CASES}
+    return {name: getattr(evidence, name) for name in CASES}
 
 
 def votes_in(evidence: Evidence) -> dict[str, Tensor]:
     """The recorded votes ``(repeat, members, N, classes)`` on clean images and of each worst case."""
-    return {"clean": evidence.clean_votes, **{case: found.votes for case, found in cases_of(evidence).items()}}
+    return {"clean": evidence.clean_votes, **{name: case.votes for name, case in cases_of(evidence).items()}}
 
 
 def norms_of(evidence: Evidence, case: WorstCase) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model under audit: its decisions, its gradients, and the attacks that several checks share."""
+"""One model under audit: its decisions, its gradients, and the attacks that several checks share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attacks.base import Attack, AttackResult
+from ..attacks.inspection import alike, answers, as_called, check_weights, replay
 from ..attacks.norms import BALLS
 from ..attacks.objectives import Objective
 from ..attacks.panels import right_share
 from ..attacks.pgd import PGD
-from ..attacks.targets import NO_GRADIENT, Ascent, Target, alike, answers, as_called, as_target, check_weights, replay
-from ..models.ensemble import ItoEnsemble, NoiseFree
+from ..attacks.targets import NO_GRADIENT, Ascent, Target, as_target
+from ..models.ensemble import ItoEnsemble, NoiseFree, as_ensemble
 from ..models.recast import ItoResNet
 from ..models.votes import decide, winners
 from ..noise.keys import PathRange, make_keys
@@ -27,16 +28,17 @@ from ..outcomes import ABSTAIN, Outcomes, Rate
 from ..sde.solvers import find_solver
 from ..validation import ItoError, check_images, check_labels, image_names, shown, whole_number
 
-_VOTES = 20  # forwards that decide for a randomised module that is not an ensemble of ours
+MODULE_INFERENCES = 20  # that vote on an image, for a randomised module that is not an ensemble of ours
 
 
-class Traced:
-    """A target that remembers what an attack showed it, image by image.
+class RecordingTarget:
+    """A target that records what an attack showed to the model, image by image.
 
     Attributes:
-        losses: one tensor ``(N,)`` for every gradient, NaN where an image was not in the batch.
+        losses: one tensor ``(N,)`` for each gradient; NaN where an image was not in the batch.
         last: ``(N, C, H, W)``, the last iterate of which a gradient was taken.
-        closest, share: the iterate ``(N, C, H, W)`` at which the right class had its smallest share of paths ``(N,)``.
+        closest: ``(N, C, H, W)``, the iterate at which the right class had its smallest share of the paths.
+        share: ``(N,)``, this smallest share.
     """
 
     def __init__(self, target: Target, x: Tensor, index: Tensor) -> None:
@@ -44,48 +46,48 @@ class Traced:
         self.losses: list[Tensor] = []
         self.last, self.closest = x.clone(), x.clone()
         self.share = torch.full((len(x),), torch.inf, device=x.device)
-        self._names, self._order = index.sort()
+        self._sorted_index, self._order = index.sort()
 
     def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
-        """As the target has them."""
+        """The target's logits; they are not recorded."""
         return self.target.path_logits(x, paths)
 
     def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
-        """As the target does, and remembered."""
-        found = self.target.ascend(objective, x, y, paths)
-        rows = self._order[torch.searchsorted(self._names, paths.index)]
+        """The target's gradient, recorded."""
+        ascent = self.target.ascend(objective, x, y, paths)
+        rows = self._order[torch.searchsorted(self._sorted_index, paths.index)]
         self.losses.append(torch.full_like(self.share, torch.nan))
-        self.losses[-1][rows] = found.loss.to(self.share)
-        share = right_share(found.logits, y)
+        self.losses[-1][rows] = ascent.loss.to(self.share)
+        share = right_share(ascent.logits, y)
         closer = share < self.share[rows]
         self.last[rows] = x
         self.closest[rows[closer]], self.share[rows[closer]] = x[closer], share[closer]
-        return found
+        return ascent
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """An attack on some of the images, judged by noise that it never saw.
+class JudgedAttack:
+    """The outcome of an attack on some of the images, judged on noise that the attack never saw.
 
     Attributes:
-        images: ``(N, C, H, W)``; the clean image where none was attacked.
-        labels: ``(N,)``, the model's decisions.
-        standing: bool ``(N,)``, decided rightly.
-        claimed: bool ``(N,)``, what the attack took for a success.
-        trace: what the attack showed the model; None where gradients were another network's.
+        images: ``(N, C, H, W)``, adversarial where an image was attacked, clean elsewhere.
+        labels: ``(N,)``, the model's decisions on them.
+        correct: bool ``(N,)``, the decision is right: the image survives.
+        claimed: bool ``(N,)``, the attack itself claims that the image fools the model, or the clean image does.
+        record: what the attack showed to the model; None where it took gradients of another network.
     """
 
     images: Tensor
     labels: Tensor
-    standing: Tensor
+    correct: Tensor
     claimed: Tensor
-    trace: Traced | None
+    record: RecordingTarget | None
 
 
 class FixedPaths(nn.Module):
-    """An ensemble that always uses the same few paths, whatever the image: a deterministic network.
+    """An ensemble that always uses the same few paths, for every image: a deterministic network.
 
-    Its logits are the log mean probability over ``count`` paths, which are the report's of image 0 and ``seed``.
+    Its logits are the log mean probability over ``count`` paths, those of the report panel of ``seed`` and image 0.
     """
 
     def __init__(self, ensemble: ItoEnsemble, count: int, seed: int) -> None:
@@ -100,9 +102,10 @@ class FixedPaths(nn.Module):
 
 
 class Reseeded(nn.Module):
-    """A randomised module that draws from torch's global generator, with the same draws at every call.
+    """A randomised module that makes the same draws from torch's global generator at every call.
 
-    The generator outside is left as it was. Draws follow the place in the batch: cut batches at the same places always.
+    The generator's state outside is not changed. The draws depend on the position in the batch: an image keeps its
+    draws only if the batches are always split at the same positions.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -115,22 +118,28 @@ class Reseeded(nn.Module):
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model as it is called, see `as_called`, and no gradient of parameters; afterwards all is as it was."""
+def input_gradients_only(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter takes a gradient, and the model is in the modes of `as_called`; afterwards all is restored.
+
+    Raises:
+        ItoError: weights from inference mode, or a normalisation by the statistics of the batch.
+    """
     check_weights(model)
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     with as_called(model):
         try:
-            for p in wanted:
+            for p in trainable:
                 p.requires_grad_(False)
             yield
         finally:
-            for p in wanted:
+            for p in trainable:
                 p.requires_grad_(True)
 
 
-class Subject:
-    """A model, images, and the attack whose figure is in doubt. Use it with all networks `frozen`.
+class AuditCase:
+    """A model, images, and the attack whose figure is in doubt. Use it with all networks in `input_gradients_only`.
+
+    Decisions, gradients and shared attacks are computed when a check first asks for them, and kept.
 
     Args:
         model: `ItoEnsemble`, `ItoResNet` (an ensemble of one), or any module from images in [0, 1] to logits.
@@ -144,7 +153,7 @@ class Subject:
         batch_size: images that go through a module at a time, see `ModuleTarget`; an ensemble has its own ``chunk``.
 
     Raises:
-        ItoError: images, labels, names or a radius that cannot be.
+        ItoError: images, labels, names or a radius that cannot be used.
     """
 
     def __init__(
@@ -163,8 +172,8 @@ class Subject:
         for network in (model, *(surrogates or {}).values()):
             if not isinstance(network, nn.Module):
                 raise ItoError(f"A model must be an nn.Module, got {shown(network)}; wrap a function in one.")
-        self.model = ItoEnsemble([model]) if isinstance(model, ItoResNet) else model
-        check_images(x, self.model.channels if isinstance(self.model, ItoEnsemble) else None)
+        self.model = as_ensemble(model)
+        _check_channels(self.model, x)
         if x.dtype not in (torch.float32, torch.float64):
             raise ItoError(
                 f"An attack's steps are lost in {x.dtype}: give the images in float32, and let the model convert them."
@@ -179,14 +188,35 @@ class Subject:
         self.batch_size = None if batch_size is None else whole_number("batch_size", batch_size)
         own = {"noise-free": NoiseFree(self.model)} if isinstance(self.model, ItoEnsemble) else {}
         self.surrogates: dict[str, nn.Module] = {**own, **(surrogates or {})}
-        for net in self.surrogates.values():
-            network = ItoEnsemble([net]) if isinstance(net, ItoResNet) else net
-            check_images(x, network.channels if isinstance(network, ItoEnsemble) else None)
+        for network in self.surrogates.values():
+            _check_channels(as_ensemble(network), x)
+
+    # --- the model ------------------------------------------------------------------------------------------
 
     @property
     def adaptive(self) -> bool:
-        """Whether some solver chooses its own steps, and no attack can run."""
+        """Whether some solver chooses its own steps, so that no attack can run."""
         return any(isinstance(m, ItoResNet) and find_solver(m.solver).adaptive for m in self.model.modules())
+
+    @property
+    def randomised(self) -> bool:
+        """Whether the model has noise."""
+        return self.target.distinct is None
+
+    @cached_property
+    def classes(self) -> int:
+        """How many classes the model tells apart.
+
+        Raises:
+            ItoError: the output is not ``(N, classes)``, no gradient comes back from it, or a label has no class.
+        """
+        with torch.enable_grad():
+            for count in (1, 2):  # an attack may end with a single image in its batch
+                out = self.logits(self.model, self.x[:count].clone().requires_grad_())
+        if not out.requires_grad:
+            raise ItoError(NO_GRADIENT)
+        check_labels(self.y, len(self.y), out.shape[1])
+        return out.shape[1]
 
     @cached_property
     def target(self) -> Target:
@@ -194,72 +224,57 @@ class Subject:
         return as_target(self.model, self.x, self.batch_size)
 
     @cached_property
-    def others(self) -> dict[str, Target]:
+    def surrogate_targets(self) -> dict[str, Target]:
         """The surrogates as attacks see them."""
-        return {name: as_target(net, self.x, self.batch_size) for name, net in self.surrogates.items()}
-
-    def answers(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Logits ``(K, classes)`` of the model or of another network, a batch at a time."""
-        return answers(model, x, self.batch_size or 256)
-
-    @property
-    def random(self) -> bool:
-        """Whether there is noise."""
-        return self.target.distinct is None
-
-    @cached_property
-    def classes(self) -> int:
-        """How many the model tells apart.
-
-        Raises:
-            ItoError: the output is not ``(N, classes)``, no gradient comes back from it, or a label has no class.
-        """
-        with torch.enable_grad():
-            for count in (1, 2):  # an attack comes down to a single image in the end
-                out = self.answers(self.model, self.x[:count].clone().requires_grad_())
-        if not out.requires_grad:
-            raise ItoError(NO_GRADIENT)
-        if len(odd := self.y[(self.y < 0) | (self.y >= out.shape[1])]):
-            raise ItoError(f"Labels must be from 0 to {out.shape[1] - 1}, got {int(odd[0])}.")
-        return out.shape[1]
-
-    @torch.no_grad()
-    def decide(self, x: Tensor, rows: Tensor | None = None, vote: int = 0) -> Tensor:
-        """Decisions ``(K,)`` by noise that no attack has seen; for another ``vote``, by other noise.
-
-        Args:
-            x: ``(K, C, H, W)``.
-            rows: ``(K,)``, which images these are variants of; default all in order.
-            vote: the number of the vote.
-        """
-        if isinstance(self.model, ItoEnsemble):
-            return self.model.predict(x, self.seed + vote, self.index if rows is None else self.index[rows]).labels
-        labels = torch.stack([winners(self.answers(self.model, x)) for _ in range(self._votes)])
-        votes = F.one_hot(labels.clamp_min(0), self.classes) * (labels != ABSTAIN)[..., None]
-        return decide(votes.sum(0)[None], inferences=self._votes)
-
-    @property
-    def _votes(self) -> int:
-        return _VOTES if self.random else 1
-
-    @torch.no_grad()
-    def path_logits(self, x: Tensor, rows: Tensor, count: int, first: int = 0, purpose: str = "selection") -> Tensor:
-        """Logits ``(count, K, classes)`` along some paths, all that there are where there is no noise."""
-        paths = PathRange(self.seed, purpose, self.index[rows], first, self.target.distinct or count)
-        return self.target.path_logits(x, paths)
+        return {name: as_target(network, self.x, self.batch_size) for name, network in self.surrogates.items()}
 
     @cached_property
     def fixed(self) -> nn.Module | None:
-        """The model with its noise fixed, a deterministic network; None where it cannot be fixed."""
-        if not self.random:
+        """The model with its noise fixed, a deterministic network; None where the noise cannot be fixed."""
+        if not self.randomised:
             return self.model
         if isinstance(self.model, ItoEnsemble):
             members = len(self.model.members)
             return FixedPaths(self.model, members * math.ceil(4 / members), self.seed + 1)
         fixed = Reseeded(self.model, self.seed)
         with torch.no_grad():
-            first, second = (self.answers(fixed, self.x) for _ in range(2))
+            first, second = (self.logits(fixed, self.x) for _ in range(2))
         return fixed if alike(first, second) else None
+
+    def logits(self, network: nn.Module, x: Tensor) -> Tensor:
+        """Logits ``(K, classes)`` of the model or of another network, computed batch by batch."""
+        return answers(network, x, self.batch_size or 256)
+
+    @torch.no_grad()
+    def path_logits(self, x: Tensor, rows: Tensor, count: int, first: int = 0, purpose: str = "selection") -> Tensor:
+        """Logits ``(count, K, classes)`` along ``count`` paths; without noise, along the few that there are.
+
+        Args:
+            x: ``(K, C, H, W)``, variants of the images at ``rows`` ``(K,)``.
+            rows: their positions.
+            count, first: how many paths, and the number of the first.
+            purpose: the panel, see `PathRange`.
+        """
+        paths = PathRange(self.seed, purpose, self.index[rows], first, self.target.distinct or count)
+        return self.target.path_logits(x, paths)
+
+    # --- decisions ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decide(self, x: Tensor, rows: Tensor | None = None, vote: int = 0) -> Tensor:
+        """Decisions ``(K,)`` on noise that no attack has seen.
+
+        Args:
+            x: ``(K, C, H, W)``, variants of the images at ``rows``.
+            rows: their positions ``(K,)``; default all in order.
+            vote: the number of the vote; every vote has its own noise.
+        """
+        if isinstance(self.model, ItoEnsemble):
+            return self.model.predict(x, self.seed + vote, self.index if rows is None else self.index[rows]).labels
+        inferences = MODULE_INFERENCES if self.randomised else 1
+        labels = torch.stack([winners(self.logits(self.model, x)) for _ in range(inferences)])
+        votes = F.one_hot(labels.clamp_min(0), self.classes) * (labels != ABSTAIN)[..., None]
+        return decide(votes.sum(0)[None], inferences=inferences)
 
     @cached_property
     def clean(self) -> Tensor:
@@ -267,66 +282,85 @@ class Subject:
         return self.decide(self.x)
 
     @cached_property
-    def right(self) -> Tensor:
+    def correct_rows(self) -> Tensor:
         """Positions of the images that are decided rightly without attack."""
         return (self.clean == self.y).nonzero()[:, 0]
 
-    def at(self, eps: float) -> PGD:
-        """The white-box attack at another radius, its steps in proportion."""
+    @cached_property
+    def survivors(self) -> Tensor:
+        """Positions of the images that are still decided rightly under the white-box attack."""
+        return self.white_box.correct.nonzero()[:, 0]
+
+    # --- attacks --------------------------------------------------------------------------------------------
+
+    def run(self, attack: Attack, target: Target, rows: Tensor, y: Tensor | None = None) -> AttackResult:
+        """Run an attack on the images at ``rows``; ``y``: their labels where these are not the true ones."""
+        with warnings.catch_warnings():
+            # Warnings about one path a gradient and about gradients that are not finite: checks 1 and 3 report both.
+            warnings.simplefilter("ignore")
+            return attack.run(target, self.x[rows], self.y[rows] if y is None else y, self.seed, self.index[rows])
+
+    def judge(self, attack: Attack, rows: Tensor | None = None, through: Target | None = None) -> JudgedAttack:
+        """Run an attack and decide on its images.
+
+        Args:
+            attack: the attack.
+            rows: positions of the images to attack; default `correct_rows`.
+            through: the target whose gradients the attack takes; default the model's, which are then recorded.
+        """
+        rows = self.correct_rows if rows is None else rows
+        images, labels, claimed = self.x.clone(), self.clean.clone(), self.clean != self.y
+        record = RecordingTarget(self.target, self.x, self.index) if through is None else None
+        target = record or through or self.target
+        if len(rows):
+            result = self.run(attack, target, rows)
+            images[rows], claimed[rows] = result.images, result.fooled
+            labels[rows] = self.decide(result.images, rows)
+        return JudgedAttack(images, labels, labels == self.y, claimed, record)
+
+    def attack_at(self, eps: float) -> PGD:
+        """The white-box attack at another radius, with its step size in proportion."""
         length = self.attack.step_size
         return replace(self.attack, eps=eps, step_size=length and length * eps / self.attack.eps)
 
-    def run(self, attack: Attack, target: Target, rows: Tensor, y: Tensor | None = None) -> AttackResult:
-        """The attack itself, through any target, on the images at ``rows``; ``y``: labels if they are not the true."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of one path a gradient, of gradients that are not finite: checks say it
-            return attack.run(target, self.x[rows], self.y[rows] if y is None else y, self.seed, self.index[rows])
-
-    def attempt(self, attack: Attack, rows: Tensor | None = None, through: Target | None = None) -> Attempt:
-        """Run an attack on the images at ``rows`` (default: `right`), with gradients of the model or ``through``."""
-        rows = self.right if rows is None else rows
-        images, labels, claimed = self.x.clone(), self.clean.clone(), self.clean != self.y
-        trace = Traced(self.target, self.x, self.index) if through is None else None
-        target = trace or through or self.target
-        if len(rows):
-            found = self.run(attack, target, rows)
-            images[rows], claimed[rows] = found.images, found.fooled
-            labels[rows] = self.decide(found.images, rows)
-        return Attempt(images, labels, labels == self.y, claimed, trace)
+    @cached_property
+    def white_box(self) -> JudgedAttack:
+        """The white-box attack on all `correct_rows`."""
+        return self.judge(self.attack)
 
     @cached_property
-    def main(self) -> Attempt:
-        """The white-box attack."""
-        return self.attempt(self.attack)
-
-    @cached_property
-    def longer(self) -> Attempt:
-        """The white-box attack with twice the steps."""
-        return self.attempt(replace(self.attack, steps=2 * self.attack.steps))
-
-    @cached_property
-    def survivors(self) -> Tensor:
-        """Positions of the images that stand after the white-box attack."""
-        return self.main.standing.nonzero()[:, 0]
-
-    @cached_property
-    def sweep(self) -> dict[float, Attempt]:
-        """The white-box attack at a quarter, a half, once and twice the radius, each on its own."""
+    def sweep(self) -> dict[float, JudgedAttack]:
+        """The white-box attack at a quarter of the radius, half, once and twice the radius, each independently."""
         eps = self.attack.eps
-        most = 1.0 if self.attack.norm == "linf" else math.inf
-        radii = [eps / 4, eps / 2, eps, min(2 * eps, most)]
-        return {radius: self.main if radius == eps else self.attempt(self.at(radius)) for radius in radii}
+        largest = 1.0 if self.attack.norm == "linf" else math.inf
+        radii = [eps / 4, eps / 2, eps, min(2 * eps, largest)]
+        return {radius: self.white_box if radius == eps else self.judge(self.attack_at(radius)) for radius in radii}
 
     @property
     def curve(self) -> list[tuple[float, Rate]]:
-        """Radius and accuracy, from the clean images on; successes are carried upward, so it never rises."""
-        standing, curve = self.clean == self.y, [(0.0, Outcomes.of(self.clean, self.y).rate("correct"))]
-        for eps, attempt in self.sweep.items():
-            standing = standing & attempt.standing
-            curve.append((eps, Rate.of(int(standing.sum()), len(standing))))
+        """Radius and accuracy, beginning with the clean images.
+
+        An image that falls at one radius counts as fallen at all larger ones, so that the curve never rises.
+        """
+        correct, curve = self.clean == self.y, [(0.0, Outcomes.of(self.clean, self.y).rate("correct"))]
+        for eps, judged in self.sweep.items():
+            correct = correct & judged.correct
+            curve.append((eps, Rate.of(int(correct.sum()), len(correct))))
         return curve
 
-    def noise(self, x: Tensor, rows: Tensor, eps: float, draw: int | Tensor) -> Tensor:
-        """Uniform in the ball around ``x``, not clipped: the ``draw``-th point around each image."""
+    def random_points(self, x: Tensor, rows: Tensor, eps: float, draw: int | Tensor) -> Tensor:
+        """Points ``(K, C, H, W)``, uniform in the ball around ``x`` and not clipped to [0, 1].
+
+        Args:
+            x: ``(K, C, H, W)``, variants of the images at ``rows`` ``(K,)``.
+            rows: their positions.
+            eps: radius in pixel units.
+            draw: the number of the point, one for all or one for each ``(K,)``; another number, another point.
+        """
         keys = make_keys(self.seed, "gradient", member=-3, inference=draw, index=self.index[rows])
         return BALLS[self.attack.norm].start(x, eps, keys)
+
+
+def _check_channels(network: nn.Module, x: Tensor) -> None:
+    """Refuse what is no batch of images, or has not the channels that an ensemble takes."""
+    check_images(x, network.channels if isinstance(network, ItoEnsemble) else None)

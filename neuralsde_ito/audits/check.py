@@ -1,6 +1,7 @@
-"""What a check is: a measurement on a `Subject`, a threshold, and a sentence for either verdict.
+"""What a check is: a measurement on an `AuditCase`, a threshold, and one sentence for each verdict.
 
-"Beyond chance" is McNemar's exact test on the same images at 1 %: an overlap of intervals could never fail at n = 50.
+"Beyond chance" is McNemar's exact test on the same images at 1 %: two Wilson intervals overlap at n = 50 nearly always,
+so that a comparison of intervals could never fail.
 """
 
 from __future__ import annotations
@@ -11,26 +12,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attacks.objectives import AIMED, OBJECTIVES
+from ..attacks.objectives import TARGETED
 from ..attacks.pgd import PGD
 from ..outcomes import Paired
-from .case import Subject
+from .case import AuditCase
 
-PASS, FAIL, BESIDE = "pass", "fail", "not applicable"
-LEVEL = 0.01  # of McNemar's test
+PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
+LEVEL = 0.01  # the significance level of McNemar's test
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what was measured, what it is held against, and what it means.
+    """The outcome of one check: what was measured, its threshold, and what the verdict means.
 
     Attributes:
-        number, name: its place among the twenty, and what it is called.
-        figure: what was measured, with its meaning.
-        threshold: when it fails.
-        source: where the check comes from.
+        number, name: of the check.
+        figure: what was measured, in words; ``"-"`` where the check does not apply.
+        threshold: when the check fails.
+        source: the publication or code that the check comes from.
         verdict: ``"pass"``, ``"fail"`` or ``"not applicable"``.
-        note: one sentence: what it means, and what to do.
+        note: one sentence: what the verdict means, and what to do; or why the check does not apply.
     """
 
     number: int
@@ -42,27 +43,49 @@ class Check:
     note: str
 
 
-class Beside(Exception):
+class NotApplicable(Exception):
     """The check does not apply; the message says why."""
 
 
-Measure = Callable[[Subject], tuple[str, bool]]
+Measurement = Callable[[AuditCase], tuple[str, bool]]
+RunCheck = Callable[[AuditCase], Check]
 
 
 def check(
-    number: int, name: str, threshold: str, source: str, good: str, bad: str
-) -> Callable[[Measure], Callable[[Subject], Check]]:
-    """Turn a measurement (figure, failed) into a check, with a sentence for either verdict."""
+    number: int, name: str, threshold: str, source: str, good: str, bad: str, *, attacks: bool = True
+) -> Callable[[Measurement], RunCheck]:
+    """Make a check of a measurement, a function from an `AuditCase` to its figure and whether the check fails.
 
-    def decorate(measure: Measure) -> Callable[[Subject], Check]:
+    A measurement raises `NotApplicable` where it makes no sense. A new check is a function in one of the files of
+    checks, and its name in ``CHECKS`` of ``audits/audit.py``.
+
+    Args:
+        number, name, threshold, source: see `Check`.
+        good, bad: the note of a check that passes, and of one that fails.
+        attacks: whether the measurement attacks the model; then it does not apply to a solver that chooses its steps.
+
+    Example::
+
+        @check(
+            21, "mirror images", "mirroring lowers accuracy beyond chance", "this project",
+            "The model decides mirror images as well as the originals.",
+            "The model decides mirror images worse: train it with flips, or leave this check out.", attacks=False,
+        )
+        def mirror_images(case: AuditCase) -> tuple[str, bool]:
+            \"\"\"Decisions on the clean images, flipped left to right.\"\"\"
+            original, mirrored = case.clean == case.y, case.decide(case.x.flip(3)) == case.y
+            return from_to(original, mirrored), beyond_chance(original, mirrored)
+    """
+
+    def decorate(measure: Measurement) -> RunCheck:
         @functools.wraps(measure)
-        def run(subject: Subject) -> Check:
+        def run(case: AuditCase) -> Check:
             try:
-                if subject.adaptive and number not in (1, 2, 18):
-                    raise Beside("The solver chooses its steps for the whole batch: no attack runs through it.")
-                figure, failed = measure(subject)
-            except Beside as why:
-                return Check(number, name, "-", threshold, source, BESIDE, str(why))
+                if attacks and case.adaptive:
+                    raise NotApplicable("The solver chooses its steps for the whole batch: no attack runs through it.")
+                figure, failed = measure(case)
+            except NotApplicable as why:
+                return Check(number, name, "-", threshold, source, NOT_APPLICABLE, str(why))
             return Check(number, name, figure, threshold, source, FAIL if failed else PASS, bad if failed else good)
 
         return run
@@ -70,10 +93,70 @@ def check(
     return decorate
 
 
-def beyond_chance(more: Tensor, less: Tensor) -> bool:
-    """Whether the first of two "is right" on the same images is right on more of them, beyond chance."""
-    paired = Paired.of(more, less)
+# --- what measurements share ----------------------------------------------------------------------------
+
+
+def require_correct(case: AuditCase) -> Tensor:
+    """Positions of the images that are decided rightly without attack; without any, the check does not apply."""
+    if not len(case.correct_rows):
+        raise NotApplicable("The model is right on no clean image.")
+    return case.correct_rows
+
+
+def require_survivors(case: AuditCase) -> Tensor:
+    """Positions of the survivors of the white-box attack; without any, the check does not apply."""
+    if not len(case.survivors):
+        raise NotApplicable("The white-box attack left no image standing.")
+    return case.survivors
+
+
+def require_noise(case: AuditCase, why: str) -> None:
+    """Without noise the check does not apply, for the reason ``why``."""
+    if not case.randomised:
+        raise NotApplicable(f"The model has no noise: {why}.")
+
+
+def beyond_chance(first: Tensor, second: Tensor) -> bool:
+    """Whether ``first`` is right on more images than ``second``, beyond chance; both bool, on the same images."""
+    paired = Paired.of(first, second)
     return paired.only_first > paired.only_second and paired.p < LEVEL
+
+
+def second_vote(case: AuditCase, images: Tensor) -> tuple[Tensor, Tensor]:
+    """A second vote on the survivors of the white-box attack, on the same fresh noise for both of their images.
+
+    Args:
+        case: the audit's case.
+        images: ``(N, C, H, W)``, what another attack made of all images.
+
+    Returns:
+        Two bool ``(survivors,)``: the decision is right at the white-box attack's image, and at the other image.
+    """
+    rows = require_survivors(case)
+    before = case.decide(case.white_box.images[rows], rows, vote=1) == case.y[rows]
+    return before, case.decide(images[rows], rows, vote=1) == case.y[rows]
+
+
+def newly_fooled(before: Tensor, after: Tensor) -> int:
+    """How many images are right in ``before`` and not in ``after``."""
+    return int((before & ~after).sum())
+
+
+def more_than_luck(case: AuditCase, before: Tensor, after: Tensor) -> bool:
+    """Whether the newly fooled images are proof that the white-box attack missed something.
+
+    Without noise one image is proof. With noise a vote near the majority falls now and then by itself: the number
+    must be beyond chance.
+    """
+    return beyond_chance(before, after) if case.randomised else newly_fooled(before, after) > 0
+
+
+def untargeted_objective(attack: PGD) -> str:
+    """The name of the attack's objective; ``"mean-loss"`` where it aims at a class, as no class is chosen here."""
+    return "mean-loss" if attack.objective in TARGETED else attack.objective
+
+
+# --- how figures are written ----------------------------------------------------------------------------
 
 
 def percent(share: float) -> str:
@@ -82,43 +165,5 @@ def percent(share: float) -> str:
 
 
 def from_to(before: Tensor, after: Tensor) -> str:
-    """Two accuracies, for a figure."""
+    """``98.3 % to 60 % right``, the accuracies of two bool tensors."""
     return f"{percent(float(before.double().mean()))} to {percent(float(after.double().mean()))} right"
-
-
-def plain(attack: PGD) -> str:
-    """The objective, unless it aims at a class and there is none to aim at."""
-    return "mean-loss" if attack.objective in AIMED else attack.objective
-
-
-def _survivors(s: Subject) -> Tensor:
-    if not len(s.survivors):
-        raise Beside("The white-box attack left no image standing.")
-    return s.survivors
-
-
-def _known(s: Subject) -> Tensor:
-    if not len(s.right):
-        raise Beside("The model is right on no clean image.")
-    return s.right
-
-
-def _noisy(s: Subject, why: str) -> None:
-    if not s.random:
-        raise Beside(f"The model has no noise: {why}.")
-
-
-def _second_vote(s: Subject, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Survivors of the white box that stand by a second vote, and those that stand on other images, same noise."""
-    rows = _survivors(s)
-    again = s.decide(s.main.images[rows], rows, vote=1) == s.y[rows]
-    return again, s.decide(images[rows], rows, vote=1) == s.y[rows]
-
-
-def _any_beyond_luck(s: Subject, again: Tensor, stand: Tensor) -> bool:
-    """Without noise one image is proof; with noise a vote near the edge falls now and then by itself."""
-    return beyond_chance(again, stand) if s.random else bool((again & ~stand).any())
-
-
-def _objective(s: Subject) -> Callable[[Tensor, Tensor], Tensor]:
-    return OBJECTIVES[plain(s.attack)]

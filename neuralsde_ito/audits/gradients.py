@@ -1,78 +1,21 @@
-"""Autograd against finite differences: is the gradient that attacks follow the slope of what is computed?"""
+"""Checks 1 to 4 and 18: the model's output, and the gradients that the attack follows."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attacks.objectives import OBJECTIVES
 from ..noise.keys import PathRange
-from .case import Subject
-from .check import Beside, _noisy, _objective, beyond_chance, check, from_to, percent
+from .case import AuditCase
+from .check import NotApplicable, beyond_chance, check, from_to, percent, require_noise, untargeted_objective
 
-
-@check(
-    18,
-    "solver gradient",
-    "median relative error > 1e-3, or adaptive steps",
-    "this project",
-    "Gradients are those of the computation, step by step.",
-    "Autograd's gradient is not the slope of what is computed: look for detached parts, an adjoint, or adaptive steps.",
-)
-def solver_gradient(s: Subject) -> tuple[str, bool]:
-    """Autograd against central differences in float64 on a fixed path, in 16 random directions at up to 8 images."""
-    if s.adaptive:
-        return "the solver chooses its steps", True
-    if s.fixed is None:
-        raise Beside("The model's noise is not torch's: it cannot be fixed from outside.")
-    gen = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen, dtype=torch.float64, device="cpu").to(s.x.device)
-
-    # Off the kinks that real images sit on: black borders tie in every max-pooling, and meet every clamp.
-    try:
-        x = s.x[: s.batch_size or 8][:8].double()
-        x = (x + 0.01 * draw(*x.shape)).clamp(0.01, 0.99).requires_grad_()
-        model = copy.deepcopy(s.fixed).double()
-        with torch.enable_grad():
-            out = model(x)
-        exact = out.dtype == torch.float64
-    except Exception:  # the module is not ours: whatever it raises, it does not compute in float64
-        exact = False
-    if not exact:
-        raise Beside("The model does not compute in float64, where alone differences are exact enough.")
-    mix = draw(*out.shape)  # a random combination of logits: a loss would saturate
-    if not out.requires_grad:
-        gradient = torch.zeros_like(x)
-    else:
-        gradient = torch.autograd.grad(out, x, mix, allow_unused=True, materialize_grads=True)[0]
-    errors, h = [], 1e-5
-    with torch.no_grad():
-        for _ in range(16):
-            v = draw(*x.shape)
-            v = v / v.flatten(1).norm(dim=1)[:, None, None, None]
-            slope = ((model(x + h * v) - model(x - h * v)) * mix).sum(1) / (2 * h)
-            guess = (gradient * v).flatten(1).sum(1)
-            size = torch.maximum(slope.abs(), guess.abs())
-            # NaN is the slope of nothing.
-            errors.append(((slope - guess).abs() / size.where(size > 0, torch.ones_like(size))).nan_to_num(1.0))
-    error = float(torch.cat(errors).median())
-    return f"median relative error {error:.1e}", error > 1e-3
-
-
-def _gradient(s: Subject, panel: int) -> Tensor:
-    """Gradients at the clean images ``(N, D)``, on a set of paths of its own for every ``panel``."""
-    count = s.target.distinct or s.attack.eot
-    paths = PathRange(s.seed, "gradient", s.index, panel * count, count)
-    found = s.target.ascend(_objective(s), s.x, s.y, paths)
-    return found.gradient.flatten(1)
-
-
-# --- the model ------------------------------------------------------------------------------------------
+# --- the output -----------------------------------------------------------------------------------------
 
 
 @check(
@@ -82,16 +25,17 @@ def _gradient(s: Subject, panel: int) -> Tensor:
     "AutoAttack's checks",
     "Forwards agree, or the attack averages its gradients over paths.",
     "The model is randomised and the attack does not average: give it more paths a gradient (eot, at least 20).",
+    attacks=False,
 )
-def randomness(s: Subject) -> tuple[str, bool]:
-    """Five forwards of one batch: the largest distance of two, each normalised to length 1."""
+def randomness(case: AuditCase) -> tuple[str, bool]:
+    """Five forwards of one batch: the largest distance between two, each normalised to length 1."""
     with torch.no_grad():
-        forwards = torch.stack([s.answers(s.model, s.x) for _ in range(5)])
+        forwards = torch.stack([case.logits(case.model, case.x) for _ in range(5)])
     out = F.normalize(forwards.nan_to_num(0, 0, 0), dim=-1)
     gap = float((out[:, None] - out[None]).norm(dim=-1).max())
-    averaged = not s.adaptive and s.random and s.attack.eot > 1
-    way = f", {s.attack.eot} paths a gradient" if averaged else ""
-    return f"gap {gap:.2g} in 5 forwards{way}", gap > 1e-4 and not averaged
+    averaged = not case.adaptive and case.randomised and case.attack.eot > 1
+    paths = f", {case.attack.eot} paths a gradient" if averaged else ""
+    return f"gap {gap:.2g} in 5 forwards{paths}", gap > 1e-4 and not averaged
 
 
 @check(
@@ -102,18 +46,23 @@ def randomness(s: Subject) -> tuple[str, bool]:
     "The output is finite, and not probabilities.",
     "The output is probabilities or votes, on which a softmax saturates, or not finite: let the model return finite "
     "logits.",
+    attacks=False,
 )
-def logits(s: Subject) -> tuple[str, bool]:
-    """Whether the output is already probabilities, or votes; and whether it is finite."""
+def logits(case: AuditCase) -> tuple[str, bool]:
+    """Whether the output is already probabilities or votes, and whether it is finite."""
     with torch.no_grad():
-        given = torch.cat([s.model(part) for part in s.x.split(s.batch_size or 256)])
-    finite, out = given.isfinite().all(1), given.double()
+        # Not `case.logits`, which converts half precision: the tolerance below depends on the model's own dtype.
+        output = torch.cat([case.model(part) for part in case.x.split(case.batch_size or 256)])
+    finite, exact = output.isfinite().all(1), output.double()
     if not bool(finite.all()):
-        return f"not finite at {int((~finite).sum())} of {len(out)} images", True
-    off = float((out.sum(1) - 1).abs().max())
-    low, high = float(out.min()), float(out.max())
-    rounding = max(1e-5, torch.finfo(given.dtype).eps)  # half precision adds up to 1 less exactly
+        return f"not finite at {int((~finite).sum())} of {len(exact)} images", True
+    off = float((exact.sum(1) - 1).abs().max())
+    low, high = float(exact.min()), float(exact.max())
+    rounding = max(1e-5, torch.finfo(output.dtype).eps)  # half precision adds up to 1 less exactly
     return f"from {low:.3g} to {high:.3g}, sums off 1 by {off:.2g}", low >= 0 and high <= 1 and off <= rounding
+
+
+# --- gradients of the objective -------------------------------------------------------------------------
 
 
 @check(
@@ -125,12 +74,12 @@ def logits(s: Subject) -> tuple[str, bool]:
     "Some gradients vanish or are not finite, and the attack does not move: look for saturated logits (objective dlr), "
     "rounding, detached parts, or a root or a logarithm of 0.",
 )
-def zero_gradients(s: Subject) -> tuple[str, bool]:
-    """The share of images whose input gradient is zero in every pixel, and how many have one that is not finite."""
-    gradient = _gradient(s, 0)
+def zero_gradients(case: AuditCase) -> tuple[str, bool]:
+    """The share of images whose gradient is zero in every pixel, and the number with one that is not finite."""
+    gradient = _clean_gradients(case, panel=0)
     zero, odd = (gradient == 0).all(1), ~gradient.isfinite().all(1)
-    beside = f", not finite at {int(odd.sum())} of {len(odd)}" if bool(odd.any()) else ""
-    return f"{percent(float(zero.double().mean()))} of images{beside}", bool((zero | odd).any())
+    not_finite = f", not finite at {int(odd.sum())} of {len(odd)}" if bool(odd.any()) else ""
+    return f"{percent(float(zero.double().mean()))} of images{not_finite}", bool((zero | odd).any())
 
 
 @check(
@@ -141,12 +90,84 @@ def zero_gradients(s: Subject) -> tuple[str, bool]:
     "Two gradients on paths of their own agree, and twice the paths find no more.",
     "Gradients are mostly noise at this number of paths: raise eot until two of them agree.",
 )
-def eot_adequacy(s: Subject) -> tuple[str, bool]:
-    """Median cosine of two independent gradients, and the attack with twice the paths."""
-    _noisy(s, "one path is all there is")
-    rows = s.right if len(s.right) else slice(None)
-    # A gradient that is not finite agrees with none.
-    cosine = float(F.cosine_similarity(_gradient(s, 0)[rows], _gradient(s, 1)[rows]).nan_to_num(-1.0).median())
-    twice = s.attempt(replace(s.attack, eot=2 * s.attack.eot)).standing
-    figure = f"cosine {cosine:.3f}; {from_to(s.main.standing, twice)}"
-    return figure, not cosine >= 0.9 or beyond_chance(s.main.standing, twice)
+def eot_adequacy(case: AuditCase) -> tuple[str, bool]:
+    """The median cosine of two independent gradients, and the attack with twice the paths."""
+    require_noise(case, "one path is all there is")
+    rows = case.correct_rows if len(case.correct_rows) else slice(None)
+    first, second = _clean_gradients(case, panel=0)[rows], _clean_gradients(case, panel=1)[rows]
+    # The cosine with a gradient that is not finite is NaN: such a pair counts as opposed.
+    cosine = float(F.cosine_similarity(first, second).nan_to_num(-1.0).median())
+    twice = case.judge(replace(case.attack, eot=2 * case.attack.eot)).correct
+    figure = f"cosine {cosine:.3f}; {from_to(case.white_box.correct, twice)}"
+    return figure, not cosine >= 0.9 or beyond_chance(case.white_box.correct, twice)
+
+
+def _clean_gradients(case: AuditCase, panel: int) -> Tensor:
+    """Gradients at the clean images ``(N, D)``; every ``panel`` is a set of paths of its own."""
+    count = case.target.distinct or case.attack.eot
+    paths = PathRange(case.seed, "gradient", case.index, panel * count, count)
+    objective = OBJECTIVES[untargeted_objective(case.attack)]
+    return case.target.ascend(objective, case.x, case.y, paths).gradient.flatten(1)
+
+
+# --- autograd against finite differences ----------------------------------------------------------------
+
+
+@check(
+    18,
+    "solver gradient",
+    "median relative error > 1e-3, or adaptive steps",
+    "this project",
+    "Gradients are those of the computation, step by step.",
+    "Autograd's gradient is not the slope of what is computed: look for detached parts, an adjoint, or adaptive steps.",
+    attacks=False,
+)
+def solver_gradient(case: AuditCase) -> tuple[str, bool]:
+    """Autograd against central differences in float64 on fixed paths, in 16 random directions at up to 8 images."""
+    if case.adaptive:
+        return "the solver chooses its steps", True
+    if case.fixed is None:
+        raise NotApplicable("The model's noise is not torch's: it cannot be fixed from outside.")
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(case.x.device)
+
+    model, x, out = _in_double_precision(case, case.fixed, draw)
+    mix = draw(*out.shape)  # a random combination of logits: a loss would saturate
+    if not out.requires_grad:
+        gradient = torch.zeros_like(x)
+    else:
+        gradient = torch.autograd.grad(out, x, mix, allow_unused=True, materialize_grads=True)[0]
+    errors, h = [], 1e-5
+    with torch.no_grad():
+        for _ in range(16):
+            v = draw(*x.shape)
+            v = v / v.flatten(1).norm(dim=1)[:, None, None, None]
+            slope = ((model(x + h * v) - model(x - h * v)) * mix).sum(1) / (2 * h)
+            predicted = (gradient * v).flatten(1).sum(1)
+            size = torch.maximum(slope.abs(), predicted.abs())
+            # Where a logit is NaN, so is the error: it counts as wholly wrong.
+            errors.append(((slope - predicted).abs() / size.where(size > 0, torch.ones_like(size))).nan_to_num(1.0))
+    error = float(torch.cat(errors).median())
+    return f"median relative error {error:.1e}", error > 1e-3
+
+
+def _in_double_precision(
+    case: AuditCase, fixed: nn.Module, draw: Callable[..., Tensor]
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A copy of a network in float64, up to eight images that require a gradient, and the copy's logits for them."""
+    # Real images sit on kinks: black borders tie in every max-pooling and lie at the edge of every clamp. So the
+    # images are moved a little.
+    try:
+        x = case.x[: case.batch_size or 8][:8].double()
+        x = (x + 0.01 * draw(*x.shape)).clamp(0.01, 0.99).requires_grad_()
+        model = copy.deepcopy(fixed).double()
+        with torch.enable_grad():
+            out = model(x)
+        exact = out.dtype == torch.float64
+    except Exception:  # whatever another author's module raises here: it does not compute in float64
+        exact = False
+    if not exact:
+        raise NotApplicable("The model does not compute in float64, where alone differences are exact enough.")
+    return model, x, out

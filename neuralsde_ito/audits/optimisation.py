@@ -1,4 +1,4 @@
-"""Checks of the attack's own run: did the optimisation do what it could?"""
+"""Checks 5 to 11: did the attack's own optimisation reach what it could?"""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .case import Subject
-from .check import Beside, _any_beyond_luck, _known, _second_vote, _survivors, beyond_chance, check, from_to, percent
-
-# --- the attack's own run -------------------------------------------------------------------------------
+from .case import AuditCase
+from .check import (
+    NotApplicable,
+    beyond_chance,
+    check,
+    from_to,
+    more_than_luck,
+    newly_fooled,
+    percent,
+    require_correct,
+    require_survivors,
+    second_vote,
+)
 
 
 @check(
@@ -23,10 +32,12 @@ from .check import Beside, _any_beyond_luck, _known, _second_vote, _survivors, b
     "Twice the steps find no more.",
     "The attack stops too early: raise steps until the figure stands still.",
 )
-def more_iterations(s: Subject) -> tuple[str, bool]:
+def more_iterations(case: AuditCase) -> tuple[str, bool]:
     """The attack with twice the steps."""
-    _known(s)
-    return from_to(s.main.standing, s.longer.standing), beyond_chance(s.main.standing, s.longer.standing)
+    require_correct(case)
+    once = case.white_box.correct
+    twice = case.judge(replace(case.attack, steps=2 * case.attack.steps)).correct
+    return from_to(once, twice), beyond_chance(once, twice)
 
 
 @check(
@@ -37,20 +48,20 @@ def more_iterations(s: Subject) -> tuple[str, bool]:
     "On the images that stand the loss has come to rest.",
     "The loss was still rising where the attack gave up: take longer steps, or more of them.",
 )
-def convergence(s: Subject) -> tuple[str, bool]:
-    """How far the best loss so far, rescaled to [0, 1], still rises at the end, on the survivors.
+def convergence(case: AuditCase) -> tuple[str, bool]:
+    """How much the best loss so far, rescaled to [0, 1], still rises at the end, on the survivors.
 
-    In the last tenth of the steps: the paper looks at the last 10 of long runs; 10 of 20 would be half the way.
+    The end is the last tenth of the steps. The paper takes the last 10 of long runs; 10 of 20 would be half of the run.
     """
-    rows, trace = _survivors(s), s.main.trace
-    assert trace is not None
-    loss = torch.stack(trace.losses[-s.attack.steps :])[:, rows]
+    rows, record = require_survivors(case), case.white_box.record
+    assert record is not None
+    loss = torch.stack(record.losses[-case.attack.steps :])[:, rows]
     loss = loss[:, loss.isfinite().all(0)]
     if not loss.shape[1]:
-        raise Beside("No image that stands went through all steps, with a finite loss at each.")
+        raise NotApplicable("No image that stands went through all steps, with a finite loss at each.")
     best = loss.cummax(0).values
     rise = best[-1] - best[0]
-    late = (best[-1] - best[-1 - min(math.ceil(s.attack.steps / 10), len(best) - 1)]) / rise.clamp_min(1e-12)
+    late = (best[-1] - best[-1 - min(math.ceil(case.attack.steps / 10), len(best) - 1)]) / rise.clamp_min(1e-12)
     change = float(late.median())
     return f"median change {change:.2g} on {len(late)} images", not change <= 0.05
 
@@ -63,13 +74,13 @@ def convergence(s: Subject) -> tuple[str, bool]:
     "The attack returns what it finds.",
     "The attack passed adversarial images and returned others: keep the best iterate.",
 )
-def silent_success(s: Subject) -> tuple[str, bool]:
-    """Images that stand although the attack met an iterate that does not."""
-    trace = s.main.trace
-    assert trace is not None
-    images = torch.where((trace.share <= 0.5)[:, None, None, None], trace.closest, s.main.images)
-    again, stand = _second_vote(s, images)
-    return f"{int((again & ~stand).sum())} of {len(stand)} survivors", _any_beyond_luck(s, again, stand)
+def silent_success(case: AuditCase) -> tuple[str, bool]:
+    """The survivors for which some iterate of the attack is adversarial."""
+    record = case.white_box.record
+    assert record is not None
+    images = torch.where((record.share <= 0.5)[:, None, None, None], record.closest, case.white_box.images)
+    before, after = second_vote(case, images)
+    return f"{newly_fooled(before, after)} of {len(after)} survivors", more_than_luck(case, before, after)
 
 
 @check(
@@ -80,20 +91,23 @@ def silent_success(s: Subject) -> tuple[str, bool]:
     "Around the last iterates the loss is smooth.",
     "The loss jumps around the points where the attack ended, so that gradients lead nowhere: use a black-box attack.",
 )
-def rough_landscape(s: Subject) -> tuple[str, bool]:
-    """Relative change of the loss over 100 draws within eps / 50 of the survivors' last iterates, on fixed paths."""
-    rows, model, trace = _survivors(s), s.fixed, s.main.trace
+def rough_landscape(case: AuditCase) -> tuple[str, bool]:
+    """The relative change of the loss over 100 draws within eps / 50 of the survivors' last iterates, on fixed paths.
+
+    A loss that is not finite counts as a change of 1.
+    """
+    rows, model, record = require_survivors(case), case.fixed, case.white_box.record
     if model is None:
-        raise Beside("The model's noise cannot be fixed, and would be taken for roughness.")
-    assert trace is not None
-    y, last = s.y[rows], trace.last[rows]
+        raise NotApplicable("The model's noise cannot be fixed, and would be taken for roughness.")
+    assert record is not None
+    y, last = case.y[rows], record.last[rows]
+
+    def loss(x: Tensor) -> Tensor:
+        return F.cross_entropy(case.logits(model, x), y, reduction="none")
+
     with torch.no_grad():
-
-        def loss(x: Tensor) -> Tensor:
-            return F.cross_entropy(s.answers(model, x), y, reduction="none")
-
         here = loss(last)
-        near = torch.stack([loss(s.noise(last, rows, s.attack.eps / 50, draw)) for draw in range(100)])
+        near = torch.stack([loss(case.random_points(last, rows, case.attack.eps / 50, draw)) for draw in range(100)])
     change = ((near - here).abs() / here.clamp_min(1e-12)).clamp_max(1).nan_to_num(1.0).mean(0)
     figure = float(change.mean())
     return f"{figure:.2g} within eps / 50 of {len(rows)} survivors", figure > 0.1
@@ -107,12 +121,12 @@ def rough_landscape(s: Subject) -> tuple[str, bool]:
     "Without a bound the attack fools all it should.",
     "Not even an attack without a bound succeeds: its gradients do not lead to other classes.",
 )
-def unbounded_attack(s: Subject) -> tuple[str, bool]:
-    """The attack in a ball that holds every image there is."""
-    _known(s)
-    eps = 1.0 if s.attack.norm == "linf" else math.sqrt(s.x[0].numel())
-    right = float(s.attempt(s.at(eps)).standing.double().mean())
-    return f"{percent(right)} right at eps {eps:.3g}", right > 1 / s.classes
+def unbounded_attack(case: AuditCase) -> tuple[str, bool]:
+    """The attack in a ball that holds every possible image."""
+    require_correct(case)
+    eps = 1.0 if case.attack.norm == "linf" else math.sqrt(case.x[0].numel())
+    accuracy = float(case.judge(case.attack_at(eps)).correct.double().mean())
+    return f"{percent(accuracy)} right at eps {eps:.3g}", accuracy > 1 / case.classes
 
 
 @check(
@@ -123,16 +137,13 @@ def unbounded_attack(s: Subject) -> tuple[str, bool]:
     "A larger ball is never safer.",
     "A larger ball left more images standing: the attack fails there, and its other figures are in doubt.",
 )
-def monotone(s: Subject) -> tuple[str, bool]:
-    """Attacks at eps / 4, eps / 2, eps and 2 eps, each on its own."""
-    _known(s)
-    standing = [attempt.standing for attempt in s.sweep.values()]
-    rises = any(beyond_chance(far, near) for i, near in enumerate(standing) for far in standing[i + 1 :])
-    shares = ", ".join(f"{100 * float(found.double().mean()):.3g}" for found in standing)
+def monotone(case: AuditCase) -> tuple[str, bool]:
+    """Attacks at eps / 4, eps / 2, eps and 2 eps, each independently."""
+    require_correct(case)
+    correct = [judged.correct for judged in case.sweep.values()]
+    rises = any(beyond_chance(larger, smaller) for i, smaller in enumerate(correct) for larger in correct[i + 1 :])
+    shares = ", ".join(f"{100 * float(right.double().mean()):.3g}" for right in correct)
     return f"{shares} % at eps/4, eps/2, eps, 2 eps", rises
-
-
-# --- other attacks that should not do better ------------------------------------------------------------
 
 
 @check(
@@ -143,9 +154,11 @@ def monotone(s: Subject) -> tuple[str, bool]:
     "One step finds nothing that many do not.",
     "One long step succeeds where many fail: add restarts or steps; if that is no help, the loss is rough or flat.",
 )
-def one_step(s: Subject) -> tuple[str, bool]:
-    """FGSM on the survivors of the white box."""
-    rows = _survivors(s)
-    fgsm = replace(s.attack, steps=1, step_size=s.attack.eps, random_start=False, keep="last", restarts=1, stop=False)
-    again, stand = _second_vote(s, s.attempt(fgsm, rows).images)
-    return f"{int((again & ~stand).sum())} of {len(rows)} survivors", _any_beyond_luck(s, again, stand)
+def one_step(case: AuditCase) -> tuple[str, bool]:
+    """FGSM on the survivors of the white-box attack."""
+    rows = require_survivors(case)
+    fgsm = replace(
+        case.attack, steps=1, step_size=case.attack.eps, random_start=False, keep="last", restarts=1, stop=False
+    )
+    before, after = second_vote(case, case.judge(fgsm, rows).images)
+    return f"{newly_fooled(before, after)} of {len(rows)} survivors", more_than_luck(case, before, after)

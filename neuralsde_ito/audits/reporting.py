@@ -1,18 +1,15 @@
-"""Checks of how the figure was read."""
+"""Checks 16, 19 and 20: was the figure read rightly from the attack's images?"""
 
 from __future__ import annotations
 
 from ..attacks.norms import BALLS
 from ..models.votes import winners
 from ..outcomes import ABSTAIN, Paired, Rate
-from .case import Subject
-from .check import LEVEL, Beside, _known, _noisy, beyond_chance, check, from_to, percent
+from .case import AuditCase
+from .check import LEVEL, NotApplicable, beyond_chance, check, from_to, percent, require_correct, require_noise
 
 # RobustBench, March 2025: eps, clean accuracy and robust accuracy (AutoAttack) of the best CIFAR-10 entries.
 _BEST = {"linf": (8 / 255, 0.9368, 0.7371), "l2": (0.5, 0.9554, 0.8497)}
-
-
-# --- how the figure was read ----------------------------------------------------------------------------
 
 
 @check(
@@ -23,15 +20,15 @@ _BEST = {"linf": (8 / 255, 0.9368, 0.7371), "l2": (0.5, 0.9554, 0.8497)}
     "What the attack claims stands on other noise.",
     "The attack's own count is luck of its noise: report votes on paths that it never saw.",
 )
-def selection_bias(s: Subject) -> tuple[str, bool]:
-    """What the attack claims on its selection's paths, beside as many paths that it never saw, by the same rule."""
-    _noisy(s, "selection and report are the same")
-    rows = _known(s)
-    found = s.path_logits(s.main.images[rows], rows, s.attack.selection, purpose="report")
-    stand = (winners(found) == s.y[rows]).double().mean(0) > 0.5
-    claimed = ~s.main.claimed[rows]
-    paired = Paired.of(claimed, stand)
-    return f"{from_to(claimed, stand)} on fresh paths", paired.p < LEVEL
+def selection_bias(case: AuditCase) -> tuple[str, bool]:
+    """What the attack claims on its selection panel, against as many fresh paths, read by the same rule."""
+    require_noise(case, "selection and report are the same")
+    rows = require_correct(case)
+    logits = case.path_logits(case.white_box.images[rows], rows, case.attack.selection, purpose="report")
+    correct = (winners(logits) == case.y[rows]).double().mean(0) > 0.5
+    claimed = ~case.white_box.claimed[rows]
+    paired = Paired.of(claimed, correct)
+    return f"{from_to(claimed, correct)} on fresh paths", paired.p < LEVEL
 
 
 @check(
@@ -42,21 +39,21 @@ def selection_bias(s: Subject) -> tuple[str, bool]:
     "The adversarial images are images, inside the ball.",
     "The attack leaves the ball, or lives on fractions of a grey level: its images could not be sent.",
 )
-def the_ball(s: Subject) -> tuple[str, bool]:
-    """Norm and range of the adversarial images, and what is left of the successes when they are rounded to 8 bits."""
-    images, eps = s.main.images, s.attack.eps
-    over = float(BALLS[s.attack.norm].length(images - s.x).max()) - eps
+def the_ball(case: AuditCase) -> tuple[str, bool]:
+    """Norm and range of the adversarial images, and the successes that are lost when they are rounded to 8 bits."""
+    images, eps = case.white_box.images, case.attack.eps
+    over = float(BALLS[case.attack.norm].length(images - case.x).max()) - eps
     beyond = max(float(-images.min()), float(images.max()) - 1)
-    fooled = (s.clean == s.y) & ~s.main.standing
-    rows, lost, kept = fooled.nonzero()[:, 0], 0, False
+    rows = ((case.clean == case.y) & ~case.white_box.correct).nonzero()[:, 0]
+    lost, lost_beyond_chance = 0, False
     if len(rows):
-        found, rounded = (
-            s.decide(images_, rows, vote=1) == s.y[rows]
-            for images_ in (images[rows], (images[rows] * 255).round() / 255)
+        exact, rounded = (
+            case.decide(x, rows, vote=1) == case.y[rows] for x in (images[rows], (images[rows] * 255).round() / 255)
         )
-        lost, kept = int((rounded & ~found).sum()), beyond_chance(rounded, found)
+        lost, lost_beyond_chance = int((rounded & ~exact).sum()), beyond_chance(rounded, exact)
     figure = f"norm {over + eps:.4g}, {lost} of {len(rows)} lost in 8 bits"
-    return figure, not (over <= 1e-6 and beyond <= 1e-6) or kept
+    # Written so that NaN fails: a comparison with NaN is false.
+    return figure, not (over <= 1e-6 and beyond <= 1e-6) or lost_beyond_chance
 
 
 @check(
@@ -67,16 +64,18 @@ def the_ball(s: Subject) -> tuple[str, bool]:
     "The claim is not beyond what the field has reached.",
     "The claim beats the best published classifier at half the radius, to which a detector at eps amounts: doubt it.",
 )
-def extraordinary_claim(s: Subject) -> tuple[str, bool]:
-    """The share that is not led to a wrong answer (its interval's lower end), beside the best entry at half the radius.
+def extraordinary_claim(case: AuditCase) -> tuple[str, bool]:
+    """The share that is not led to a wrong answer (the lower end of its interval), against the best entry at eps / 2.
 
-    The entry is interpolated between its clean and its robust accuracy; beyond its radius, its robust accuracy stands.
+    A detector of adversarial images at eps gives a classifier at eps / 2 (Tramèr 2022,
+    https://arxiv.org/abs/2107.11630). The entry is interpolated between its clean and its robust accuracy; beyond its
+    radius, its robust accuracy stands.
     """
-    if s.x.shape[1:] != (3, 32, 32) or s.classes != 10:
-        raise Beside("There are no entries to compare with: images are not CIFAR-10's in size and classes.")
-    held = (s.main.labels == s.y) | (s.main.labels == ABSTAIN)
+    if case.x.shape[1:] != (3, 32, 32) or case.classes != 10:
+        raise NotApplicable("There are no entries to compare with: images are not CIFAR-10's in size and classes.")
+    held = (case.white_box.labels == case.y) | (case.white_box.labels == ABSTAIN)
     rate = Rate.of(int(held.sum()), len(held))
-    radius, clean, robust = _BEST[s.attack.norm]
-    best = clean + min(s.attack.eps / 2 / radius, 1.0) * (robust - clean)
-    figure = f"at least {percent(rate.low)}, the best entry {percent(best)} at eps {s.attack.eps / 2:.3g}"
+    radius, clean, robust = _BEST[case.attack.norm]
+    best = clean + min(case.attack.eps / 2 / radius, 1.0) * (robust - clean)
+    figure = f"at least {percent(rate.low)}, the best entry {percent(best)} at eps {case.attack.eps / 2:.3g}"
     return figure, rate.low > best

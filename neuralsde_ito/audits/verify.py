@@ -1,21 +1,21 @@
-"""Claims of an evidence bundle, held against the data, the ensemble's votes and the attack, each made again.
+"""Claims of an evidence bundle, compared with the data, the votes and the attack, which are all made again.
 
-A bundle says: these images, chosen by nobody, were attacked by this suite with this seed; these votes were cast; these
-labels follow. Nearly all of that is a pure function of the seed, so it is computed again and must come out again: all
-votes, and for a random sample of images the whole attack. What the seed's luck may have done is then tested with other
-seeds. Images and votes of an honest bundle are interchangeable with those of another seed, image by image, so the exact
-test is McNemar's: of the images that differ, each falls to either side like a fair coin.
+A bundle claims: these images are the data set's own choice, this suite attacked them with this seed, the ensemble cast
+these votes, and these labels follow. Nearly all of that is a pure function of the seed. So it is computed again and
+must come out the same: all votes, and the whole attack for a random sample of the images. Other seeds then test what
+the luck of the seed may have done. Images and votes of an honest bundle are interchangeable with those of another seed,
+image by image, so the exact test is McNemar's: of the images that differ, each falls to either side like a fair coin.
 
 What verify cannot show
     - That the ensemble, the data and the surrogates are those that a reader has in mind: they are the verifier's own.
     - That no stronger attack exists. A weak suite that says that it is weak (``effort`` 0.01) is an honest bundle.
     - That the seed was not chosen out of many, as far as luck goes: of a hundred honest bundles one is the best. The
       tests on other seeds bound what that gains.
-    - A forgery of few images: the attack is made again on a sample. With 30 images, images that this attack did not
-      make are found with 99 % where they are every fifth, with 82 % where every tenth, with 45 % where every twentieth.
-      Votes and labels are checked of all images.
-    - Who ran it, when and at which cost in time: the command and the date are words.
-    - The cost of an attack that stops early, closer than its least and greatest possible cost and what the sample says.
+    - A forgery of few images: the attack is made again on a sample. With 30 images, it finds images that this attack
+      did not make with 99 % where every fifth is such an image, 82 % where every tenth, 45 % where every twentieth.
+      Votes and labels are checked on all images.
+    - Who ran it, when, and how long it took: the command and the date are words.
+    - The cost of an attack that stops early, more exactly than its least and greatest possible cost and the sample say.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ from scipy.stats import binom, hypergeom
 from torch import Tensor
 
 from ..attacks.apgd import APGD
-from ..attacks.objectives import AIMED
-from ..attacks.selection import worst_labels
+from ..attacks.fingerprints import fingerprint, fingerprint_choice, fingerprint_split
+from ..attacks.images import Images
+from ..attacks.objectives import TARGETED
+from ..attacks.report import Report, worst_labels
 from ..attacks.square import Square
-from ..attacks.suite import Step, Suite, SuiteResult
+from ..attacks.suite import Step, Suite, SuiteResult, join_results
 from ..attacks.targets import KnownPaths, as_target
 from ..data import Split
 from ..models.ensemble import ItoEnsemble
 from ..modules import evaluating
-from ..outcomes import ABSTAIN, Paired, Rate
+from ..outcomes import ABSTAIN, Paired, Rate, WorstCase
 from ..validation import ItoError, whole_number
 from .bundle import (
     CLEAN,
@@ -49,26 +51,24 @@ from .bundle import (
     attack_names,
     cases_of,
     check_evidence,
-    fingerprint,
-    fingerprint_choice,
-    fingerprint_split,
     norms_of,
     votes_in,
     votes_of,
 )
 
-LEVEL = 0.01  # at most so many honest bundles fail by chance, all tests together
-_EACH = LEVEL / 10  # of each of the tests: clean, denial, evasion, three of order, two attacks again, images met, costs
-# What another machine's last bits may change; none of it differs on one machine (measured).
-_TIES = 0.002  # of all inferences, and of the images' labels
-_SPARE = 20  # one image of so many that are attacked again with the bundle's own seed
-_IMAGES = ("true labels", "original images")  # the claims without which votes and attacks are of something else
-_APART = 0.3  # of a perturbation's length: what two runs of one attack differ by, where a few signs of a gradient flip
+LEVEL = 0.01  # at most this share of honest bundles fails by chance, all tests together
+# The level of each test: clean, denial, evasion, three of order, two other attacks, images attacked, costs.
+_EACH = LEVEL / 10
+# What the last bits of another machine may change; on one machine nothing differs (measured).
+_TIES = 0.002  # this share of all inferences, and of the images' labels
+_SPARE = 20  # one image in so many that the bundle's own attack attacks again
+_IMAGES = ("true labels", "original images")  # if these claims fail, votes and attacks would be of other images
+_APART = 0.3  # two runs of one attack differ by this share of a perturbation's length, where a gradient's signs flip
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing that a bundle says, what was found instead, and whether it stands."""
+    """One thing that a bundle claims, what was found instead, and whether the claim stands."""
 
     name: str
     claimed: str
@@ -79,14 +79,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verification:
-    """Claims held against what was found; ``seed`` is that of the fresh noise, the sample and the second attack."""
+    """All claims of a bundle, each with its verdict; ``seed`` is that of fresh noise, sample and second attack."""
 
     claims: tuple[Claim, ...]
     seed: int | None = None
 
     @property
     def stands(self) -> bool:
-        """Whether every claim does."""
+        """Whether every claim stands."""
         return all(claim.stands for claim in self.claims)
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,16 +104,16 @@ def verify_bundle(
     batch_size: int = 250,
     tick: Callable[[int], object] = lambda n: None,
 ) -> Verification:
-    """Hold every claim of a bundle against what can be computed again. What cannot be compared does not stand.
+    """Compare every claim of a bundle with what can be computed again. A claim that cannot be compared does not stand.
 
     An honest bundle fails in at most 1 % of seeds, all tests together (measured on digits: 0 of 352, over 200 seeds).
 
     Args:
         evidence: as read by `load_bundle`, which has compared the images with their SHA-256.
-        ensemble: the defender, on any device, with the inferences and the rule that are claimed; None: not there.
-        split: the whole test split of which the images are `Split.first`; None: not there.
-        suite: the attacks that the bundle claims, their surrogates made from ``ensemble``; its seed, noise and
-            repeat are the bundle's. None: not there.
+        ensemble: the defender, on any device, with the inferences and the rule that are claimed; None: it is not there.
+        split: the whole test split, of which the images are `Split.first`; None: it is not there.
+        suite: the attacks that the bundle claims, see `suite_of`; seed, noise and repeat are taken from the bundle.
+            None: it is not there.
         seed: of fresh noise, sample and second attack; default one that nobody can foretell.
         sample: images that are attacked again, twice.
         batch_size: images at a time; not in the result.
@@ -125,17 +125,11 @@ def verify_bundle(
     Example:
         ::
 
-            from functools import partial
-            from neuralsde_ito.checkpoints import load_base
-            from neuralsde_ito.evaluation import NoiseFree
-
-            evidence = ito.load_bundle("evidence/linf-8of255")
-            ensemble, config = ito.load_ensemble("runs/mine")
-            nets = {"resnet": load_base("runs/mine", config), "noise-free": NoiseFree(ensemble)}
-            effort = evidence.config["suite"]["effort"]
-            suite = ito.Suite(partial(ito.standard, evidence.norm, noisy=ensemble.noisy, effort=effort), nets)
-            found = ito.verify_bundle(evidence, ensemble, ito.load_data("digits").test, suite)
-            print(found.stands)
+            run, evidence = ito.Run.open("runs/mine"), ito.load_bundle("evidence/linf-8of255")
+            ensemble = run.ensemble()
+            suite = ito.suite_of(evidence, ensemble, run.resnet())
+            verification = ito.verify_bundle(evidence, ensemble, ito.load_data("digits").test, suite)
+            print(verification.stands)
     """
     check_evidence(evidence)
     whole_number("sample", sample)
@@ -155,11 +149,12 @@ def verify_bundle(
         return Verification((*claims, *(_absent(name, "no such ensemble to compare with") for name in names)), seed)
     if split is not None and not all(claim.stands for claim in claims if claim.name in _IMAGES):
         return Verification((*claims, _absent("votes and attacks", "not the data set's images")), seed)
-    claims += _replayed(evidence, ensemble, batch_size, tick)
-    claims += _fresh(evidence, ensemble, seed, batch_size, tick)
+    again = _Again(evidence, ensemble, seed, batch_size, tick)
+    claims += again.recorded_votes()
+    claims += again.fresh_votes()
     if not settings.stands or suite is None:
         return Verification((*claims, _absent("attacks made again", "no such suite to compare with")), seed)
-    claims += _attacked(evidence, ensemble, suite, radii, seed, sample, batch_size, tick)
+    claims += again.attacks(suite, radii, sample)
     return Verification(tuple(claims), seed)
 
 
@@ -171,11 +166,12 @@ def work(evidence: Evidence, sample: int = 30) -> int:
 
 
 def _absent(name: str, why: str) -> Claim:
+    """A claim that could not be compared."""
     return Claim(name, "to be computed again", why, False)
 
 
 def _differing(name: str, claimed: str, differing: Tensor, note: str = "", allowed: int = 0) -> Claim:
-    """A claim of every image: bool ``(N,)``, whether it is otherwise."""
+    """A claim about every image; ``differing``, bool ``(N,)``, says on which images it is wrong."""
     count = int(differing.sum())
     return Claim(name, claimed, f"{count} of {len(differing)} differ", count <= allowed, note)
 
@@ -194,7 +190,7 @@ def _ball(evidence: Evidence) -> Claim:
 
 
 def _unattacked(evidence: Evidence) -> Claim:
-    """An image that no attack made is the clean one, bit for bit."""
+    """An image whose source is no attack is the clean one, bit for bit."""
     differing = torch.zeros(len(evidence.index), dtype=torch.bool)
     for case in cases_of(evidence).values():
         differing |= (case.source == CLEAN) & (case.images != evidence.originals).flatten(1).any(1)
@@ -202,7 +198,7 @@ def _unattacked(evidence: Evidence) -> Claim:
 
 
 def _labels(evidence: Evidence) -> Claim:
-    """`worst_labels` of the recorded votes, and no more votes than inferences."""
+    """The labels are `worst_labels` of the recorded votes, and there are no more votes than inferences."""
     claimed = {"clean": evidence.clean, **{name: case.labels for name, case in cases_of(evidence).items()}}
     differing = torch.zeros(len(evidence.index), dtype=torch.bool)
     for name, votes in votes_in(evidence).items():
@@ -213,22 +209,22 @@ def _labels(evidence: Evidence) -> Claim:
 
 
 def _order(evidence: Evidence) -> Claim:
-    """Denial is right no more often than the clean images or evasion, evasion is wrong no less often than denial."""
+    """Denial is right no more often than clean images or evasion; evasion is wrong no less often than denial."""
     truth, denial, evasion = evidence.truth, evidence.denial.labels, evidence.evasion.labels
     pairs = (
         (evidence.clean == truth, denial == truth),
         (evasion == truth, denial == truth),
         (_wrong(evasion, truth), _wrong(denial, truth)),
     )
-    gains = [_excess(low, high) for high, low in pairs]
-    against, for_ = zip(*((one, two) for one, two, _ in gains), strict=True)
+    tests = [_excess(low, high) for high, low in pairs]
+    against, expected = zip(*((one, two) for one, two, _ in tests), strict=True)
     note = (
-        f"Images right under denial and not clean: {against[0]} (the other way round {for_[0]}); right under denial "
-        f"and not under evasion: {against[1]} ({for_[1]}); wrong under denial and not under evasion: "
-        f"{against[2]} ({for_[2]})."
+        f"Images right under denial and not clean: {against[0]} (the other way round {expected[0]}); right under "
+        f"denial and not under evasion: {against[1]} ({expected[1]}); wrong under denial and not under evasion: "
+        f"{against[2]} ({expected[2]})."
     )
-    found = f"{', '.join(map(str, against))} against it"
-    return Claim("worst cases in order", "no right answer gained", found, min(p for *_, p in gains) >= _EACH, note)
+    outcome = f"{', '.join(map(str, against))} against it"
+    return Claim("worst cases in order", "no right answer gained", outcome, min(p for *_, p in tests) >= _EACH, note)
 
 
 def _wrong(labels: Tensor, truth: Tensor) -> Tensor:
@@ -236,13 +232,17 @@ def _wrong(labels: Tensor, truth: Tensor) -> Tensor:
 
 
 def _excess(first: Tensor, second: Tensor) -> tuple[int, int, float]:
-    """McNemar's exact test to one side, of bool ``(N,)``: only the first, only the second, p of so many first ones."""
+    """McNemar's exact test to one side, of two bool ``(N,)``.
+
+    Returns:
+        How many are true in the first only and in the second only, and the probability of so many in the first only.
+    """
     one, two = int((first & ~second).sum()), int((second & ~first).sum())
     return one, two, float(binom.sf(one - 1, one + two, 0.5)) if one + two else 1.0
 
 
 def _radii(evidence: Evidence) -> list[float]:
-    """Those of the sweep up to this one; none if the config has none that can be."""
+    """The radii of the sweep up to this one; none, if the config names none or they do not rise to this one."""
     settings = evidence.config.get("suite")
     radii = settings.get("radii") if isinstance(settings, dict) else None
     if not isinstance(radii, list) or not radii or not all(type(eps) in (int, float) for eps in radii):
@@ -252,77 +252,84 @@ def _radii(evidence: Evidence) -> list[float]:
 
 
 def _sources(evidence: Evidence, radii: list[float]) -> Claim:
-    """An image lies in the ball of the attack that made it; that attack has met it; attacks meet ever fewer images."""
+    """An image lies in the ball of the attack that made it, and the numbers of attacked images are possible.
+
+    They are possible where every attack was run on the images that it or a later step of its goal made, and where the
+    steps of a goal are run on ever fewer images.
+    """
     name, n = "sources", len(evidence.index)
-    claimed = "attacks that met the image, at its radius"
+    claimed = "attacks on the image, at its radius"
     if not radii or len(evidence.attacks) % (2 * len(radii)):
         return Claim(name, claimed, "the config names no radii that fit the attacks", False)
-    goals = len(evidence.attacks) // (2 * len(radii))  # steps of one goal at one radius
-    reached = torch.tensor(radii).double().repeat_interleave(2 * goals)
+    steps = len(evidence.attacks) // (2 * len(radii))  # of one goal at one radius
+    reached = torch.tensor(radii).double().repeat_interleave(2 * steps)
     outside = torch.zeros(n, dtype=torch.bool)
     for case in cases_of(evidence).values():
         outside |= (case.source != CLEAN) & (norms_of(evidence, case) > reached[case.source] + ROUNDING)
-    # An image that a later step of a goal changed had not fallen before it.
-    met = torch.tensor(evidence.attacked).view(-1, goals)
+    # An image that a later step of a goal changed had not reached the goal before it.
+    attacked = torch.tensor(evidence.attacked).view(-1, steps)
     made = torch.stack([case.source for case in cases_of(evidence).values()])  # (2, N)
-    least = torch.zeros_like(met)
+    least = torch.zeros_like(attacked)
     for number in range(len(evidence.attacks)):
-        last = (number // goals + 1) * goals
-        least[number // goals, number % goals] = int(((made >= number) & (made < last)).any(0).sum())
-    possible = bool(((met >= least) & (met <= n)).all() and (met[:, 1:] <= met[:, :-1]).all())
-    found = f"{int(outside.sum())} outside, numbers of images {'possible' if possible else 'NOT possible'}"
-    return Claim(name, claimed, found, possible and not bool(outside.any()))
+        end = (number // steps + 1) * steps
+        least[number // steps, number % steps] = int(((made >= number) & (made < end)).any(0).sum())
+    falling = (attacked[:, 1:] <= attacked[:, :-1]).all()
+    possible = bool(((attacked >= least) & (attacked <= n)).all() and falling)
+    outcome = f"{int(outside.sum())} outside, numbers of images {'possible' if possible else 'NOT possible'}"
+    return Claim(name, claimed, outcome, possible and not bool(outside.any()))
 
 
 # --- the data, the ensemble, the suite --------------------------------------------------------------------
 
 
 def _data(evidence: Evidence, split: Split | None) -> Iterator[Claim]:
-    """The split, and whether the images are the split's own choice of so many: otherwise a forger could leave out
-    the images that fell."""
+    """The split is the claimed one, and the images are the split's own choice of so many.
+
+    Otherwise a forger could leave out the images on which the attack succeeded.
+    """
     prints, n = evidence.fingerprints, len(evidence.index)
     claimed = {name: str(prints.get(name))[:12] for name in ("split", "choice")}
     if split is None:
         for name in ("data split", "choice of images", "true labels", "original images"):
             yield _absent(name, "no data to compare with")
         return
-    found = fingerprint_split(split)
-    yield Claim("data split", claimed["split"], found[:12], prints.get("split") == found)
+    own = fingerprint_split(split)
+    yield Claim("data split", claimed["split"], own[:12], prints.get("split") == own)
     note = f"The split's own choice of {n} images. Of another choice it cannot be told who was left out."
     if n > len(split):
         yield Claim("choice of images", claimed["choice"], f"the split has {len(split)} images", False, note)
         yield _absent("true labels", "another choice")
         yield _absent("original images", "another choice")
         return
-    names, x, y = (torch.cat(parts) for parts in zip(*split.first(n).batches(250), strict=True))
-    found = fingerprint_choice(names, y, x)
-    own = fingerprint_choice(evidence.index, evidence.truth, evidence.originals.nan_to_num(0))
-    yield Claim("choice of images", claimed["choice"], found[:12], prints.get("choice") == found == own, note)
-    yield _differing("true labels", "the data set's", (evidence.truth != y) | (evidence.index != names))
-    alike = x.shape == evidence.originals.shape
-    distance = (x - evidence.originals).abs().flatten(1).amax(1) if alike else torch.full((n,), math.inf)
-    yield _differing("original images", "the data set's", ~(distance <= ROUNDING) | (evidence.index != names))
+    images = Images.of(split.first(n))
+    own = fingerprint_choice(images.index, images.y, images.x)
+    recorded = fingerprint_choice(evidence.index, evidence.truth, evidence.originals.nan_to_num(0))
+    yield Claim("choice of images", claimed["choice"], own[:12], prints.get("choice") == own == recorded, note)
+    misnamed = evidence.index != images.index
+    yield _differing("true labels", "the data set's", (evidence.truth != images.y) | misnamed)
+    alike = images.x.shape == evidence.originals.shape
+    distance = (images.x - evidence.originals).abs().flatten(1).amax(1) if alike else torch.full((n,), math.inf)
+    yield _differing("original images", "the data set's", ~(distance <= ROUNDING) | misnamed)
 
 
 def _defender(evidence: Evidence, ensemble: ItoEnsemble | None) -> Claim:
-    """Weights and solver by fingerprint, and how the ensemble votes."""
+    """The ensemble has the claimed weights and solver, by its fingerprint, and votes as claimed."""
     name, members = "ensemble", evidence.clean_votes.shape[1]
     vote = f"{members} x {evidence.inferences}, {evidence.rule}"
     claimed = f"{str(evidence.fingerprints.get('weights'))[:12]}, {vote}"
     if ensemble is None:
         return Claim(name, claimed, "no ensemble to compare with", False)
-    found = fingerprint(ensemble)
-    own = f"{len(ensemble.members)} x {ensemble.inferences}, {ensemble.rule}"
-    stands = evidence.fingerprints.get("weights") == found and vote == own
-    note = "" if own == vote else "Give --inferences and --rule as the bundle claims them."
-    return Claim(name, claimed, f"{found[:12]}, {own}", stands, note)
+    own, own_vote = fingerprint(ensemble), f"{len(ensemble.members)} x {ensemble.inferences}, {ensemble.rule}"
+    stands = evidence.fingerprints.get("weights") == own and vote == own_vote
+    note = "" if own_vote == vote else "Give --inferences and --rule as the bundle claims them."
+    return Claim(name, claimed, f"{own[:12]}, {own_vote}", stands, note)
 
 
 def _settings(evidence: Evidence, suite: Suite | None, radii: list[float]) -> Claim:
-    """The norm, and the names of all attacks at all radii."""
+    """The suite has the claimed norm, and the claimed attacks at all radii, by their names."""
     settings = evidence.config.get("suite")
-    said = settings if isinstance(settings, dict) else {}
-    claimed = f"{str(said.get('name'))[:30]}, effort {str(said.get('effort'))[:12]}"
+    settings = settings if isinstance(settings, dict) else {}
+    claimed = f"{str(settings.get('name'))[:30]}, effort {str(settings.get('effort'))[:12]}"
     if suite is None:
         return Claim("suite", claimed, "no suite to compare with", False)
     try:
@@ -330,210 +337,218 @@ def _settings(evidence: Evidence, suite: Suite | None, radii: list[float]) -> Cl
     except ItoError as error:
         return Claim("suite", claimed, str(error).rstrip("."), False)
     same = names == evidence.attacks and norms == {evidence.norm}
-    found = f"{len(names)} attacks, {'the same' if same else 'others'}"
-    return Claim("suite", f"{claimed}, {len(evidence.attacks)} attacks", found, same and bool(radii))
+    outcome = f"{len(names)} attacks, {'the same' if same else 'others'}"
+    return Claim("suite", f"{claimed}, {len(evidence.attacks)} attacks", outcome, same and bool(radii))
 
 
-# --- votes ------------------------------------------------------------------------------------------------
+# --- votes and attacks, made again ------------------------------------------------------------------------
 
 
-def _replayed(
-    evidence: Evidence, ensemble: ItoEnsemble, batch_size: int, tick: Callable[[int], object]
-) -> Iterator[Claim]:
-    """All recorded votes, cast again on the same paths."""
-    pictures = {"clean": evidence.originals, **{name: case.images for name, case in cases_of(evidence).items()}}
-    for name, claimed in votes_in(evidence).items():
-        title = "clean votes" if name == "clean" else f"{name}'s votes"
-        x = pictures[name].nan_to_num(0).clamp(0, 1)  # what is no image has failed the claim about the ball
-        found = votes_of(ensemble, x, evidence.seed, evidence.names, evidence.repeat, batch_size, tick)
-        if found.shape != claimed.shape:
-            yield Claim(title, f"of {claimed.shape[3]} classes", f"of {found.shape[3]} classes", False)
-            continue
-        changed = (found - claimed).abs().sum((0, 1, 3)).double() / 2  # inferences of each image
-        each, total = evidence.repeat * claimed.shape[1] * evidence.inferences, int(found.sum())
-        decided, before = (
-            worst_labels(votes, evidence.truth, evidence.rule, evidence.inferences) for votes in (found, claimed)
-        )
-        flips = int((decided != before).sum())
-        stands = (
-            float(changed.sum()) <= 2 + _TIES * total
-            and float(changed.max()) <= 2 + 0.05 * each
-            and flips <= 1 + _TIES * len(changed)
-        )
-        yield Claim(
-            title, f"{int(claimed.sum())} inferences", f"{float(changed.sum()):g} differ, {flips} labels", stands
-        )
+@dataclass(frozen=True)
+class _Again:
+    """Makes the votes and the attacks of a bundle again.
+
+    Attributes:
+        evidence, ensemble: what is claimed, and the defender.
+        seed: of fresh noise, sample and second attack.
+        batch_size, tick: see `verify_bundle`.
+    """
+
+    evidence: Evidence
+    ensemble: ItoEnsemble
+    seed: int
+    batch_size: int
+    tick: Callable[[int], object]
+
+    def _votes(self, x: Tensor, report: Report) -> Tensor:
+        """The report's votes on all images ``x`` of the bundle."""
+        x = x.nan_to_num(0).clamp(0, 1)  # values that are not in [0, 1] have failed the claim about the ball
+        return votes_of(self.ensemble, x, self.evidence.index, report, self.batch_size, self.tick)
+
+    def recorded_votes(self) -> Iterator[Claim]:
+        """All recorded votes come out again on the same paths."""
+        evidence = self.evidence
+        images = {"clean": evidence.originals, **{name: case.images for name, case in cases_of(evidence).items()}}
+        for name, claimed in votes_in(evidence).items():
+            title = "clean votes" if name == "clean" else f"{name}'s votes"
+            votes = self._votes(images[name], evidence.report)
+            if votes.shape != claimed.shape:
+                yield Claim(title, f"of {claimed.shape[3]} classes", f"of {votes.shape[3]} classes", False)
+                continue
+            changed = (votes - claimed).abs().sum((0, 1, 3)).double() / 2  # inferences of each image
+            each, total = evidence.repeat * claimed.shape[1] * evidence.inferences, int(votes.sum())
+            flips = int((self._decide(votes) != self._decide(claimed)).sum())
+            stands = (
+                float(changed.sum()) <= 2 + _TIES * total
+                and float(changed.max()) <= 2 + 0.05 * each
+                and flips <= 1 + _TIES * len(changed)
+            )
+            outcome = f"{float(changed.sum()):g} differ, {flips} labels"
+            yield Claim(title, f"{int(claimed.sum())} inferences", outcome, stands)
+
+    def _decide(self, votes: Tensor) -> Tensor:
+        """Labels from votes on all images."""
+        return worst_labels(votes, self.evidence.truth, self.evidence.rule, self.evidence.inferences)
+
+    def fresh_votes(self) -> Iterator[Claim]:
+        """The figures on new paths are interchangeable with the claimed ones, image by image."""
+        evidence = self.evidence
+        recorded = {"clean": (evidence.originals, evidence.clean)}
+        recorded |= {name: (case.images, case.labels) for name, case in cases_of(evidence).items()}
+        for name, (images, labels) in recorded.items():
+            title = f"{name}, fresh noise"
+            what = "correct or abstained" if name == "evasion" else "correct"
+            claimed = _survived(name, labels, evidence.truth)
+            if evidence.noise != "fresh":
+                note = f"The paths are part of the noise model {evidence.noise!r}; the votes above are the check."
+                yield Claim(title, _text(claimed), "not asked", True, note)
+                continue
+            votes = self._votes(images, replace(evidence.report, seed=self.seed))
+            fresh = _survived(name, self._decide(votes), evidence.truth)
+            paired = Paired.of(claimed, fresh)
+            note = (
+                f"McNemar's exact test: {paired.only_first} images are so only in the bundle, {paired.only_second} "
+                f"only on fresh noise; p = {paired.p:.2g}."
+            )
+            yield Claim(title, f"{_text(claimed)} {what}", _text(fresh), paired.p >= _EACH, note)
+
+    def attacks(self, suite: Suite, radii: list[float], sample: int) -> Iterator[Claim]:
+        """A random sample of images passes through the whole sweep: with the bundle's seed, and with another."""
+        evidence = self.evidence
+        generator = torch.Generator().manual_seed(self.seed % 2**63)
+        rows = torch.randperm(len(evidence.index), generator=generator, device="cpu")[:sample].sort().values
+        own = replace(suite, seed=evidence.seed, noise=evidence.noise, repeat=evidence.repeat, state=None)
+        results = _attack_again(evidence, self.ensemble, own, radii, rows, self.batch_size, self.tick)
+        yield from self._same_images(results[-1], rows)
+        counts = {
+            what: [count for result in results for count in getattr(result, what)]
+            for what in ("attacked", "queries", "gradients")
+        }
+        yield _attacked_counts(evidence, counts["attacked"], len(rows))
+        yield _costs(evidence, counts, self._limits(own, radii))
+        if evidence.noise == "known":
+            for name, case in cases_of(evidence).items():
+                claimed = _survived(name, case.labels, evidence.truth)[rows]
+                note = "An attacker who knows the paths has no other seed; the attack made again is the check."
+                yield Claim(f"{name}, another attack", _text(claimed), "not asked", True, note)
+            return
+        other = replace(own, seed=self.seed)
+        results = _attack_again(evidence, self.ensemble, other, radii, rows, self.batch_size, self.tick)
+        yield from self._other_attack(results[-1], rows)
+
+    def _same_images(self, result: SuiteResult, rows: Tensor) -> Iterator[Claim]:
+        """The bundle's own attack makes the same images again."""
+        originals = self.evidence.originals[rows]
+        for name, case in cases_of(self.evidence).items():
+            again: WorstCase = getattr(result, name)
+            apart = (again.images - case.images[rows]).flatten(1).norm(dim=1)
+            length = (again.images - originals).flatten(1).norm(dim=1)
+            yield _differing(
+                f"{name} made again",
+                "images and sources of its seed",
+                ~(apart <= _APART * length + ROUNDING) | (again.source != case.source[rows]),
+                f"The bundle's own attack with its own seed, on a sample; another machine may change one in {_SPARE}.",
+                len(rows) // _SPARE,
+            )
+
+    def _other_attack(self, result: SuiteResult, rows: Tensor) -> Iterator[Claim]:
+        """The same suite with another seed is not much more successful than the bundle's."""
+        evidence, truth = self.evidence, self.evidence.truth[rows]
+        for name, case in cases_of(evidence).items():
+            claimed = _survived(name, case.labels[rows], truth)
+            # Both attacks are judged on the report's own paths, so that only the luck of the attacks differs.
+            images = getattr(result, name).images
+            votes = votes_of(self.ensemble, images, evidence.index[rows], evidence.report, self.batch_size)
+            labels = worst_labels(votes, truth, evidence.rule, evidence.inferences)
+            survived = _survived(name, labels, truth)
+            lost, kept, p = _excess(claimed, survived)
+            note = (
+                f"The same suite with another seed, on a sample: it succeeds on {lost} images where the bundle's "
+                f"attack does not, and the other way round on {kept}; p = {p:.2g} to one side."
+            )
+            yield Claim(f"{name}, another attack", _text(claimed), _text(survived), p >= _EACH, note)
+
+    def _limits(self, suite: Suite, radii: list[float]) -> list[dict[str, tuple[int, int]]]:
+        """The least and the greatest possible cost of each attack, see `_limits`."""
+        device = next(self.ensemble.parameters()).device
+        x = self.evidence.originals[:8].nan_to_num(0).clamp(0, 1).to(device)
+        classes = self.evidence.clean_votes.shape[3]
+        limits = []
+        for eps in radii:
+            limits += 2 * [_limits(step, self.ensemble, suite, x, classes) for step in suite.steps(eps)]  # both goals
+        return limits
 
 
-def _fresh(
-    evidence: Evidence, ensemble: ItoEnsemble, seed: int, batch_size: int, tick: Callable[[int], object]
-) -> Iterator[Claim]:
-    """The figures on paths that nobody has met: interchangeable with the claimed ones, image by image."""
-    pictures = {"clean": (evidence.originals, evidence.clean)}
-    pictures |= {name: (case.images, case.labels) for name, case in cases_of(evidence).items()}
-    for name, (images, labels) in pictures.items():
-        title = f"{name}, fresh noise"
-        what = "correct or abstained" if name == "evasion" else "correct"
-        good = _good(name, labels, evidence.truth)
-        if evidence.noise != "fresh":
-            note = f"The paths are part of the noise model {evidence.noise!r}; the votes above are the check."
-            yield Claim(title, _text(good), "not asked", True, note)
-            continue
-        x = images.nan_to_num(0).clamp(0, 1)
-        votes = votes_of(ensemble, x, seed, evidence.names, evidence.repeat, batch_size, tick)
-        again = worst_labels(votes, evidence.truth, evidence.rule, evidence.inferences)
-        found = _good(name, again, evidence.truth)
-        paired = Paired.of(good, found)
-        note = (
-            f"McNemar's exact test: {paired.only_first} images are so only in the bundle, {paired.only_second} only on "
-            f"fresh noise; p = {paired.p:.2g}."
-        )
-        yield Claim(title, f"{_text(good)} {what}", _text(found), paired.p >= _EACH, note)
-
-
-def _good(case: str, labels: Tensor, truth: Tensor) -> Tensor:
-    """What an attack has not achieved, bool ``(N,)``: right, or under evasion not wrong."""
+def _survived(case: str, labels: Tensor, truth: Tensor) -> Tensor:
+    """Where an attack has not reached its goal, bool ``(N,)``: right, or under evasion not wrong."""
     return ~_wrong(labels, truth) if case == "evasion" else labels == truth
 
 
-def _text(good: Tensor) -> str:
-    rate = Rate.of(int(good.sum()), len(good))
+def _text(survived: Tensor) -> str:
+    rate = Rate.of(int(survived.sum()), len(survived))
     return f"{rate.count}/{rate.n} = {100 * rate.value:.1f} %"
 
 
-# --- the attack -------------------------------------------------------------------------------------------
-
-
-def _attacked(
+def _attack_again(
     evidence: Evidence,
     ensemble: ItoEnsemble,
     suite: Suite,
     radii: list[float],
-    seed: int,
-    sample: int,
+    rows: Tensor,
     batch_size: int,
     tick: Callable[[int], object],
-) -> Iterator[Claim]:
-    """A random sample of images, through the whole sweep: with the bundle's seed, and with another."""
-    n = len(evidence.index)
-    chosen = (
-        torch.randperm(n, generator=torch.Generator().manual_seed(seed % 2**63), device="cpu")[:sample].sort().values
-    )
-    again = replace(suite, seed=evidence.seed, noise=evidence.noise, repeat=evidence.repeat, state=None)
-    found = _sweep(evidence, ensemble, again, radii, chosen, batch_size, tick)
-    for name, case in cases_of(evidence).items():
-        made = torch.cat([getattr(result[-1], name).images.cpu() for result in found])
-        source = torch.cat([getattr(result[-1], name).source.cpu() for result in found])
-        apart = (made - case.images[chosen]).flatten(1).norm(dim=1)
-        length = (made - evidence.originals[chosen]).flatten(1).norm(dim=1)
-        yield _differing(
-            f"{name} made again",
-            "images and sources of its seed",
-            ~(apart <= _APART * length + ROUNDING) | (source != case.source[chosen]),
-            f"The bundle's own attack with its own seed, on a sample; another machine may change one in {_SPARE}.",
-            len(chosen) // _SPARE,
-        )
-    yield from _costs(evidence, ensemble, again, radii, found, len(chosen))
-    other = replace(again, seed=seed)
-    if evidence.noise != "known":
-        found = _sweep(evidence, ensemble, other, radii, chosen, batch_size, tick)
-    for name, case in cases_of(evidence).items():
-        title = f"{name}, another attack"
-        good = _good(name, case.labels, evidence.truth)[chosen]
-        if evidence.noise == "known":
-            note = "An attacker who knows the paths has no other seed; the attack made again is the check."
-            yield Claim(title, _text(good), "not asked", True, note)
-            continue
-        # Both attacks meet the report's own paths: what differs then is the attacks' luck alone.
-        x = torch.cat([getattr(result[-1], name).images.cpu() for result in found])
-        votes = votes_of(ensemble, x, evidence.seed, evidence.names[chosen], evidence.repeat, batch_size)
-        labels = worst_labels(votes, evidence.truth[chosen], evidence.rule, evidence.inferences)
-        left = _good(name, labels, evidence.truth[chosen])
-        lost, kept, p = _excess(good, left)
-        note = (
-            f"The same suite with another seed, on a sample: {lost} fell that have not in the bundle, {kept} the other "
-            f"way round; p = {p:.2g} to one side."
-        )
-        yield Claim(title, _text(good), _text(left), p >= _EACH, note)
-
-
-def _sweep(
-    evidence: Evidence,
-    ensemble: ItoEnsemble,
-    suite: Suite,
-    radii: list[float],
-    chosen: Tensor,
-    batch_size: int,
-    tick: Callable[[int], object],
-) -> list[list[SuiteResult]]:
-    """Results of every batch of the chosen images at every radius."""
+) -> list[SuiteResult]:
+    """The results at every radius on some of a bundle's images."""
     device = next(ensemble.parameters()).device
+    x = evidence.originals[rows].nan_to_num(0).clamp(0, 1)
     batches = []
-    for number, rows in enumerate(chosen.split(batch_size)):
-        x = evidence.originals[rows].nan_to_num(0).clamp(0, 1).to(device)
-        y, index = evidence.truth[rows].to(device), evidence.index[rows].to(device)
-        reached = {result.eps: result for _, result in suite.run(ensemble, x, y, index, radii, str(number))}
-        batches.append([reached[eps] for eps in radii])
-        tick(len(rows))
-    return batches
+    for number, batch in enumerate(Images(x, evidence.truth[rows], evidence.index[rows]).batches(batch_size)):
+        batches.append(suite.attack(ensemble, batch.to(device), radii, str(number)))
+        tick(len(batch))
+    return [join_results(parts) for parts in zip(*batches, strict=True)]
 
 
-def _costs(
-    evidence: Evidence,
-    ensemble: ItoEnsemble,
-    suite: Suite,
-    radii: list[float],
-    found: list[list[SuiteResult]],
-    sample: int,
-) -> Iterator[Claim]:
-    """Images met and evaluations of each attack, against what is possible and against those of the sample."""
-    n = len(evidence.index)
-    device = next(ensemble.parameters()).device
-    x = evidence.originals[:8].nan_to_num(0).clamp(0, 1).to(device)
-    limits = [
-        limit
-        for eps in radii
-        for _ in ("denial", "evasion")
-        for limit in [_limits(step, ensemble, suite, x, evidence.clean_votes.shape[3]) for step in suite.steps(eps)]
-    ]
-    total = {}
-    for what in ("attacked", "queries", "gradients"):
-        batches = ([count for result in batch for count in getattr(result, what)] for batch in found)
-        total[what] = [sum(counts) for counts in zip(*batches, strict=True)]
-    level = _EACH / len(evidence.attacks)
+def _attacked_counts(evidence: Evidence, counts: list[int], sample: int) -> Claim:
+    """The number of images that each attack was run on, against that in a sample of so many images."""
+    n, level = len(evidence.index), _EACH / len(evidence.attacks)
     odd = []
-    for number, (met, own) in enumerate(zip(evidence.attacked, total["attacked"], strict=True)):
-        # Of n images ``met`` were met; a random sample has a hypergeometric share. One image more or less is rounding.
-        law = hypergeom(n, min(met, n), sample)
-        if met > n or min(law.cdf(own + 1), law.sf(own - 2)) < level / 2:
+    for number, (claimed, own) in enumerate(zip(evidence.attacked, counts, strict=True)):
+        # A random sample of all n images holds a hypergeometric number of the attacked ones. A difference of one image
+        # is rounding.
+        law = hypergeom(n, min(claimed, n), sample)
+        if claimed > n or min(law.cdf(own + 1), law.sf(own - 2)) < level / 2:
             odd.append(number)
-    note = "By a random sample of the images, attack by attack"
-    yield _named("images met", f"{sum(evidence.attacked)} by {len(evidence.attacked)} attacks", odd, evidence, note)
-    odd = []
+    said = f"{sum(evidence.attacked)} by {len(evidence.attacked)} attacks"
+    return _by_attack("images attacked", said, odd, evidence, "By a random sample of the images, attack by attack")
+
+
+def _costs(evidence: Evidence, counts: dict[str, list[int]], limits: list[dict[str, tuple[int, int]]]) -> Claim:
+    """The cost of each attack, against what its settings allow and against its cost in a sample."""
+    level, odd = _EACH / len(evidence.attacks), []
     for number, limit in enumerate(limits):
-        met, own = evidence.attacked[number], total["attacked"][number]
+        attacked, own = evidence.attacked[number], counts["attacked"][number]
         for what, (low, high) in limit.items():
-            claimed = getattr(evidence, what)[number]
-            near = True
-            if own and met:
+            claimed, near = getattr(evidence, what)[number], True
+            if own and attacked:
                 # Hoeffding's bound where one draws without replacement (Serfling 1974); last bits may change 2 %.
-                left = max(0.0, 1 - (own - 1) / met)
-                slack = (high - low) * math.sqrt(left * math.log(4 / level) / (2 * own)) + 0.02 * high
-                near = abs(claimed / met - total[what][number] / own) <= slack
-            if not (low * met <= claimed <= high * met and near):
+                rest = max(0.0, 1 - (own - 1) / attacked)
+                slack = (high - low) * math.sqrt(rest * math.log(4 / level) / (2 * own)) + 0.02 * high
+                near = abs(claimed / attacked - counts[what][number] / own) <= slack
+            if not (low * attacked <= claimed <= high * attacked and near):
                 odd.append(number)
     said = f"{sum(evidence.gradients):,} gradients, {sum(evidence.queries):,} queries"
-    yield _named("costs", said, odd, evidence, "Of each attack, against its settings and a sample of the images")
+    note = "Of each attack, against its settings and a sample of the images"
+    return _by_attack("costs", said, odd, evidence, note)
 
 
-def _named(name: str, claimed: str, odd: list[int], evidence: Evidence, note: str) -> Claim:
-    """A claim of every attack; the first for which it is not so is named."""
-    found = f"{len(set(odd))} of {len(evidence.attacks)} attacks differ"
-    return Claim(name, claimed, found, not odd, f"{note}: {evidence.attacks[odd[0]]}." if odd else f"{note}.")
+def _by_attack(name: str, claimed: str, odd: list[int], evidence: Evidence, note: str) -> Claim:
+    """A claim about every attack; the note names the first attack for which it is wrong."""
+    outcome = f"{len(set(odd))} of {len(evidence.attacks)} attacks differ"
+    return Claim(name, claimed, outcome, not odd, f"{note}: {evidence.attacks[odd[0]]}." if odd else f"{note}.")
 
 
 def _limits(step: Step, ensemble: ItoEnsemble, suite: Suite, x: Tensor, classes: int) -> dict[str, tuple[int, int]]:
-    """The least and the greatest number of evaluations of one image in one attack."""
+    """The least and the greatest number of inferences that one attack makes on one image."""
     attack = step.attack
     if step.through != "itself":
         model = suite.surrogates[step.through]
@@ -544,9 +559,9 @@ def _limits(step: Step, ensemble: ItoEnsemble, suite: Suite, x: Tensor, classes:
     else:
         distinct = None if ensemble.noisy else len(ensemble.members)
     eot, selection = distinct or attack.eot, distinct or attack.selection
-    attempts = attack.restarts * (min(attack.targets, classes - 1) if attack.objective in AIMED else 1)
+    attempts = attack.restarts * (min(attack.targets, classes - 1) if attack.objective in TARGETED else 1)
     ascents = 0 if isinstance(attack, Square) else attack.steps + isinstance(attack, APGD)
     least = ascents if not attack.stop else min(ascents, 1)
-    # A query at each iterate, one more where it seems to have fallen, and those that compare attempts.
+    # A query at each iterate, one more where the goal seems reached, and those that compare attempts.
     queries = attempts * ((attack.steps + 2) * (eot + 2 * selection) + selection) + selection
     return {"gradients": (least * eot, attempts * ascents * eot), "queries": (selection, queries)}

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.base import AttackResult
+from ..attacks.images import Images
 from ..attacks.objectives import Objective
 from ..attacks.other_libraries import peer_attack
 from ..attacks.pgd import PGD
-from ..attacks.suite import Suite, standard
+from ..attacks.suite_run import SuiteSettings
 from ..attacks.targets import Ascent, EnsembleTarget
-from ..models.ensemble import ItoEnsemble, NoiseFree
+from ..models.ensemble import ItoEnsemble
 from ..models.inference import quicken
 from ..models.recast import ItoResNet
 from ..noise.keys import PathRange
@@ -40,7 +41,7 @@ def bench_attack(ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float]
     """
     import torchattacks
 
-    member: ItoResNet = ensemble.members[0]  # type: ignore[assignment]
+    member: ItoResNet = ensemble.members[0]
     single = ItoEnsemble([member], ensemble.inferences)
 
     def peer(model: nn.Module, eps: float, pause: Pause) -> Tensor:
@@ -130,14 +131,12 @@ def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, rad
     x, y, index = x[right], y[right], index[right]
     if not len(x):
         return []
-    surrogates = {"resnet": net, "noise-free": NoiseFree(ensemble)}
 
     def peer(eps: float, pause: Pause) -> AttackResult:
         return peer_attack("autoattack", ensemble, x, y, "linf", eps)
 
     def ours(eps: float, pause: Pause) -> AttackResult:
-        suite = Suite(partial(standard, "linf", noisy=ensemble.noisy), surrogates)
-        *_, (_, result) = suite.run(ensemble, x, y, index, [eps])
+        [result] = SuiteSettings("linf", (eps,)).suite(ensemble, net).attack(ensemble, Images(x, y, index), [eps])
         fooled = result.denial.labels != y
         costs = sum(result.queries), sum(result.gradients)
         return AttackResult(result.denial.images, fooled, *costs, torch.zeros_like(fooled))

@@ -28,10 +28,10 @@ def torchsde_inference(model: ItoResNet, x: Tensor) -> Tensor:
     state = model.stem(x)
     for sde in model.sdes:
         if sde.jump:
-            state = sde.block(state)  # type: ignore[operator]
-        t0, t1 = float(sde.t0), float(sde.t1)  # type: ignore[arg-type]
+            state = sde.block(state)
+        t0, t1 = float(sde.t0), float(sde.t1)
         ts = torch.tensor([t0, t1], device=x.device)
-        view = sde.view("ito", tuple(state.shape[1:]))  # type: ignore[operator]
+        view = sde.view("ito", tuple(state.shape[1:]))
         flat = torchsde.sdeint(view, rearrange(state, "n ... -> n (...)"), ts, method="euler", dt=t1 - t0)
         state = flat[-1].view(state.shape)
     return model.head(state)
@@ -98,7 +98,7 @@ def bench_votes(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, repeats: int) 
     cases: dict[str, Callable[[], object]] = {"plain network, eager": lambda: net(x)}
     notes = [""]
     for rule in ("hierarchical", "flat"):
-        voting = ItoEnsemble(ensemble.members, ensemble.inferences, rule)  # type: ignore[arg-type]
+        voting = ItoEnsemble(ensemble.members, ensemble.inferences, rule)
         early, full = voting.predict(x), voting.predict(x, full=True)
         total, members = len(voting.members) * voting.inferences, len(voting.members)
         least = (members // 2 + 1) * (voting.inferences // 2 + 1) if rule == "hierarchical" else total // 2 + 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..modules import mixes_images
+from ..modules import ModuleListOf, mixes_images
 from ..noise.keys import PathRange, fresh_keys, make_keys
 from ..validation import ItoError, check_images, image_names, whole_number
 from .inference import infer, piece_of, quicken
@@ -19,13 +20,13 @@ from .votes import Poll, check_rule, decide, winners
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an ensemble says of ``N`` images.
+    """What an ensemble predicts for ``N`` images.
 
     Attributes:
         labels: int64 ``(N,)``, `ABSTAIN` where there is no majority.
         votes: int64 ``(members, N, classes)``, inferences for each class, as far as they were made.
         drawn: int64 ``(N,)``, inferences made for each image.
-        invalid: int64 ``(N,)``, those among them whose logits were not finite: they voted for nobody.
+        invalid: int64 ``(N,)``, inferences whose logits were not finite; they vote for no class.
     """
 
     labels: Tensor
@@ -38,15 +39,16 @@ class ItoEnsemble(nn.Module):
     """Itô networks that vote.
 
     Args:
-        members: made by `recast`, usually each fine-tuned from the same ResNet with noise of its own.
-        inferences: of each member for each image.
+        members: made by `recast`; usually each is fine-tuned from the same ResNet with noise of its own.
+        inferences: how many each member makes for an image.
         rule: how votes become a label, see `decide`.
-        paths_per_call: inferences a member that one call ``ensemble(x)`` averages.
+        paths_per_call: over how many inferences a member one call ``ensemble(x)`` averages.
 
     Raises:
         ItoError: no members, or no inferences.
     """
 
+    members: ModuleListOf[ItoResNet]
     chunk: int | None = None  # states that run through a member at once; None: what suits the device
 
     def __init__(
@@ -57,7 +59,7 @@ class ItoEnsemble(nn.Module):
         paths_per_call: int = 4,
     ) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members = cast("ModuleListOf[ItoResNet]", nn.ModuleList(members))
         if not len(self.members):
             raise ItoError("An ensemble needs at least one member, got 0.")
         self.inferences, self.rule = whole_number("inferences", inferences), check_rule(rule)
@@ -65,71 +67,64 @@ class ItoEnsemble(nn.Module):
 
     @property
     def noisy(self) -> bool:
-        """Whether any member has noise: whether two inferences of an image can differ."""
-        return any(member.schedule.omega > 0 for member in self.members)  # type: ignore[union-attr, operator]
+        """Whether any member has noise, so that two inferences of an image can differ."""
+        return any(member.schedule.omega > 0 for member in self.members)
 
     @property
     def channels(self) -> int | None:
-        """Channels of an image, where the stem has a convolution to tell."""
+        """Channels of an image, if the stem has a convolution that says so; otherwise None."""
         convs = (m for m in self.members[0].get_submodule("stem").modules() if isinstance(m, nn.Conv2d))
         return next((conv.in_channels for conv in convs), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Log mean probability over fresh paths, ``(N, C, H, W) -> (N, classes)``.
 
-        Differentiable; whoever attacks it attacks the average over ``members * paths_per_call`` paths. In train mode
-        every path is a forward pass of its own over the whole batch, as BatchNorm's statistics are the batch's.
+        Differentiable: an attack on it attacks the average over ``members * paths_per_call`` paths. In train mode
+        every path is a forward pass of its own over the whole batch, because BatchNorm uses the batch's statistics.
         """
         keys = fresh_keys(len(self.members) * self.paths_per_call * len(x), x.device)
         keys = keys.view(len(self.members), self.paths_per_call, len(x))
-        logits = torch.cat([self._infer(m, x, keys[m]) for m in range(len(self.members))])
+        logits = torch.cat([self._logits_of(m, x, keys[m]) for m in range(len(self.members))])
         return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
     def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
-        """Logits along numbered paths: ``(count, N, classes)``, differentiable.
-
-        Path ``q`` is inference ``q // members`` of member ``q % members``, so any run of paths is spread
-        evenly over the members, and every path has the same noise however it is asked for.
+        """Logits along a range of numbered paths: ``(count, N, classes)``, differentiable.
 
         Args:
             x: images ``(N, C, H, W)``.
-            paths: of these images.
-        """
-        total = len(self.members)
-        index = image_names(paths.index, x)
-        out: list[Tensor | None] = [None] * paths.count
-        for m in range(total):
-            places = [p for p in range(paths.count) if (paths.first + p) % total == m]
-            if not places:
-                continue
-            inference = torch.tensor([(paths.first + p) // total for p in places], device=x.device)
-            logits = self._infer(m, x, make_keys(paths.seed, paths.purpose, m, inference[:, None], index))
-            for place, row in zip(places, logits, strict=True):
-                out[place] = row
-        return torch.stack([row for row in out if row is not None])
+            paths: a range of paths of these images; `PathRange` says which member and inference a path number is.
 
-    def _infer(self, member: int, x: Tensor, keys: Tensor) -> Tensor:
-        """Logits ``(P, N, classes)`` of one member for keys ``(P, N)``; what they have in common runs once."""
-        model: ItoResNet = self.members[member]  # type: ignore[assignment]
+        Raises:
+            ItoError: ``paths.index`` is not one whole number for each image.
+        """
+        paths = replace(paths, index=image_names(paths.index, x))
+        logits: dict[int, Tensor] = {}  # by position in the range
+        for member, positions, keys in paths.by_member(len(self.members)):
+            logits.update(zip(positions, self._logits_of(member, x, keys), strict=True))
+        return torch.stack([logits[position] for position in range(paths.count)])
+
+    def _logits_of(self, member: int, x: Tensor, keys: Tensor) -> Tensor:
+        """Logits ``(P, N, classes)`` of one member along paths ``(P, N)``; the paths' common part is computed once."""
+        model = self.members[member]
         if mixes_images(model) or any(module.training for module in model.modules()):
             return torch.stack([model(x, path) for path in keys])
         if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in model.parameters()))):
             rows = torch.arange(len(x), device=x.device).repeat(len(keys))
             return infer(model, x, rows, keys.flatten(), self.chunk).unflatten(0, keys.shape)
         size = self.chunk or piece_of(model, x)
-        groups = keys.split(max(1, size // max(1, len(x))))
-        if not model.plain:
+        groups = keys.split(max(1, size // max(1, len(x))))  # (p, N) each: p paths go through at a time
+        if not model.splits_at_noise:
             return torch.cat([model(x.repeat(len(g), 1, 1, 1), g.flatten()).unflatten(0, g.shape) for g in groups])
-        state = model.start(x)
-        return torch.cat([model.propagate(state, group) for group in groups])
+        state = model.before_noise(x)
+        return torch.cat([model.along_paths(state, group) for group in groups])
 
     def quick(self, x: Tensor | None = None) -> ItoEnsemble:
-        """A frozen copy whose members `quicken` has made: for inference, and for gradients of the input.
+        """A frozen copy with members made by `quicken`: for inference, and for gradients of the input.
 
         Args:
-            x: the images at hand ``(N, C, H, W)``, on which the copies are compared with the members.
+            x: images ``(N, C, H, W)``, on which the copies are compared with the members; default random ones.
         """
-        members = [quicken(member, x) for member in self.members]  # type: ignore[arg-type]
+        members = [quicken(member, x) for member in self.members]
         quick = ItoEnsemble(members, self.inferences, self.rule, self.paths_per_call)
         quick.chunk = self.chunk
         return quick
@@ -144,19 +139,19 @@ class ItoEnsemble(nn.Module):
         full: bool = False,
         confidence: float | None = None,
     ) -> Prediction:
-        """Vote on every image, in eval mode, until no inference that is still out could change the label.
+        """Vote on every image, in eval mode, until the inferences that are not made yet cannot change the label.
 
         The labels are exactly those of the full vote; `Prediction.drawn` says how many inferences they took. An
-        inference whose logits are not finite votes for nobody; `Prediction.invalid` counts them.
+        inference whose logits are not finite votes for no class; `Prediction.invalid` counts these.
 
         Args:
             x: images ``(N, C, H, W)`` in [0, 1].
-            seed: of the noise; other seeds, other paths.
+            seed: of the noise; another seed gives other paths.
             index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
-                Give it, and the same image meets the same noise in any batch.
-            purpose: the panel of paths, see `neuralsde_ito.noise.PURPOSES`.
-            full: make all inferences, for whoever wants to read the counts.
-            confidence: stop sooner, when the label is that of the full vote with this probability (`Poll` says
+                With it an image has the same noise in any batch.
+            purpose: what the paths are used for, one of `neuralsde_ito.noise.keys.PURPOSES`.
+            full: make all inferences, so that `Prediction.votes` is complete.
+            confidence: stop earlier, when the label is that of the full vote with this probability (`Poll` says
                 under which assumption).
 
         Raises:
@@ -168,21 +163,30 @@ class ItoEnsemble(nn.Module):
         first = quick.members[0](x[:1].repeat(2, 1, 1, 1), make_keys(seed, purpose, index=index[:1].repeat(2)))
         poll = Poll(len(self.members), len(x), first.shape[1], self.inferences, self.rule, confidence, x.device)
         while bool((wanted := self.inferences - poll.drawn if full else poll.wanted()).any()):
-            before = poll.drawn
+            drawn = poll.drawn
             for m, counts in enumerate(wanted):
-                if not bool(counts.any()):
-                    continue
-                images = counts.nonzero()[:, 0]
-                rows = images.repeat_interleave(counts[images])
-                # The number of each inference: 0, 1, ... within its image, after those already made.
-                run = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
-                keys = make_keys(seed, purpose, m, before[m][rows] + run, index[rows])
-                place = torch.zeros_like(counts).index_put_((images,), torch.arange(len(images), device=x.device))
-                logits = infer(quick.members[m], x[images], place[rows], keys, self.chunk)  # type: ignore[arg-type]
-                poll.count(m, rows, winners(logits))
+                if bool(counts.any()):
+                    images, rows, inferences = _next_inferences(counts, drawn[m])
+                    keys = make_keys(seed, purpose, m, inferences, index[images[rows]])
+                    logits = infer(quick.members[m], x[images], rows, keys, self.chunk)
+                    poll.count(m, images[rows], winners(logits))
         drawn = poll.drawn.sum(0)
         labels = decide(poll.votes, self.rule, self.inferences) if full else poll.labels()[0]
         return Prediction(labels, poll.votes, drawn, drawn - poll.votes.sum((0, 2)))
+
+
+def _next_inferences(counts: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inferences that one member makes next: ``counts`` of each image, after the ``drawn`` ones; both ``(N,)``.
+
+    Returns:
+        The images to run, int64 ``(I,)``; and for each of ``K`` inferences its image, as a position among these, and
+        its number within its image.
+    """
+    images = counts.nonzero()[:, 0]
+    repeated = images.repeat_interleave(counts[images])  # (K,)
+    number = torch.arange(len(repeated), device=counts.device) - (counts.cumsum(0) - counts)[repeated]  # 0, 1, ...
+    position = torch.zeros_like(counts).index_put_((images,), torch.arange(len(images), device=counts.device))
+    return images, position[repeated], drawn[repeated] + number
 
 
 def as_ensemble(model: nn.Module) -> nn.Module:
@@ -195,8 +199,8 @@ class NoiseFree(nn.Module):
 
     def __init__(self, ensemble: ItoEnsemble) -> None:
         super().__init__()
-        self.ensemble = ensemble  # by which `as_called` knows it as one of ours: in eval mode
-        self.bases = nn.ModuleList([member.base for member in ensemble.members])  # type: ignore[union-attr, misc]
+        self.ensemble = ensemble  # tells `as_called` that this is one of our models, to be run in eval mode
+        self.bases = nn.ModuleList([member.base for member in ensemble.members])
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, classes)``."""

@@ -1,7 +1,7 @@
-"""Frozen basic blocks, one Euler step each: fewer passes forward, and the gradient of the state by hand.
+"""Frozen basic blocks, one Euler step each: fewer forward passes over memory, and a gradient written by hand.
 
-Where no weight wants a gradient, a block's derivative needs to know which numbers its two ReLUs let through, no more.
-Autograd keeps the activations, and makes a tensor of every step back.
+Where no weight needs a gradient, the derivative of a block only needs to know which numbers its two ReLUs let through.
+Autograd would keep the activations, and would allocate a tensor for every step of the backward pass.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ from .recast import ItoResNet
 
 
 class FrozenResNet(ItoResNet):
-    """An `ItoResNet` whose weights want no gradient: the same logits, and first derivatives in the images."""
+    """An `ItoResNet` whose weights need no gradient: the same logits, and first derivatives in the images."""
 
     @property
-    def by_hand(self) -> bool:
-        """Whether its blocks and its solver are what this module is for."""
-        rest: list[BlockSDE] = list(self.sdes)[1:]  # type: ignore[assignment]
+    def manual_gradient(self) -> bool:
+        """Whether `_FrozenBlocks` computes the blocks and their gradient: it knows only some blocks and one solver."""
+        rest = list(self.sdes)[1:]
         return (
-            kernels.library is not None and self.drifts_once and len(rest) > 0 and all(_is_plain(s.block) for s in rest)
+            kernels.library is not None
+            and self.one_euler_step
+            and len(rest) > 0
+            and all(_is_torchvisions(s.block) for s in rest)
         )
 
-    def solve(self, state: Tensor, keys: Tensor, copies: int) -> Tensor:
-        """See `ItoResNet.solve`."""
-        if self.by_hand and kernels.takes(state) and not torch.is_autocast_enabled("cpu"):
-            return _Chain.apply(state, keys, copies, list(self.sdes))
-        return super().solve(state, keys, copies)
+    def solve_blocks(self, state: Tensor, keys: Tensor, copies: int) -> Tensor:
+        """See `ItoResNet.solve_blocks`."""
+        if self.manual_gradient and kernels.takes(state) and not torch.is_autocast_enabled("cpu"):
+            return _FrozenBlocks.apply(state, keys, copies, list(self.sdes))
+        return super().solve_blocks(state, keys, copies)
 
 
-def _is_plain(block: nn.Module) -> bool:
-    """Whether a block is torchvision's, with nothing between its convolutions and its ReLUs."""
+def _is_torchvisions(block: nn.Module) -> bool:
+    """Whether a block is torchvision's ``BasicBlock`` with its BatchNorms folded, and computes what its class says."""
     if type(block) is not BasicBlock or not all(untouched(m) for m in block.modules()):
         return False
     convs = (block.conv1, block.conv2)
-    # Exactly these classes: what derives from them may do something else.
+    # Exactly these classes: a subclass may do something else.
     return (
         type(block.bn1) is type(block.bn2) is nn.Identity
         and type(block.relu) is nn.ReLU
@@ -52,63 +55,77 @@ def _is_plain(block: nn.Module) -> bool:
     )
 
 
-class _Step(NamedTuple):
-    """What the way back through a block needs to know."""
+class _BlockRecord(NamedTuple):
+    """What the backward pass through a block needs."""
 
     block: BasicBlock
-    before: torch.Size
-    inner: Tensor  # what the first ReLU let through
-    outer: Tensor  # and the second
-    shortcut: tuple[Tensor, Tensor] | None  # its input and its output, on a graph of their own
+    shape: torch.Size  # of the block's input
+    inner: Tensor  # bool: which numbers the first ReLU let through
+    outer: Tensor  # bool: which numbers the second one did
+    shortcut: tuple[Tensor, Tensor] | None  # its input and its output, on an autograd graph of their own
 
 
-class _Chain(torch.autograd.Function):
+class _FrozenBlocks(torch.autograd.Function):
     """States ``(N, ...)`` before the first noise -> ``(copies N, ...)`` after the last, along paths ``(copies N,)``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, keys: Tensor, copies: int, sdes: Sequence[BlockSDE]) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, keys: Tensor, copies: int, sdes: Sequence[BlockSDE]) -> Tensor:
         recorded = ctx.needs_input_grad[0]
-        ctx.copies, ctx.steps = copies, []
+        ctx.copies, ctx.records = copies, []
         x = diffuse(sdes[0], torch.cat([x] * copies) if copies > 1 else x, keys, in_place=copies > 1)
         for sde in sdes[1:]:
-            block: BasicBlock = sde.block  # type: ignore[assignment]
+            block: BasicBlock = sde.block
             skip, shortcut = x, None
             if block.downsample is not None:
                 with torch.set_grad_enabled(recorded):
                     entry = x.detach().requires_grad_(recorded)
                     shortcut = (entry, block.downsample(entry))
                 skip = shortcut[1].detach()
-            between = block.conv1(x)
-            inner = kernels.rectify_(between, remember=recorded)
-            y = block.conv2(between)
+            hidden = block.conv1(x)
+            inner = kernels.rectify_(hidden, remember=recorded)
+            y = block.conv2(hidden)
             outer = kernels.rectify_(y, skip, remember=recorded)
             if inner is not None and outer is not None:
-                ctx.steps.append(_Step(block, x.shape, inner, outer, shortcut))
+                ctx.records.append(_BlockRecord(block, x.shape, inner, outer, shortcut))
             x = diffuse(sde, y, keys, in_place=True)
         return x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        gradient, skip = gradient.clone(), None  # what follows is in place
-        for i, (block, before, inner, outer, shortcut) in reversed(list(enumerate(ctx.steps))):
+    def backward(ctx, gradient: Tensor):
+        gradient, skip = gradient.clone(), None  # the operations below are in place
+        for i, (block, shape, inner, outer, shortcut) in reversed(list(enumerate(ctx.records))):
+            # `gradient` through the convolutions and `skip` past them: their sum is the gradient of the block's output.
             skip = kernels.gate_(gradient, outer, skip)
-            through = kernels.gate_(_pull(block.conv2, inner.shape, skip), inner)
+            hidden = kernels.gate_(_gradient_before(block.conv2, inner.shape, skip), inner)
             if shortcut is not None:
                 (skip,) = torch.autograd.grad(shortcut[1], shortcut[0], skip, retain_graph=True)
-            if i == 0:  # what is before is linear, and the same for all copies of a state
-                skip, through = (reduce(Tensor.add_, part.chunk(ctx.copies)) for part in (skip, through))
-            gradient = _pull(block.conv1, through.shape[:1] + before[1:], through)
+            if i == 0:  # the rest is linear, and the same for all copies of a state: they can be added up here
+                skip, hidden = (reduce(Tensor.add_, part.chunk(ctx.copies)) for part in (skip, hidden))
+            gradient = _gradient_before(block.conv1, hidden.shape[:1] + shape[1:], hidden)
         return gradient if skip is None else gradient.add_(skip), None, None, None
 
 
-def _pull(conv: nn.Conv2d, before: Sequence[int], gradient: Tensor) -> Tensor:
-    """The gradient before a convolution; torch's ``conv2d_input`` in the order in which the gradient is held."""
+def _gradient_before(conv: nn.Conv2d, shape: Sequence[int], gradient: Tensor) -> Tensor:
+    """The gradient of a convolution's input ``shape`` from that of its output, in the same memory format.
+
+    It is ``torch.nn.grad.conv2d_input``, which would give the contiguous format.
+    """
     last = gradient.is_contiguous(memory_format=torch.channels_last)
     order = torch.channels_last if last else torch.contiguous_format
-    # Nothing is read from it, but in another order it would be copied.
-    like = torch.empty(before, dtype=gradient.dtype, device=gradient.device, memory_format=order)
-    weight, wanted = conv.weight, [True, False, False]
+    # Its content is not read, but in another memory format it would be copied.
+    like = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=order)
+    weight, of_input_only = conv.weight, [True, False, False]
     return torch.ops.aten.convolution_backward(
-        gradient, like, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, wanted
+        gradient,
+        like,
+        weight,
+        None,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        False,
+        [0, 0],
+        conv.groups,
+        of_input_only,
     )[0]

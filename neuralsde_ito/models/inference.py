@@ -1,4 +1,4 @@
-"""The quick way through a member: the same paths, the same votes, logits within 1e-4 of the reference ``model(x)``."""
+"""Quick inference of a member: the same paths and votes; logits within 1e-4 of those of ``model(x)``, the reference."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from ..modules import copied, mixes_images, untouched, well_known
 from ..noise.keys import make_keys
 from ..parallel import in_pieces
-from ..sde.block import BlockSDE
 from ..validation import ItoError
 from .frozen import FrozenResNet
 from .recast import ItoResNet
 
 Result = TypeVar("Result")
 
-# Channels up to which channels_last is the quicker layout on a CPU: ResNet-20 gains a fifth, ResNet-18 loses a tenth.
-_NARROW = 128
-# Elements of the state that go through a network at a time. On a CPU a few MiB, as larger pieces leave its caches
-# and smaller ones are all overhead; on a GPU enough to fill it.
-_PIECE = {"cpu": 1 << 21}
+# Up to this many channels channels_last is the quicker layout on a CPU: ResNet-20 gains a fifth, ResNet-18 loses a
+# tenth.
+_NARROW_CHANNELS = 128
+# Elements of the state that go through a network at a time. On a CPU a few MiB: larger pieces leave its caches, and
+# smaller ones are mostly overhead. On a GPU enough to fill it.
+_PIECE_ELEMENTS = {"cpu": 1 << 21}
 # Largest difference from the reference, relative to the spread between classes. TF32, which torch uses in a GPU's
 # convolutions unless told otherwise, keeps three digits: two orders of the same sums differ by that.
 _TOLERANCE, _TOLERANCE_TF32 = 1e-4, 1e-2
@@ -38,51 +38,51 @@ def quicken(model: ItoResNet, x: Tensor | None = None) -> ItoResNet:
     it is certain which that is), parameters want no gradient, and narrow networks on a CPU are channels_last.
 
     The copy is compared with the reference on two images. Where they differ by more than 1e-4 of the spread between
-    the classes (1e-2 where a GPU computes in TF32), nothing is folded: the copy is the reference's own code. The same
-    holds for a subclass of `ItoResNet` and for a model with hooks of its own. Hooks are shared, not copied.
+    the classes (1e-2 where a GPU computes in TF32), nothing is folded: the copy runs the reference's own code. The same
+    holds for a subclass of `ItoResNet` and for a model that has hooks itself. Hooks are shared, not copied.
 
     Args:
         model: the reference.
-        x: images ``(N, C, H, W)``, of which the first two are compared; default random ones of the shape that `recast`
-            was given.
+        x: images ``(N, C, H, W)``; on the first two, both are compared. Default: random images of ``image_shape``.
 
     Raises:
-        ItoError: a BatchNorm without running statistics, with which an image's logits depend on its batch.
+        ItoError: a BatchNorm has no running statistics, so that an image's logits depend on its batch.
     """
-    own = _reference(model)
-    if type(model) not in (ItoResNet, FrozenResNet) or not model.plain:
-        return own
+    reference = _frozen_copy(model)
+    if type(model) not in (ItoResNet, FrozenResNet) or not model.splits_at_noise:
+        return reference
     if x is None:
         x = torch.rand(2, *model.image_shape, generator=torch.Generator().manual_seed(0), device="cpu")
-        x = x.to(next((p for p in own.parameters() if p.is_floating_point()), x))
+        x = x.to(next((p for p in reference.parameters() if p.is_floating_point()), x))
     x = x[:1].repeat(2, 1, 1, 1) if len(x) == 1 else x[:2]
     keys = make_keys(0, "selection", index=torch.arange(len(x), device=x.device))
     with torch.inference_mode(False), torch.no_grad():
         x = x.clone() if x.is_inference() else x
-        wanted = own(x, keys)
-        quick = _folded(own)
-        return quick if _close(quick(x, keys), wanted) else _reference(model)
+        expected = reference(x, keys)
+        quick = folded(reference)  # it takes over the modules of `reference`
+        return quick if close_logits(quick(x, keys), expected) else _frozen_copy(model)
 
 
-def _reference(model: ItoResNet) -> ItoResNet:
-    """A copy that computes as the model does in eval mode; its parameters want no gradient."""
-    own = copied(model).eval().requires_grad_(False)
-    if mixes_images(own):
+def _frozen_copy(model: ItoResNet) -> ItoResNet:
+    """A copy that computes what the model does in eval mode; its parameters need no gradient."""
+    copy = copied(model).eval().requires_grad_(False)
+    if mixes_images(copy):
         raise ItoError(
             "A BatchNorm keeps no running statistics (track_running_stats=False), so that an image's votes would "
             "depend on the other images in its batch; give it running statistics."
         )
-    return own
+    return copy
 
 
-def _folded(own: ItoResNet) -> FrozenResNet:
-    """The quick form of a model that nobody else holds."""
-    sdes: list[BlockSDE] = list(own.sdes)  # type: ignore[arg-type]
-    quick = FrozenResNet(own.stem, sdes, own.head, own.solver, own.steps, own.checkpoint, own.image_shape)
-    for sde in sdes:
-        sde.in_place = well_known(sde.block)
+def folded(model: ItoResNet) -> FrozenResNet:
+    """The quick form of a model; it takes over and changes the modules of ``model``, which is of no use afterwards."""
+    quick = FrozenResNet(
+        model.stem, model.sdes, model.head, model.solver, model.steps, model.checkpoint, model.image_shape
+    )
+    for sde in quick.sdes:
+        sde.overwrite_output = well_known(sde.block)
     for module in list(quick.modules()):
-        # Exactly these classes, and as they are: what derives from them, or has a hook, may do something else.
+        # Exactly these classes, without hooks: a subclass, or a module with a hook, may do something else.
         if not untouched(module):
             continue
         if type(module) in (BasicBlock, Bottleneck):
@@ -102,61 +102,61 @@ def _folded(own: ItoResNet) -> FrozenResNet:
             ):
                 module._modules[conv_name] = fuse_conv_bn_eval(conv, norm)
                 module._modules[norm_name] = nn.Identity()
-    quick.eval().requires_grad_(False)  # what was put in, too
+    quick.eval().requires_grad_(False)  # the new modules, too
     device = next((p.device for p in quick.parameters()), torch.device("cpu"))
     convs = [m for m in quick.modules() if isinstance(m, nn.Conv2d)]
-    if device.type == "cpu" and convs and max(conv.out_channels for conv in convs) <= _NARROW:
+    if device.type == "cpu" and convs and max(conv.out_channels for conv in convs) <= _NARROW_CHANNELS:
         quick.to(memory_format=torch.channels_last)
     return quick
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    """Whether logits ``(N, classes)`` are the reference's, as far as a label could notice."""
-    finite = wanted.isfinite().all(-1)
-    if not torch.equal(finite, found.isfinite().all(-1)):
+def close_logits(logits: Tensor, expected: Tensor) -> bool:
+    """Whether logits ``(N, classes)`` differ from the ``expected`` ones by no more than the tolerance."""
+    finite = expected.isfinite().all(-1)
+    if not torch.equal(finite, logits.isfinite().all(-1)):
         return False
-    found, wanted = found[finite].double(), wanted[finite].double()
-    if not len(wanted):
+    logits, expected = logits[finite].double(), expected[finite].double()
+    if not len(expected):
         return True
-    tf32 = found.device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
-    spread = (wanted.amax(-1) - wanted.amin(-1)).amax()
-    return bool((found - wanted).abs().amax() <= (_TOLERANCE_TF32 if tf32 else _TOLERANCE) * spread)
+    tf32 = logits.device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    spread = (expected.amax(-1) - expected.amin(-1)).amax()
+    return bool((logits - expected).abs().amax() <= (_TOLERANCE_TF32 if tf32 else _TOLERANCE) * spread)
 
 
 def piece_of(model: ItoResNet, x: Tensor, gradient: bool = False) -> int:
-    """How many states go through a model at a time, for images of the size of ``x`` ``(N, C, H, W)``."""
-    largest: float = max(math.prod(sde.shape) for sde in model.sdes)  # type: ignore[union-attr, arg-type]
-    # States grow with the images, as those of convolutions do.
+    """How many states go through a model at a time, for images of the size of ``x``, ``(N, C, H, W)``."""
+    largest: float = max(math.prod(sde.shape) for sde in model.sdes)
+    # States grow with the images, as the outputs of convolutions do.
     largest *= max(1.0, math.prod(x.shape[1:]) / math.prod(model.image_shape))
-    if gradient and not (isinstance(model, FrozenResNet) and model.by_hand):
+    if gradient and not (isinstance(model, FrozenResNet) and model.manual_gradient):
         largest *= 2  # autograd keeps twice as many tensors: half as many states fit the caches
-    return max(2, int(_PIECE.get(x.device.type, 1 << 27) / max(1, largest)))
+    return max(2, int(_PIECE_ELEMENTS.get(x.device.type, 1 << 27) / max(1, largest)))
 
 
 def infer(model: ItoResNet, x: Tensor, rows: Tensor, keys: Tensor, size: int | None = None) -> Tensor:
     """Inferences without a gradient: logits ``(K, classes)`` of images ``x[rows]`` along paths ``keys``, both ``(K,)``.
 
-    What the inferences of an image have in common runs once, where there are several. A single state is doubled, as a
-    batch of one takes other convolution kernels, with other last bits. A model that is not plain is called whole.
+    Where an image has several inferences, their common part runs once (unless a subclass or a hook forbids it). A
+    single state is doubled, because a batch of one takes other convolution kernels, with other last bits.
     """
     size, side_by_side = size or piece_of(model, x), well_known(model)
     state = None
 
-    def begin(part: slice) -> Tensor:
+    def common_part(part: slice) -> Tensor:
         images = x[part]
-        return model.start(images) if len(images) > 1 else model.start(torch.cat([images, images]))[:1]
+        return model.before_noise(images) if len(images) > 1 else model.before_noise(torch.cat([images, images]))[:1]
 
-    if model.plain and len(rows) > len(x):
-        state = torch.cat(in_pieces(begin, len(x), size, x.device, side_by_side))
+    if model.splits_at_noise and len(rows) > len(x):
+        state = torch.cat(in_pieces(common_part, len(x), size, x.device, side_by_side))
 
-    def piece(part: slice) -> Tensor:
-        one, these = rows[part], keys[part]
-        if single := len(one) == 1:
-            one, these = one.repeat(2), these.repeat(2)
+    def inferences(part: slice) -> Tensor:
+        images, paths = rows[part], keys[part]
+        if single := len(images) == 1:
+            images, paths = images.repeat(2), paths.repeat(2)
         if state is not None:
-            logits = model.propagate(state[one], these)
+            logits = model.along_paths(state[images], paths)
         else:
-            logits = model(x[one], these)
+            logits = model(x[images], paths)
         return logits[:1] if single else logits
 
-    return torch.cat(in_pieces(piece, len(rows), size, x.device, side_by_side))
+    return torch.cat(in_pieces(inferences, len(rows), size, x.device, side_by_side))

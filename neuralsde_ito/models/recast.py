@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ..modules import copied, evaluating, untouched
+from ..modules import ModuleListOf, copied, evaluating, untouched
 from ..noise.keys import fresh_keys
 from ..sde.block import BlockSDE
 from ..sde.integrate import diffuse, integrate
@@ -22,7 +23,7 @@ _BLOCKS = (BasicBlock, Bottleneck)
 
 
 class Chain(nn.Module):
-    """Any residual network, spelled out: ``head(blocks[n-1](... blocks[0](stem(x))))``.
+    """Any residual network as ``head(blocks[n-1](... blocks[0](stem(x))))``.
 
     Args:
         stem: images -> first state; normalisation belongs here.
@@ -30,9 +31,15 @@ class Chain(nn.Module):
         head: last state -> logits.
     """
 
+    stem: nn.Module
+    blocks: ModuleListOf[nn.Module]
+    head: nn.Module
+
     def __init__(self, stem: nn.Module, blocks: Iterable[nn.Module], head: nn.Module) -> None:
         super().__init__()
-        self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
+        self.stem = stem
+        self.blocks = cast("ModuleListOf[nn.Module]", nn.ModuleList(blocks))
+        self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(N, C, H, W)`` in [0, 1] -> logits ``(N, classes)``."""
@@ -45,7 +52,7 @@ class Chain(nn.Module):
 def as_chain(net: nn.Module) -> Chain:
     """Cut a network into stem, blocks and head; its modules are shared, not copied.
 
-    Taken as they are: a `Chain`, an `ItoResNet` (its noise-free network), and any network that calls its
+    It takes a `Chain`, an `ItoResNet` (as its noise-free network), and any network that calls its
     modules in the order of their registration, with torchvision's ``BasicBlock`` or ``Bottleneck`` as blocks.
 
     Raises:
@@ -55,39 +62,44 @@ def as_chain(net: nn.Module) -> Chain:
         return net
     if isinstance(net, ItoResNet):
         return net.base
-    parts = _unfold(net)
-    places = [i for i, part in enumerate(parts) if isinstance(part, _BLOCKS)]
-    if not places or places != list(range(places[0], places[-1] + 1)):
+    parts = _parts_in_order(net)
+    positions = [i for i, part in enumerate(parts) if isinstance(part, _BLOCKS)]
+    if not positions or positions != list(range(positions[0], positions[-1] + 1)):
         raise ItoError(
             f"{type(net).__name__} is not an unbroken run of torchvision's BasicBlock or Bottleneck; "
             "spell it out: ito.recast(ito.Chain(stem, blocks, head))."
         )
     head: list[nn.Module] = []
-    for part in parts[places[-1] + 1 :]:
+    for part in parts[positions[-1] + 1 :]:
         if isinstance(part, nn.Linear) and not any(isinstance(m, (nn.Flatten, nn.Linear)) for m in head):
             head.append(nn.Flatten(1))  # torchvision flattens in forward, without a module
         head.append(part)
-    return Chain(nn.Sequential(*parts[: places[0]]), parts[places[0] : places[-1] + 1], nn.Sequential(*head))
+    blocks = parts[positions[0] : positions[-1] + 1]
+    return Chain(nn.Sequential(*parts[: positions[0]]), blocks, nn.Sequential(*head))
 
 
-def _unfold(module: nn.Module) -> list[nn.Module]:
-    """The parts of a network in order, opened up as far as residual blocks are inside."""
+def _parts_in_order(module: nn.Module) -> list[nn.Module]:
+    """The parts of a network in order; a part that contains residual blocks is replaced by its own parts."""
     if isinstance(module, _BLOCKS) or not any(isinstance(m, _BLOCKS) for m in module.modules()):
         return list(module) if type(module) is nn.Sequential else [module]
-    return [part for child in module.children() for part in _unfold(child)]
+    return [part for child in module.children() for part in _parts_in_order(child)]
 
 
 class ItoResNet(nn.Module):
     """A residual network whose blocks are SDEs; made by `recast`.
 
-    Noise is there in training and in eval mode alike: it is the model, not a regulariser.
+    The noise is part of the model, not a regulariser: it is there in train mode and in eval mode.
 
     Attributes:
         stem, head: as in the network.
         sdes: the blocks, each a torchsde module.
         solver, steps, checkpoint: how blocks are solved; may be set at any time.
-        image_shape: of the images that `recast` looked at the network with.
+        image_shape: ``(C, H, W)`` of the test image that `recast` ran through the network.
     """
+
+    stem: nn.Module
+    sdes: ModuleListOf[BlockSDE]
+    head: nn.Module
 
     def __init__(
         self,
@@ -100,69 +112,85 @@ class ItoResNet(nn.Module):
         image_shape: tuple[int, ...] = (3, 32, 32),
     ) -> None:
         super().__init__()
-        self.stem, self.sdes, self.head = stem, nn.ModuleList(sdes), head
+        self.stem = stem
+        self.sdes = cast("ModuleListOf[BlockSDE]", nn.ModuleList(sdes))
+        self.head = head
         self.solver, self.steps, self.checkpoint = solver, steps, checkpoint
         self.image_shape = tuple(image_shape)
 
     @property
     def schedule(self) -> Schedule:
         """The diffusion that all blocks share."""
-        return self.sdes[0].schedule  # type: ignore[return-value]
+        return self.sdes[0].schedule
 
     @property
     def base(self) -> Chain:
-        """The noise-free network: the same modules, as the ResNet that they are at omega = 0, one step a block."""
-        return Chain(self.stem, [sde.block for sde in self.sdes], self.head)  # type: ignore[misc]
+        """The noise-free network, of the same modules: the ResNet that this is at omega = 0 with one step a block."""
+        return Chain(self.stem, [sde.block for sde in self.sdes], self.head)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """One inference of every image.
 
         Args:
             x: images ``(N, C, H, W)`` in [0, 1].
-            keys: int64 ``(N,)``, the paths' names (`make_keys`); fresh ones if not given.
+            keys: int64 ``(N,)``, the names of the paths (see `make_keys`); default fresh ones.
 
         Returns:
             Logits ``(N, classes)``.
+
+        Raises:
+            ItoError: not one key for each image.
         """
-        return self.propagate(self.start(x), fresh_keys(len(x), x.device) if keys is None else keys)
+        return self.along_paths(self.before_noise(x), fresh_keys(len(x), x.device) if keys is None else keys)
 
     @property
-    def plain(self) -> bool:
-        """Whether ``model(x, keys)`` is `start` and then `propagate`: no subclass's ``forward`` and no hooks on it."""
-        own = (ItoResNet.forward, ItoResNet.start, ItoResNet.propagate)
+    def splits_at_noise(self) -> bool:
+        """Whether ``model(x, keys)`` is `before_noise` and then `along_paths`.
+
+        It is not where a subclass has a ``forward`` of its own, or where the model has hooks.
+        """
+        own = (ItoResNet.forward, ItoResNet.before_noise, ItoResNet.along_paths)
         kind = type(self)
-        return (kind.forward, kind.start, kind.propagate) == own and untouched(self)
+        return (kind.forward, kind.before_noise, kind.along_paths) == own and untouched(self)
 
     @property
-    def drifts_once(self) -> bool:
-        """Whether a block is one Euler step with additive noise: its drift at the start, then the noise."""
+    def one_euler_step(self) -> bool:
+        """Whether every block is one Euler step with additive noise: the block's output, and then the noise."""
         return (self.solver, self.steps, self.checkpoint) == ("euler", 1, False) and not self.schedule.multiplicative
 
-    def start(self, x: Tensor) -> Tensor:
-        """What all inferences of an image have in common, ``(N, C, H, W) -> (N, ...)``: all that is before any noise.
+    def before_noise(self, x: Tensor) -> Tensor:
+        """The part that all inferences of an image share: images ``(N, C, H, W)`` -> states ``(N, ...)``.
 
-        That is the stem, and the drift of the first block where Euler takes it in one step.
+        That is the stem; and the output of the first block, where this is one Euler step (`one_euler_step`).
         """
         state = self.stem(x)
-        return self.sdes[0].block(state) if self.drifts_once else state  # type: ignore[operator]
+        return self.sdes[0].block(state) if self.one_euler_step else state
 
-    def propagate(self, state: Tensor, keys: Tensor) -> Tensor:
-        """From what `start` has made, ``(N, ...)``, to logits along paths ``(N,)``, or ``(P, N)``: P of each."""
+    def along_paths(self, state: Tensor, keys: Tensor) -> Tensor:
+        """From the states of `before_noise` to logits.
+
+        Args:
+            state: ``(N, ...)``.
+            keys: int64 ``(N,)``, one path for each state; or ``(P, N)``, P paths for each.
+
+        Returns:
+            Logits ``(N, classes)`` or ``(P, N, classes)``.
+        """
         if keys.dim() not in (1, 2) or keys.shape[-1:] != state.shape[:1]:
             raise ItoError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
-        check_solver(self.solver, self.schedule.omega, self.steps)  # they may have been set since
+        check_solver(self.solver, self.schedule.omega, self.steps)  # they may have been set after construction
         copies = len(keys) if keys.dim() == 2 else 1
-        return self.head(self.solve(state, keys.flatten().to(state.device), copies)).unflatten(0, keys.shape)
+        return self.head(self.solve_blocks(state, keys.flatten().to(state.device), copies)).unflatten(0, keys.shape)
 
-    def solve(self, state: Tensor, keys: Tensor, copies: int) -> Tensor:
-        """Through the blocks: from `start`'s ``(N, ...)`` to ``(copies N, ...)``, along paths ``(copies N,)``."""
+    def solve_blocks(self, state: Tensor, keys: Tensor, copies: int) -> Tensor:
+        """From the first states ``(N, ...)`` to the last ones ``(copies N, ...)``, along paths ``(copies N,)``."""
         if copies > 1:
-            state = torch.cat([state] * copies)  # in the order in memory that it has
+            state = torch.cat([state] * copies)  # keeps the memory format
         rest = iter(self.sdes)
-        if self.drifts_once:
-            state = diffuse(next(rest), state, keys)  # type: ignore[arg-type]
+        if self.one_euler_step:
+            state = diffuse(next(rest), state, keys)
         for sde in rest:
-            state = integrate(sde, state, keys, self.solver, self.steps, self.checkpoint)  # type: ignore[arg-type]
+            state = integrate(sde, state, keys, self.solver, self.steps, self.checkpoint)
         return state
 
 
@@ -176,7 +204,7 @@ def recast(
     image_shape: tuple[int, int, int] | None = None,
     checkpoint: bool = False,
 ) -> ItoResNet:
-    """A residual network as Itô processes; the network itself is copied and left as it is.
+    """A residual network as Itô processes; the network is copied and not changed.
 
     With ``omega=0``, ``solver="euler"`` and ``steps=1`` the result is the network, bit for bit.
 
@@ -186,10 +214,10 @@ def recast(
         schedule: a name in `SCHEDULES`: how the noise depends on time and state.
         solver: a name in `SOLVERS`.
         steps: solver steps a block, a power of two.
-        horizon: the time at the last block's end; default the number of blocks, one unit each. It rescales
-            time: the noise-free flow stays, the noise follows the new clock.
+        horizon: the time at the last block's end; default the number of blocks, one unit for each. It rescales
+            time: the noise-free flow stays the same, and the noise follows the new clock.
         image_shape: (channels, height, width) of a test image; default 32x32 with the first convolution's channels.
-        checkpoint: trade computation for memory in gradients (see `integrate`).
+        checkpoint: use less memory and more computation in gradients (see `integrate`).
 
     Returns:
         An `ItoResNet` in the mode (train or eval), on the device and in the dtype of ``net``.
@@ -231,7 +259,11 @@ def recast(
 
 @torch.no_grad()
 def _probe(net: nn.Module, chain: Chain, image_shape: tuple[int, int, int]) -> list[tuple[int, ...]]:
-    """Shapes of the state before the blocks and after each, found on one random image; checks the chain on it."""
+    """Shapes of the state before the blocks and after each, from one random image.
+
+    Raises:
+        ItoError: the network does not run on the image, or the chain computes something else than the network.
+    """
     x = torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0), device="cpu")
     x = x.to(next((p for p in net.parameters() if p.is_floating_point()), x))
     try:
@@ -245,15 +277,31 @@ def _probe(net: nn.Module, chain: Chain, image_shape: tuple[int, int, int]) -> l
                     raise ItoError(f"Block {i} changes its input in place; set its first activation to inplace=False.")
                 state = after
                 shapes.append(tuple(state.shape[1:]))
-            # NaN equals NaN here: weights that are not finite are no sign of another order.
+            # NaN equals NaN here: weights that are not finite do not show that the order is another.
             same = torch.allclose(chain.head(state), net(x), rtol=0, atol=0, equal_nan=True)
     except RuntimeError as error:
         raise ItoError(
             f"The network does not run on a test image of shape {image_shape}; give image_shape. ({error})"
         ) from error
     if not same:
+        if repeated := _repeated_block(net):
+            raise ItoError(
+                f"{type(net).__name__} runs one block in two places, {repeated[0]} and {repeated[1]}; give each place "
+                "a block of its own, or spell the network out: ito.recast(ito.Chain(stem, blocks, head))."
+            )
         raise ItoError(
             f"{type(net).__name__}.forward does more than call its modules in order; "
             "spell it out: ito.recast(ito.Chain(stem, blocks, head))."
         )
     return shapes
+
+
+def _repeated_block(net: nn.Module) -> tuple[str, str] | None:
+    """The two names of a block that is registered twice, if there is one."""
+    names: dict[nn.Module, str] = {}
+    for name, module in net.named_modules(remove_duplicate=False):
+        if isinstance(module, _BLOCKS):
+            if module in names:
+                return names[module], name
+            names[module] = name
+    return None

@@ -1,4 +1,4 @@
-"""Residual networks on images in [0, 1], and their weights in the layouts in which they are published.
+"""Residual networks on images in [0, 1], and their published weights.
 
 CIFAR ResNets of He et al. 2016 (https://arxiv.org/abs/1512.03385, section 4.2; option-A shortcuts), ResNets
 with a CIFAR stem, and torchvision's, all built from torchvision's blocks under torchvision's parameter names.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ..validation import ItoError, nearest, shown
+from ..validation import ItoError, one_of, shown
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, also of the published CIFAR ResNets
 
@@ -35,7 +35,7 @@ class Normalize(nn.Module):
         super().__init__()
         if len(mean) != len(std) or any(s <= 0 for s in std):
             raise ItoError(f"mean and std need one number a channel, std positive; got {mean}, {std}.")
-        # Settings, not weights: published files do not hold them.
+        # Settings, not weights: published files do not contain them.
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -45,7 +45,7 @@ class Normalize(nn.Module):
 
 
 class PadShortcut(nn.Module):
-    """He et al.'s option A: every second pixel, and zeros for the new channels, half on each side."""
+    """He et al.'s option A: every second pixel; the new channels are zero, half of them on each side."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class CifarResNet(nn.Module):
         layers: blocks a stage.
         widths: channels a stage (before a bottleneck's expansion).
         num_classes, in_channels: of logits and images.
-        option_a: parameter-free shortcuts (`PadShortcut`) instead of 1x1 projections.
+        option_a: shortcuts without parameters (`PadShortcut`) instead of 1x1 projections.
     """
 
     def __init__(
@@ -150,8 +150,7 @@ def load_resnet(
         ItoError: unknown architecture, or weights that cannot be read or do not fit: the first keys
             and shapes are named.
     """
-    if arch not in ARCHITECTURES:
-        raise ItoError(nearest("architecture", arch, ARCHITECTURES))
+    one_of("architecture", arch, ARCHITECTURES)
     if num_classes < 2 or in_channels < 1:
         raise ItoError(f"A network needs 2 classes and 1 channel at least, got {num_classes} and {in_channels}.")
     resnet: nn.Module
@@ -175,7 +174,7 @@ def load_resnet(
 
 
 def default_normalization(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation a channel: ImageNet's for colours, else 0.5."""
+    """Mean and standard deviation of each channel: ImageNet's for colour images, otherwise 0.5."""
     return (MEAN, STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
 
 
@@ -210,7 +209,7 @@ def read_weights(weights: str | Path, arch: str) -> dict[str, Tensor]:
         raise ItoError(f"There is no weights file {shown(str(path))}.")
     try:
         if path.suffix == ".safetensors":
-            return tensors_from_bytes(path.read_bytes())  # its own reader wants names in UTF-8
+            return tensors_from_bytes(path.read_bytes())  # safetensors' file reader needs a path in UTF-8
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "truncated" in str(error):
@@ -219,7 +218,7 @@ def read_weights(weights: str | Path, arch: str) -> dict[str, Tensor]:
             f"The weights file {str(path)!r} holds more than tensors; code in it is not run. "
             "Save it again as torch.save(net.state_dict(), path)."
         ) from error
-    except Exception as error:  # a damaged pickle can fail in any way
+    except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ItoError(f"The weights file {str(path)!r} is truncated or no weights file ({reason}).") from error
     for name in ("state_dict", "model", "net", "model_state_dict"):
@@ -234,8 +233,7 @@ def _torchvision_weights(name: str, arch: str) -> dict[str, Tensor]:
     if arch not in _TORCHVISION:
         raise ItoError(f"There is no weights file {shown(name)}, and torchvision has no weights for {arch!r}.")
     known = torchvision.models.get_model_weights(arch)
-    if name not in known.__members__:
-        raise ItoError(nearest("weights", name, known.__members__))
+    one_of("weights", name, known.__members__)
     try:
         return dict(known[name].get_state_dict(progress=True, check_hash=True))
     except (URLError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The Brownian path of one block, on a dyadic tree of normals."""
+"""The Brownian path of one block: a binary tree of increments and areas, made of addressed normals."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torchsde
 from torch import Tensor
 
 from ..validation import ItoError
-from .keys import _absorb, _fold
-from .normals import _by_rows, _draw, add_normals
+from .keys import absorb, fold_address
+from .normals import add_normals, by_rows, scaled_normals
 
 _LEVELS = 20  # a block is never cut finer than 2**20 steps
 
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
-    """``W`` and, where it is needed, ``H`` over cell ``index`` of ``2**level``."""
+    """The path over cell ``index`` of ``2**level``: ``W (N, size)`` and, where it is needed, ``H (N, size)``."""
 
     level: int
     index: int
-    w: Tensor
-    area: Tensor | None
+    W: Tensor
+    H: Tensor | None
 
 
-def _check_transforms(keys: Tensor) -> None:
+def _refuse_transforms(keys: Tensor) -> None:
     if torch.jit.is_tracing() or torch._C._functorch.is_batchedtensor(keys):
         raise ItoError(
             "Only Euler with one step a block can be traced, or mapped over keys by torch.func; recast with "
@@ -37,20 +37,33 @@ def _check_transforms(keys: Tensor) -> None:
 class BrownianPath(torchsde.BaseBrownian):
     """One Brownian path a key over one block ``[t0, t1]``, the same at every step size.
 
-    The path lives on a dyadic tree. Level 0 holds ``W`` over the whole block (and, where it is asked for,
-    the space-time Lévy area ``H``); each level below is a Brownian bridge, with ``W`` and ``H`` bridged
-    jointly (Foster, Lyons, Oberhauser 2020, https://doi.org/10.1137/19M1261912; diffrax's virtual Brownian
-    tree does the same). So increments of a coarse step are exactly the sums of the fine ones, one step a
-    block costs one normal an element, and one path serves every solver and every step size.
+    Over an interval ``[a, b]`` of length ``h`` three numbers describe the path ``B``:
 
-    It answers torchsde's queries: ``bm(ta, tb)`` is ``W``, ``bm(ta, tb, return_U=True)`` is ``(W, U)`` with
-    ``U`` the integral of ``W(s) - W(ta)`` over the interval, ``U = h (W / 2 + H)``; shapes ``(N, size)``.
+    - the increment ``W = B(b) - B(a)``, of variance ``h``;
+    - the space-time Lévy area ``H``: the mean over ``[a, b]`` of ``B(s) - B(a) - (s - a) / h * W``, the path's
+      distance from its chord. Its variance is ``h / 12``, and it is independent of ``W``;
+    - ``U``, the integral of ``B(s) - B(a)`` over ``[a, b]``: ``U = h (W / 2 + H)``.
+
+    The path is a binary tree of cells. Level 0 is the whole block. Level ``l`` has ``2**l`` cells of equal length;
+    the halves of a cell are the next level, and a Brownian bridge gives their ``W`` and ``H`` from the cell's::
+
+        W_left  = W / 2 + 3 H / 2 + z / 2      W_right = W - W_left        z ~ N(0, h / 4)
+        H_left  = (H - z) / 4 + n              H_right = (H - z) / 4 - n   n ~ N(0, h / 48)
+
+    with ``z`` and ``n`` independent of everything before (Foster, Lyons, Oberhauser 2020,
+    https://doi.org/10.1137/19M1261912; diffrax's virtual Brownian tree uses the same bridge). The increments of a
+    coarse step are therefore the sums of the fine ones, and one path serves every solver and every step size. One
+    step a block costs one normal an element, because ``H`` is only drawn where it is needed.
+
+    It answers torchsde's queries: ``bm(ta, tb)`` is ``W``, ``bm(ta, tb, return_U=True)`` is ``(W, U)``; shapes
+    ``(N, size)``.
 
     Args:
         keys: int64 ``(N,)``.
         size: elements of the state, flattened.
         block: the number of the block, counted through the whole network.
         t0, t1: its interval.
+        dtype: of ``W``, ``H`` and ``U``.
     """
 
     def __init__(
@@ -59,7 +72,7 @@ class BrownianPath(torchsde.BaseBrownian):
         super().__init__()
         self.keys, self.block, self.t0, self.t1 = keys, block, float(t0), float(t1)
         self._shape, self._dtype = torch.Size((keys.shape[0], size)), dtype
-        self._waiting: list[_Cell] = []  # cells to the right of the last one read, the next one last
+        self._waiting: list[_Cell] = []  # cells to the right of the last one read; the next one is at the end
 
     def __repr__(self) -> str:
         return f"BrownianPath(block={self.block}, t0={self.t0}, t1={self.t1}, shape={tuple(self._shape)})"
@@ -71,7 +84,7 @@ class BrownianPath(torchsde.BaseBrownian):
 
     @property
     def device(self) -> torch.device:
-        """Where the path lives: where its keys do."""
+        """The device of the keys, and so of the path."""
         return self.keys.device
 
     @property
@@ -81,7 +94,7 @@ class BrownianPath(torchsde.BaseBrownian):
 
     @property
     def levy_area_approximation(self) -> str:
-        """What torchsde asks for: this path knows the space-time area."""
+        """The area that this path offers to torchsde: ``H``."""
         return "space-time"
 
     def __call__(self, ta, tb=None, return_U=False, return_A=False):
@@ -90,18 +103,18 @@ class BrownianPath(torchsde.BaseBrownian):
         Raises:
             ItoError: an end that is not on the grid, or ``return_A`` (a diagonal SDE needs no Lévy area).
         """
-        _check_transforms(self.keys)
+        _refuse_transforms(self.keys)
         if return_A:
             raise ItoError("BrownianPath has no space-space Lévy area; diagonal noise does not need it.")
         ta, tb = (self.t0, float(ta)) if tb is None else (float(ta), float(tb))
         first, last = self._grid(ta), self._grid(tb)
         if first > last:
             raise ItoError(f"An interval must not end before it begins, got [{ta}, {tb}].")
-        if first == last:  # rounding: torchsde's last step may be one of no length
-            nothing = torch.zeros(self._shape, dtype=self._dtype, device=self.device)
-            return (nothing, nothing.clone()) if return_U else nothing
+        if first == last:  # by rounding, torchsde's last step may have no length
+            zeros = torch.zeros(self._shape, dtype=self._dtype, device=self.device)
+            return (zeros, zeros.clone()) if return_U else zeros
         total: tuple[Tensor, Tensor] | None = None
-        while first < last:  # the fewest dyadic cells that make up the interval
+        while first < last:  # the interval is the union of the fewest cells
             width = first & -first or 1 << _LEVELS
             while first + width > last:
                 width //= 2
@@ -109,21 +122,22 @@ class BrownianPath(torchsde.BaseBrownian):
             if not return_U and first + width == last and total is None:
                 return self.increment(level, first // width)
             h = width * (self.t1 - self.t0) / (1 << _LEVELS)
-            w, area = self.cell(level, first // width)
-            u = area.add_(w, alpha=0.5).mul_(h)  # nobody else holds the area
-            total = (w, u) if total is None else (total[0] + w, total[1] + u + h * total[0])
+            W, H = self.cell(level, first // width)
+            U = H.add_(W, alpha=0.5).mul_(h)  # U = h (W / 2 + H); H is ours to overwrite
+            total = (W, U) if total is None else (total[0] + W, total[1] + U + h * total[0])
             first += width
         assert total is not None
         return total if return_U else total[0]
 
     def _grid(self, t: float) -> int:
-        place = (t - self.t0) / (self.t1 - self.t0) * (1 << _LEVELS)
-        if abs(place - round(place)) > 1e-3 or not 0 <= round(place) <= 1 << _LEVELS:
+        """The time as a whole number of the finest cells' lengths."""
+        position = (t - self.t0) / (self.t1 - self.t0) * (1 << _LEVELS)
+        if abs(position - round(position)) > 1e-3 or not 0 <= round(position) <= 1 << _LEVELS:
             raise ItoError(
                 f"Time {t} is not on the dyadic grid of the block [{self.t0}, {self.t1}]: "
                 "use a step that is the block's length divided by a power of two."
             )
-        return round(place)
+        return round(position)
 
     def add_to(self, x: Tensor, sigma: float, in_place: bool = False) -> Tensor:
         """``x + sigma W`` over the whole block, for states ``(N, ...)``, as `add_normals` adds."""
@@ -132,76 +146,76 @@ class BrownianPath(torchsde.BaseBrownian):
 
     def increment(self, level: int, index: int) -> Tensor:
         """``W`` over cell ``index`` of ``2**level``: ``(N, size)``. Skips the normals that only ``H`` needs."""
-        _check_transforms(self.keys)
-        return self._descend(level, index, with_area=False).w
+        _refuse_transforms(self.keys)
+        return self._read(level, index, with_area=False).W
 
     def cell(self, level: int, index: int) -> tuple[Tensor, Tensor]:
         """``(W, H)`` over cell ``index`` of ``2**level``: two tensors ``(N, size)``."""
-        cell = self._descend(level, index, with_area=True)
-        assert cell.area is not None
-        return cell.w, cell.area
+        cell = self._read(level, index, with_area=True)
+        assert cell.H is not None
+        return cell.W, cell.H
 
-    def _descend(self, level: int, index: int, with_area: bool) -> _Cell:
-        """From the nearest waiting cell, or from the root, down to the cell that is asked for.
+    def _read(self, level: int, index: int, with_area: bool) -> _Cell:
+        """Cell ``index`` of ``2**level``: by bridges from a waiting cell that contains it, or from the root.
 
-        Cells that will be read next wait; what was read is let go. So reading the leaves from left to right costs
-        three normals for two steps, and memory for one cell a level at the most.
+        The right halves of the cells on the way wait, because they are probably read next; a cell that was read is
+        not kept. Reading the finest cells from left to right therefore costs three normals for two steps, and memory
+        for one cell a level at most.
         """
-        at = None
-        while self._waiting and at is None:
+        cell = None
+        while self._waiting and cell is None:
             waiting = self._waiting.pop()
             depth = level - waiting.level
-            usable = waiting.area is not None or not (depth or with_area)
+            usable = waiting.H is not None or not (depth or with_area)
             if depth >= 0 and index >> depth == waiting.index and usable:
-                at = waiting
+                cell = waiting
             elif depth >= 0 and index >> depth < waiting.index:
                 self._waiting.clear()  # the path is read again from further left
-        if at is None:
-            at = self._root(with_area or level > 0)
-        while at.level < level:
-            depth = level - at.level - 1
-            right = index >> depth & 1
-            pair = self._children(at, with_area or depth > 0)
-            if not right:
-                self._waiting.append(pair[1])
-            at = pair[right]
-        return at
+        if cell is None:
+            cell = self._root(with_area or level > 0)
+        while cell.level < level:
+            depth = level - cell.level - 1
+            left, right = self._halves(cell, with_area or depth > 0)
+            if index >> depth & 1:
+                cell = right
+            else:
+                self._waiting.append(right)
+                cell = left
+        return cell
 
     def _root(self, with_area: bool) -> _Cell:
         h = self.t1 - self.t0
-        area = self._normal(self._base(0, 0, 1), h / 12) if with_area else None
-        return _Cell(0, 0, self._normal(self._base(0, 0, 0), h), area)
+        H = self._normals(self._address(0, 0, 1), h / 12) if with_area else None
+        return _Cell(0, 0, self._normals(self._address(0, 0, 0), h), H)
 
-    def _children(self, parent: _Cell, with_area: bool) -> tuple[_Cell, _Cell]:
-        """The two halves of a cell, whose memory becomes the right one's: nobody else holds it."""
-        w, area = parent.w, parent.area
-        assert area is not None
-        level, index = parent.level + 1, 2 * parent.index
-        h = (self.t1 - self.t0) / (1 << level)
-        left_w, left_area = torch.empty_like(w) if with_area else area, torch.empty_like(w) if with_area else None
-        bases = [self._base(level, parent.index, component) for component in range(1 + with_area)]
+    def _halves(self, cell: _Cell, with_area: bool) -> tuple[_Cell, _Cell]:
+        """Both halves of a cell by the bridge; the right half takes over the cell's memory."""
+        W, H = cell.W, cell.H
+        assert H is not None
+        level, index = cell.level + 1, 2 * cell.index
+        h = (self.t1 - self.t0) / (1 << cell.level)
+        W_left, H_left = torch.empty_like(W) if with_area else H, torch.empty_like(W) if with_area else None
+        addresses = [self._address(level, cell.index, component) for component in range(1 + with_area)]
 
-        def some(rows: slice) -> None:
-            # The path's deviation at the middle: 1.5 H + z / 2, z ~ N(0, h / 2).
-            z = self._normal(bases[0][rows], h / 2)
-            left = torch.add(w[rows], area[rows], alpha=3, out=left_w[rows]).lerp_(z, 0.5)
-            torch.sub(w[rows], left, out=w[rows])
-            if left_area is not None:
-                # H_left = (H - z) / 4 + n and H_right = (H - z) / 4 - n, n ~ N(0, h / 24).
-                n = self._normal(bases[1][rows], h / 24)
-                left = torch.add(n, torch.sub(area[rows], z, out=z), alpha=0.25, out=left_area[rows])
-                torch.sub(left, n, alpha=2, out=area[rows])
+        def bridge(rows: slice) -> None:
+            z = self._normals(addresses[0][rows], h / 4)
+            left = torch.add(W[rows], H[rows], alpha=3, out=W_left[rows]).lerp_(z, 0.5)  # (W + 3 H) / 2 + z / 2
+            torch.sub(W[rows], left, out=W[rows])
+            if H_left is not None:
+                n = self._normals(addresses[1][rows], h / 48)
+                left = torch.add(n, torch.sub(H[rows], z, out=z), alpha=0.25, out=H_left[rows])  # n + (H - z) / 4
+                torch.sub(left, n, alpha=2, out=H[rows])
 
-        _by_rows(some, len(w), (w.shape[1] + 1) // 2, w.device)
-        return _Cell(level, index, left_w, left_area), _Cell(level, index + 1, w, area if with_area else None)
+        by_rows(bridge, len(W), (W.shape[1] + 1) // 2, W.device)
+        return _Cell(level, index, W_left, H_left), _Cell(level, index + 1, W, H if with_area else None)
 
     def forget(self) -> None:
-        """Give back the memory of the cells that wait; they are computed anew when they are asked for."""
+        """Free the memory of the cells that wait; they are computed again when they are read."""
         self._waiting.clear()
 
-    def _base(self, level: int, index: int, component: int) -> Tensor:
-        """The path's keys, with the address of one component of a cell mixed in."""
-        return _absorb(self.keys, _fold((self.block, level, index, component)))
+    def _address(self, level: int, index: int, component: int) -> Tensor:
+        """The path's keys, with the address of one normal of a cell mixed in: component 0 (W, z) or 1 (H, n)."""
+        return absorb(self.keys, fold_address((self.block, level, index, component)))
 
-    def _normal(self, base: Tensor, variance: float) -> Tensor:
-        return _draw(base, self._shape[1], self._dtype, math.sqrt(variance))
+    def _normals(self, addressed: Tensor, variance: float) -> Tensor:
+        return scaled_normals(addressed, self._shape[1], self._dtype, math.sqrt(variance))

@@ -1,22 +1,27 @@
-"""Keys: the name of every inference of every image."""
+"""Keys: a key names one inference of one image, and so the path of its noise.
+
+The way of a key: `make_keys` hashes what the inference is; `BrownianPath` mixes the address of a normal (block, cell,
+component) into it; `normals` and `add_normals` make the normals, one an element of the state.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..validation import ItoError
+from ..validation import ItoError, one_of
 
 
 def content_index(x: Tensor) -> Tensor:
-    """Names for images that no data set numbers: 63 bits of a hash of the pixels, ``(N, C, H, W) -> (N,)`` int64.
+    """Names for images without a number in a data set: 63 bits of a hash of the pixels, ``(N, C, H, W) -> (N,)`` int64.
 
-    With them as `ItoEnsemble.predict`'s ``index``, an image meets the same noise whatever is beside it.
+    Given to `ItoEnsemble.predict` as ``index``, they give an image the same noise in any batch.
     """
     names = []
     for image in x.detach().cpu():
@@ -26,55 +31,55 @@ def content_index(x: Tensor) -> Tensor:
     return torch.tensor(names, dtype=torch.int64, device=x.device)
 
 
-# torch.compile breaks its graph here: it would take every field of an address for a symbol, and work for minutes on
-# expressions as long as the hash.
-_outside_of_graphs = torch.compiler.disable
+# torch.compile breaks its graph at these functions: it would treat every field of an address as a symbol, and work for
+# minutes on expressions as long as the hash.
+outside_of_graphs = torch.compiler.disable
 
 # The multipliers of SplitMix64's finaliser and its increment, as signed 64-bit integers.
-_M1, _M2, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
+M1, M2, GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
 
-# What a path is used for. Different purposes never share a path: an attack that saw the report's paths
-# would be judged by what it has fitted.
+# What a path is used for. Two purposes never share a path: an attack that had seen the report's paths would be judged
+# on the noise that it was fitted to.
 PURPOSES = ("fresh", "train", "gradient", "selection", "report")
 
 
-def _mix_(z: Tensor) -> Tensor:
+def mix_(z: Tensor) -> Tensor:
     """SplitMix64's finaliser, in place. Shifts of int64 are arithmetic in torch: the mask makes them logical."""
-    for shift, factor in ((30, _M1), (27, _M2)):
+    for shift, factor in ((30, M1), (27, M2)):
         z ^= (z >> shift) & ((1 << (64 - shift)) - 1)
         z *= factor
     z ^= (z >> 31) & ((1 << 33) - 1)
     return z
 
 
-def _absorb(state: Tensor, field: Tensor | int) -> Tensor:
-    """Mix one more field into the state. Never a plain addition: offsets of two fields could meet."""
+def absorb(state: Tensor, field: Tensor | int) -> Tensor:
+    """Mix one more field into the state. Never by a plain addition: the offsets of two fields could coincide."""
     if isinstance(field, Tensor):
         if field.is_floating_point() or field.is_complex():
             raise ItoError(f"Noise is named by whole numbers, got {field.dtype}.")
-        return _mix_(state * _M1 + _mix_(field.to(state.device, torch.int64) + _GOLDEN))
-    return _mix_(state * _M1 + _mixed(field))
+        return mix_(state * M1 + mix_(field.to(state.device, torch.int64) + GOLDEN))
+    return mix_(state * M1 + _mixed_integer(field))
 
 
-def _mixed(field: int) -> int:
-    """`_mix_` of ``field`` plus the increment, in Python's integers: any 64 bits, signed or not."""
-    z = (int(field) + _GOLDEN) % 2**64
-    for shift, factor in ((30, _M1), (27, _M2)):
+def _mixed_integer(field: int) -> int:
+    """`mix_` of ``field`` plus the increment, in Python's integers: any 64 bits, signed or not."""
+    z = (int(field) + GOLDEN) % 2**64
+    for shift, factor in ((30, M1), (27, M2)):
         z = (z ^ z >> shift) * factor % 2**64
     z ^= z >> 31
     return z - 2**64 if z >= 2**63 else z
 
 
 @lru_cache(maxsize=4096)
-def _fold(address: tuple[int, ...]) -> int:
+def fold_address(address: tuple[int, ...]) -> int:
     """One number for an address: the fields mixed in one after the other, as in a key."""
     state = len(address)
     for field in address:
-        state = _mixed(state * _M1 + _mixed(field) - _GOLDEN)
+        state = _mixed_integer(state * M1 + _mixed_integer(field) - GOLDEN)
     return state
 
 
-@_outside_of_graphs
+@outside_of_graphs
 def make_keys(
     seed: int | Tensor,
     purpose: str,
@@ -91,23 +96,25 @@ def make_keys(
             image.
 
     Returns:
-        int64 keys of the broadcast shape (at least one dimension is the caller's to give).
+        int64 keys of the broadcast shape: of no dimension where all fields are plain integers.
+
+    Raises:
+        ItoError: an unknown purpose, or a tensor that does not hold whole numbers.
     """
-    if purpose not in PURPOSES:
-        raise ItoError(f"Unknown purpose {purpose!r}. Known: {', '.join(PURPOSES)}.")
+    one_of("purpose", purpose, PURPOSES)
     device = next((f.device for f in (index, inference, member, seed) if isinstance(f, Tensor)), None)
     state = torch.full((), PURPOSES.index(purpose) + 1, dtype=torch.int64, device=device)
     for field in (seed, member, inference, index):
-        state = _absorb(state, field)
+        state = absorb(state, field)
     return state
 
 
-@_outside_of_graphs
+@outside_of_graphs
 def fresh_keys(n: int, device: torch.device | str | None = None) -> Tensor:
-    """Keys ``(n,)`` that nobody can foretell: from the operating system, not from a generator one can reseed.
+    """Keys ``(n,)`` that nobody can predict: from the operating system, not from a generator that can be reseeded.
 
     Raises:
-        ItoError: under ``torch.jit.trace``, which would keep them for ever.
+        ItoError: under ``torch.jit.trace``, as the traced model would repeat the same noise for ever.
     """
     if torch.jit.is_tracing():
         raise ItoError("Fresh noise cannot be traced: the traced model would repeat it for ever; trace model(x, keys).")
@@ -117,12 +124,15 @@ def fresh_keys(n: int, device: torch.device | str | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class PathRange:
-    """Numbered paths of some images: all that a model must know to draw their noise, now or again.
+    """A range of numbered paths for each of some images; it is all that is needed to draw their noise, now or again.
+
+    Path number ``q`` belongs to member ``q % members`` of an ensemble, and is its inference number ``q // members``.
+    So any range is spread evenly over the members, and a path has the same noise in whatever range it is asked for.
 
     Attributes:
         seed, purpose: as in `make_keys`.
         index: int64 ``(N,)``, the images' names.
-        first, count: the paths ``first`` to ``first + count - 1`` of each image.
+        first, count: the range: paths ``first`` to ``first + count - 1`` of each image.
     """
 
     seed: int
@@ -132,5 +142,18 @@ class PathRange:
     count: int = 1
 
     def of(self, rows: Tensor | slice) -> PathRange:
-        """The same paths, of some of the images."""
+        """The same range for some of the images."""
         return replace(self, index=self.index[rows])
+
+    def by_member(self, members: int) -> Iterator[tuple[int, list[int], Tensor]]:
+        """The range dealt out to ``members``; a member without a path in the range is left out.
+
+        Yields:
+            A member's number, the ``P`` positions of its paths in the range, and their keys, int64 ``(P, N)``.
+        """
+        for member in range(members):
+            positions = [p for p in range(self.count) if (self.first + p) % members == member]
+            if positions:
+                inferences = [(self.first + p) // members for p in positions]
+                inference = torch.tensor(inferences, device=self.index.device)[:, None]
+                yield member, positions, make_keys(self.seed, self.purpose, member, inference, self.index)

@@ -1,12 +1,16 @@
-"""Noise with an address: counter-based normals, and the Brownian path that is built from them.
+"""Normals with an address: a counter-based generator.
 
 Every normal is a pure function of ``(key, block, level, index, component, element)``. A key names one
 inference of one image, so its noise depends neither on the batch, nor on the number of processes,
-nor on the global random state, and whoever knows the key can replay it.
+nor on the global random state, and anyone who has the key can draw it again.
 
 Keys and elements are mixed as SplitMix64 mixes its counter (Steele, Lea, Flood 2014,
-https://doi.org/10.1145/2714064.2660195); each pair of them gives a 64-bit word, and each word two normals by
-Box-Muller.
+https://doi.org/10.1145/2714064.2660195). A mixed key and a mixed element together give a 64-bit word, and a word gives
+two normals by Box-Muller.
+
+The same normals are computed in three ways: by `kernels.c` in one pass, where it was compiled and takes the state; by
+tensor operations on buffers; and by operations that ``torch.func`` and tracing know (`transformable_normals`).
+Here *addressed* keys ``(N,)`` are keys into which `absorb` has mixed the address of a component of a cell.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -22,26 +27,26 @@ from torch import Tensor
 from .. import kernels
 from ..parallel import spread
 from ..validation import ItoError
-from .keys import _GOLDEN, _M1, _M2, _absorb, _fold, _mix_, _outside_of_graphs
+from .keys import GOLDEN, M1, M2, absorb, fold_address, mix_, outside_of_graphs
 
-_WORDS = 1 << 17  # worked on at a time: a MiB; smaller pieces cost more calls, larger ones leave the cache
-
-
-def _elements(words: int, device: torch.device, channels: int = 1) -> Tensor:
-    """The mixed elements ``(1, C)``, where a state is channels_last in the order in which `kernels.c` meets them."""
-    held = _ELEMENTS.get((words, device, channels))
-    if held is None:
-        held = _mix_(torch.arange(1, words + 1, device=device) * _GOLDEN)[None]
-        if channels > 1:  # sizes and angles, each of `channels / 2` channels
-            held = rearrange(held, "1 (a c s) -> 1 (a s c)", a=2, c=channels // 2)
-        if kernels.ordinary(held):  # what a transform or a fake mode has made is of no use outside of it
-            if len(_ELEMENTS) >= 64:
-                _ELEMENTS.clear()
-            _ELEMENTS[words, device, channels] = held
-    return held
+_WORDS = 1 << 17  # words in a piece: a MiB. Smaller pieces cost more calls, larger ones leave the cache
 
 
-_ELEMENTS: dict[tuple[int, torch.device, int], Tensor] = {}
+def mixed_elements(words: int, device: torch.device, channels: int = 1) -> Tensor:
+    """The mixed elements ``(1, C)``; for a channels_last state in the order in which `kernels.c` goes through it."""
+    elements = _MIXED_ELEMENTS.get((words, device, channels))
+    if elements is None:
+        elements = mix_(torch.arange(1, words + 1, device=device) * GOLDEN)[None]
+        if channels > 1:  # words of radii, then words of angles, each for `channels / 2` channels
+            elements = rearrange(elements, "1 (a c s) -> 1 (a s c)", a=2, c=channels // 2)
+        if kernels.ordinary(elements):  # a tensor made under a transform or a fake mode is of no use outside of it
+            if len(_MIXED_ELEMENTS) >= 64:
+                _MIXED_ELEMENTS.clear()
+            _MIXED_ELEMENTS[words, device, channels] = elements
+    return elements
+
+
+_MIXED_ELEMENTS: dict[tuple[int, torch.device, int], Tensor] = {}
 
 
 def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -54,48 +59,51 @@ def normals(keys: Tensor, size: int, *address: int, dtype: torch.dtype = torch.f
         dtype: float32 or float64. Both come from the same words and agree to float32's rounding.
     """
     _check(keys)
-    return _draw(_absorb(keys, _fold(address)), size, dtype)
+    return scaled_normals(absorb(keys, fold_address(address)), size, dtype)
 
 
-@_outside_of_graphs
-def _draw(base: Tensor, size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Normals ``(N, size)``, times ``scale`` (not negative), of keys ``(N,)`` that hold their address already."""
-    if not kernels.ordinary(base):
-        return _transformable(base, size, dtype) * scale
+@outside_of_graphs
+def scaled_normals(addressed: Tensor, size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normals ``(N, size)`` of addressed keys ``(N,)``, times ``scale``, which is not negative."""
+    if not kernels.ordinary(addressed):
+        return transformable_normals(addressed, size, dtype) * scale
     half = (size + 1) // 2
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.empty(base.shape[0], 2 * half, dtype=work, device=base.device)
+    out = torch.empty(addressed.shape[0], 2 * half, dtype=work, device=addressed.device)
     if channels := kernels.layout(out, out):
-        _fused(out.zero_(), base, scale, channels, out)
+        _add_in_one_pass(out.zero_(), addressed, scale, channels, out)
     else:
-        _generate(base, half, work, lambda rows, scratch: scratch.fill(out[rows], scale))
+        _with_buffers(addressed, half, work, lambda rows, buffers: buffers.write_normals(out[rows], scale))
     return out[:, :size].to(dtype).contiguous()
 
 
-@_outside_of_graphs
+@outside_of_graphs
 def add_normals(x: Tensor, keys: Tensor, scale: float, *address: int, in_place: bool = False) -> Tensor:
-    """``x + scale * normals``, for states ``(N, ...)`` and keys ``(N,)``, without ever holding all the normals.
+    """``x + scale * normals``, for states ``(N, ...)`` and keys ``(N,)``; it never holds all the normals.
 
-    With ``in_place``, and where nothing is recorded for a gradient, ``x`` itself is changed. Under the transforms of
-    ``torch.func``, forward-mode derivatives, tracing and export the sum is written with operations that they know.
+    With ``in_place``, and where nothing is recorded for a gradient, the sum is written into ``x``. Under the
+    transforms of ``torch.func``, forward-mode derivatives, tracing and export it is made of operations that they know.
+
+    Raises:
+        ItoError: not one int64 key for each state, on the state's device.
     """
     if not (kernels.ordinary(x) and kernels.ordinary(keys)):
         _check(keys)
-        draws = _transformable(_absorb(keys, _fold(address)), math.prod(x.shape[1:]), x.dtype)
+        draws = transformable_normals(absorb(keys, fold_address(address)), math.prod(x.shape[1:]), x.dtype)
         return x + scale * draws.reshape(x.shape)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Shift.apply(x, keys, scale, address)
+        return _AddNormals.apply(x, keys, scale, address)
     return _add(x, keys, scale, address, x if in_place else torch.empty_like(x))
 
 
-def _transformable(base: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Normals ``(N, size)`` of keys ``(N,)`` that hold their address, as `_Scratch.fill` computes them.
+def transformable_normals(addressed: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Normals ``(N, size)`` of addressed keys ``(N,)``, as `_Buffers.write_normals` computes them.
 
-    Nothing is written into memory that is there already, so that batched, dual, traced and fake tensors pass.
+    No operation writes into an existing tensor, so batched, dual, traced and fake tensors are taken.
     """
     half, work = (size + 1) // 2, torch.float64 if dtype == torch.float64 else torch.float32
-    words = (base[:, None] ^ _mix_(torch.arange(1, half + 1, device=base.device) * _GOLDEN)) * _M1
-    words = (words ^ words >> 32) * _M2
+    words = (addressed[:, None] ^ mix_(torch.arange(1, half + 1, device=addressed.device) * GOLDEN)) * M1
+    words = (words ^ words >> 32) * M2
     numbers = torch.stack([words << 32 >> 32, words >> 32], -1).flatten(-2).to(work)  # two signed integers a word
     radius, angle = numbers.split(half, -1)
     radius = (-2 * (0.5 / (2**31 + 1) + radius.abs() / (2**31 + 1)).log()).sqrt()
@@ -108,78 +116,82 @@ def _check(keys: Tensor) -> None:
         raise ItoError(f"keys must be int64 of shape (N,), got {keys.dtype} of shape {tuple(keys.shape)}.")
 
 
-class _Shift(torch.autograd.Function):
-    """A shift by a constant: the gradient passes unchanged."""
+class _AddNormals(torch.autograd.Function):
+    """To the gradient the normals are a constant: it passes unchanged."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...]) -> Tensor:
         return _add(x, keys, scale, address, torch.empty_like(x))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+    def backward(ctx, gradient: Tensor):
         return gradient, None, None, None
 
 
 def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: Tensor) -> Tensor:
+    """``out = x + scale * normals`` for ordinary tensors; ``out`` may be ``x``."""
     _check(keys)
     if len(keys) != len(x) or keys.device != x.device:
         raise ItoError(
             f"Every state needs a key beside it: {len(x)} states on {x.device}, {len(keys)} keys on {keys.device}."
         )
-    base = _absorb(keys, _fold(address))
+    addressed = absorb(keys, fold_address(address))
     if channels := kernels.layout(x, out):
-        _fused(x, base, scale, channels, out)
+        _add_in_one_pass(x, addressed, scale, channels, out)
     else:
         size = math.prod(x.shape[1:])
 
-        def add(rows: slice, scratch: _Scratch) -> None:
-            draws = scratch.fill(scratch.draws, 1.0)
+        def add(rows: slice, buffers: _Buffers) -> None:
+            draws = buffers.write_normals(buffers.draws, 1.0)
             torch.add(x[rows], draws[:, :size].reshape(x[rows].shape).to(x.dtype), alpha=scale, out=out[rows])
 
-        _generate(base, (size + 1) // 2, torch.float64 if x.dtype == torch.float64 else torch.float32, add)
+        _with_buffers(addressed, (size + 1) // 2, torch.float64 if x.dtype == torch.float64 else torch.float32, add)
     return out
 
 
-def _fused(x: Tensor, base: Tensor, scale: float, channels: int, out: Tensor) -> None:
-    """``out = x + scale * normals`` in one pass, for states with `fused.layout`'s ``channels``."""
+def _add_in_one_pass(x: Tensor, addressed: Tensor, scale: float, channels: int, out: Tensor) -> None:
+    """``out = x + scale * normals`` by `kernels.c`, for states with ``channels`` from `kernels.layout`."""
     half = math.prod(x.shape[1:]) // 2
-    elements = _elements(half, base.device, channels)
+    elements = mixed_elements(half, addressed.device, channels)
 
-    def some(rows: slice) -> None:
-        kernels.add_normals(x[rows], base[rows], elements, scale, channels, out[rows])
+    def add(rows: slice) -> None:
+        kernels.add_normals(x[rows], addressed[rows], elements, scale, channels, out[rows])
 
-    _by_rows(some, len(x), half, x.device)
-
-
-def _generate(base: Tensor, half: int, dtype: torch.dtype, work: Callable[[slice, _Scratch], object]) -> None:
-    """``work`` on some rows after the other, with buffers that hold their words."""
-    cpu = base.device.type == "cpu"
-    elements = _elements(half, base.device)
-
-    def some(rows: slice) -> None:
-        with torch.inference_mode():  # a quarter less time in each call, of which there are many
-            count = len(base[rows])
-            scratch = _scratch(count, half, dtype) if cpu else _Scratch(count, half, dtype, base.device)
-            torch.bitwise_xor(base[rows, None], elements, out=scratch.words)
-            work(rows, scratch)
-
-    _by_rows(some, len(base), half, base.device)
+    by_rows(add, len(x), half, x.device)
 
 
-def _by_rows(some: Callable[[slice], None], rows: int, width: int, device: torch.device) -> None:
-    """``some`` rows after the others: on a CPU as many as its caches hold, and side by side."""
+def _with_buffers(addressed: Tensor, half: int, dtype: torch.dtype, work: Callable[[slice, _Buffers], object]) -> None:
+    """``work(rows, buffers)`` for all rows, piece by piece; the buffers hold the words of the piece's rows."""
+    cpu = addressed.device.type == "cpu"
+    elements = mixed_elements(half, addressed.device)
+
+    def work_on_piece(rows: slice) -> None:
+        with torch.inference_mode():  # a quarter less time in each call, and there are many
+            count = len(addressed[rows])
+            buffers = _buffers_of_thread(count, half, dtype) if cpu else _Buffers(count, half, dtype, addressed.device)
+            torch.bitwise_xor(addressed[rows, None], elements, out=buffers.words)
+            work(rows, buffers)
+
+    by_rows(work_on_piece, len(addressed), half, addressed.device)
+
+
+def by_rows(work: Callable[[slice], None], rows: int, width: int, device: torch.device) -> None:
+    """``work`` on all rows of ``width`` words, piece by piece.
+
+    On a CPU a piece has as many rows as the caches hold, and pieces run side by side.
+    """
     cpu = device.type == "cpu"
     step = max(1, (_WORDS if cpu else 1 << 24) // max(1, width))
     pieces = [slice(start, start + step) for start in range(0, rows, step)]
     if cpu:
-        spread(some, pieces)
+        spread(work, pieces)
     else:
         for piece in pieces:
-            some(piece)
+            work(piece)
 
 
-class _Scratch:
-    """Buffers for ``R`` rows of ``C`` words, so that the passes over them allocate nothing."""
+class _Buffers:
+    """Memory for ``R`` rows of ``C`` words, so that the passes over them allocate nothing."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.words, self.shifted = (torch.empty(rows, columns, dtype=torch.int64, device=device) for _ in range(2))
@@ -188,17 +200,17 @@ class _Scratch:
         self.radius, self.angle = self.floats.split(columns, 1)
         self.least = torch.full((), 0.5 / (2**31 + 1), dtype=dtype, device=device)
 
-    def fill(self, out: Tensor, scale: float) -> Tensor:
-        """Write normals ``(R, 2 C)``, times ``scale`` (not negative); ``words`` holds the mixed keys and elements."""
+    def write_normals(self, out: Tensor, scale: float) -> Tensor:
+        """Write normals ``(R, 2 C)``, times ``scale``, into ``out``; ``words`` holds mixed keys xor mixed elements."""
         words, radius, angle = self.words, self.radius, self.angle
-        # The middle of SplitMix64's finaliser: what comes in is mixed already, and what goes out is read from the
-        # top of each half. The shift is arithmetic: it loses the sign's bit, no more, and needs no mask.
-        words.mul_(_M1)
+        # The middle of SplitMix64's finaliser: its input is mixed already, and of its output only the top bits of each
+        # half matter. The shift is arithmetic: it loses no more than the sign bit, and saves the mask.
+        words.mul_(M1)
         words.bitwise_xor_(torch.bitwise_right_shift(words, 32, out=self.shifted))
-        words.mul_(_M2)
+        words.mul_(M2)
         self.floats.copy_(self.halves)
-        # Of the first half the size makes u in (0, 1], exact near 0 where the tail is made (to 6.6 sigma);
-        # the second half is the angle.
+        # The first half of the numbers gives u in (0, 1], exact near 0, where the tail comes from (up to 6.6 sigma);
+        # the second half gives the angle.
         torch.add(self.least, radius.abs_(), alpha=1 / (2**31 + 1), out=radius)
         angle.mul_(math.pi * 2.0**-31)
         radius.log_().mul_(-2 * scale * scale).sqrt_()
@@ -208,14 +220,14 @@ class _Scratch:
         return out
 
 
-_local = threading.local()
+_of_thread = threading.local()
 
 
-def _scratch(rows: int, columns: int, dtype: torch.dtype) -> _Scratch:
-    """This thread's buffers on the CPU; of a few shapes, as a network has few."""
-    held: dict[object, _Scratch] = _local.__dict__  # type: ignore[assignment]
-    if (rows, columns, dtype) not in held:
-        if len(held) > 5:
-            held.clear()
-        held[rows, columns, dtype] = _Scratch(rows, columns, dtype, "cpu")
-    return held[rows, columns, dtype]
+def _buffers_of_thread(rows: int, columns: int, dtype: torch.dtype) -> _Buffers:
+    """This thread's buffers on the CPU, kept for a few shapes: a network has few."""
+    kept: Any = _of_thread.__dict__
+    if (rows, columns, dtype) not in kept:
+        if len(kept) > 5:
+            kept.clear()
+        kept[rows, columns, dtype] = _Buffers(rows, columns, dtype, "cpu")
+    return kept[rows, columns, dtype]

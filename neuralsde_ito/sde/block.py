@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..validation import ItoError, nearest
+from ..validation import ItoError, one_of
 from .schedules import Schedule
 
 
@@ -21,21 +21,22 @@ class BlockSDE(nn.Module):
     - A block that changes the shape (``jump``) moves the state to ``B(x)`` at ``t0`` and then only diffuses:
       ``f = 0``.
 
-    It follows torchsde's protocol on flat states ``(N, D)``, so ``torchsde.sdeint(sde, y0, ts)`` works on it;
-    for a jump block ``y0`` is the state after the jump. States of another ``shape`` go through ``view("ito", shape)``.
+    It follows torchsde's protocol on flat states ``(N, D)``, so ``torchsde.sdeint(sde, y0, ts)`` works on it.
+    For a jump block ``y0`` is the state after the jump. For states of another ``shape`` take ``view("ito", shape)``.
 
     Args:
         block: the module ``B``, on states of any shape ``(N, ...)``.
         schedule: the diffusion.
-        index: its number in the network, from 0; part of the noise's address.
-        t0, t1: its interval.
-        shape: of one state without the batch, ``(C, H, W)``, after the jump if there is one.
+        index: the block's number in the network, from 0; part of the noise's address.
+        t0, t1: its interval of time.
+        shape: of one state without the batch, ``(C, H, W)``; after the jump, if there is one.
         jump: whether the block changes the shape.
     """
 
+    block: nn.Module
     noise_type = "diagonal"
     sde_type = "ito"
-    in_place = False  # whether a solver may overwrite what the block returns: in copies that nobody else looks into
+    overwrite_output = False  # whether a solver may write into what the block returns; only in copies of our own
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class BlockSDE(nn.Module):
         self.shape, self.jump = tuple(shape), jump
 
     def extra_repr(self) -> str:
-        """The block's place and noise, for ``print(model)``."""
+        """The block's number, interval and noise, for ``print(model)``."""
         kind = "jump, then diffusion" if self.jump else "drift and diffusion"
         return f"{self.index}: [{self.t0:g}, {self.t1:g}], {kind}, {self.schedule}"
 
@@ -62,7 +63,7 @@ class BlockSDE(nn.Module):
         return self.drift(y, self.shape)
 
     def drift(self, y: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """`f` for states of any ``shape``, flat: ``(N, D) -> (N, D)``.
+        """`f` for flat states of any ``shape``: ``(N, D) -> (N, D)``.
 
         Raises:
             ItoError: ``D`` is not the number of elements of ``shape``.
@@ -85,24 +86,23 @@ class BlockSDE(nn.Module):
         """The same SDE in the form that another solver needs, or for states of another shape.
 
         Args:
-            form: ``"ito"`` (as it is), ``"additive"`` (noise that does not depend on the state; makes torchsde's SRK
-                the cheap SRA1) or ``"stratonovich"`` (drift minus ``sigma(t)^2 x / 2`` where the noise is
-                multiplicative).
-            shape: of one state without the batch; default `shape`. The view holds it, and the block stays as it is,
-                so that several threads may solve one block for images of different sizes.
+            form: ``"ito"`` (the SDE as it is), ``"additive"`` (noise that does not depend on the state; with it
+                torchsde's SRK is the cheap SRA1) or ``"stratonovich"`` (for multiplicative noise the drift minus
+                ``sigma(t)^2 x / 2``).
+            shape: of one state without the batch; default `shape`. The view keeps it and the block does not change,
+                so several threads may solve one block for images of different sizes.
 
         Raises:
             ItoError: unknown form, or ``"additive"`` for multiplicative noise.
         """
-        if form not in _VIEWS:
-            raise ItoError(nearest("view", form, _VIEWS))
+        one_of("view", form, _VIEWS)
         if form == "additive" and self.schedule.multiplicative:
             raise ItoError(f"Schedule {self.schedule.name!r} is multiplicative: it has no additive view.")
         return _VIEWS[form](self, self.shape if shape is None else tuple(shape))
 
 
 class _View(nn.Module):
-    """A `BlockSDE` for states of a shape of its own: what all forms have."""
+    """A `BlockSDE` for states of another shape: what all forms have in common."""
 
     sde_type = "ito"
 

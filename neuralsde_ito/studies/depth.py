@@ -90,7 +90,7 @@ def read_depths(
 
     readings = []
     for name, model in networks.items():
-        own = (model.schedule.name, float(model.sdes[-1].t1), model.solver, model.steps)  # type: ignore[arg-type]
+        own = (model.schedule.name, float(model.sdes[-1].t1), model.solver, model.steps)
         trained = right(model, *own)
         grids = itertools.product(schedules or own[:1], horizons or own[1:2], solvers or own[2:3], steps)
         for grid in grids:

@@ -89,7 +89,8 @@ def measure_order(
     exact = problem.exact(path) if exact is None else exact
     multiplicative = problem.sde.schedule.multiplicative
     differences = [problem.solve(solver, n, path) - exact for n in steps]
-    theory, evaluations = method.order[multiplicative], method.evaluations[multiplicative]
+    theory = method.order.given(multiplicative=multiplicative)
+    evaluations = method.evaluations.given(multiplicative=multiplicative)
     return fit_order(solver, theory, evaluations, steps, differences, float(exact.std()))
 
 

@@ -57,9 +57,10 @@ def diffrax_orders(problem: str, solvers: Sequence[str], steps: Sequence[int]) -
             if name is None:
                 continue
             method = find_solver(ours)
-            run = solve(name, method.stratonovich)
+            run = solve(name, method.form == "stratonovich")
             differences = [torch.from_numpy(np.array(run(keys, float(n)) - exact)) for n in steps]
-            theory, evaluations = method.order[multiplicative], method.evaluations[multiplicative]
+            theory = method.order.given(multiplicative=multiplicative)
+            evaluations = method.evaluations.given(multiplicative=multiplicative)
             orders[ours] = fit_order(ours, theory, evaluations, steps, differences, float(exact.std()))
     return orders
 

@@ -121,7 +121,7 @@ class Network:
     def solvers(self) -> list[str]:
         """All solvers of SDEs; without noise, those of ODEs that take fixed steps."""
         noise_free = self.model.schedule.omega == 0
-        return [name for name, s in SOLVERS.items() if (s.library == "torchdiffeq") == noise_free and not s.adaptive]
+        return [name for name, s in SOLVERS.items() if (s.form == "ode") == noise_free and not s.adaptive]
 
     def reference(self, finest: int) -> tuple[str, int]:
         """See `Subject`."""
@@ -129,13 +129,13 @@ class Network:
 
     def order(self, solver: str) -> float:
         """See `Subject`."""
-        return find_solver(solver).order[self.model.schedule.multiplicative]
+        return find_solver(solver).order.given(multiplicative=self.model.schedule.multiplicative)
 
     def solve(self, x: Tensor, solver: str, steps: int, checkpoint: bool) -> tuple[Tensor, Tensor]:
         """See `Subject`."""
         state = self.model.stem(x)
         for sde in self.model.sdes:
-            state = integrate(sde, state, self.keys, solver, steps, checkpoint)  # type: ignore[arg-type]
+            state = integrate(sde, state, self.keys, solver, steps, checkpoint)
             if not bool(state.isfinite().all()):
                 raise NotFinite(f"block {sde.index} (t = {sde.t1:g})")
         return state, self.model.head(state)
@@ -148,7 +148,8 @@ class Network:
         """Blocks with a drift, times steps, times stages; a jump counts once."""
         method = find_solver(solver)
         drifts = sum(not sde.jump for sde in self.model.sdes)
-        a_block = steps * method.evaluations[self.model.schedule.multiplicative] + method.starts
+        a_step = method.evaluations.given(multiplicative=self.model.schedule.multiplicative)
+        a_block = steps * a_step + method.initial_evaluations
         return drifts * a_block + len(self.model.sdes) - drifts
 
     def errors(self, logits: Tensor, fine: Tensor) -> dict[str, Any]:
@@ -222,9 +223,9 @@ class Equation:
         """See `Subject`."""
         method = find_solver(solver)
         fitting = solvers_for(*self.kind)
-        if solver not in fitting and not (solver == "torchsde:euler" and "euler" in fitting):
+        if (method.same_as or solver) not in fitting:
             raise ItoError(f"{solver!r} does not solve {self.noise}; these do: {', '.join(fitting)}.")
-        check_solver(solver, 1.0 if method.library != "torchdiffeq" else 0.0, steps)
+        check_solver(solver, 0.0 if method.form == "ode" else 1.0, steps)
 
     def solvers(self) -> list[str]:
         """See `Subject`."""
@@ -240,7 +241,7 @@ class Equation:
         """See `Subject`."""
         if self.kind[0] == "general":
             return 0.5
-        return find_solver(solver).order[not self.additive]
+        return find_solver(solver).order.given(multiplicative=not self.additive)
 
     def solve(self, x: Tensor, solver: str, steps: int, checkpoint: bool) -> tuple[Tensor, Tensor]:
         """See `Subject`; the output is the last state again."""

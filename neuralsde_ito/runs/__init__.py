@@ -1,0 +1,1 @@
+"""Runs: configuration, folder, training and clean evaluation."""

@@ -1,0 +1,84 @@
+"""The clean table: an ensemble and the ResNet from which it began, on the same images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks.sweep import Tick
+from ..attacks.targets import classify
+from ..data import Split
+from ..models.ensemble import ItoEnsemble
+from ..outcomes import Outcomes, Paired
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Decisions of a ResNet and of an ensemble on the same ``N`` clean images, on the CPU.
+
+    Attributes:
+        resnet, ito: outcomes of the ResNet and of the ensemble.
+        paired: the two compared image by image (the ResNet first).
+        index, truth: int64 ``(N,)``, the images' names in the noise's address, and their true labels.
+        resnet_labels, labels: int64 ``(N,)``, the ResNet's and the ensemble's.
+        votes: int64 ``(members, N, classes)``, inferences for each class, as far as they were made.
+        drawn: int64 ``(N,)``, inferences that were made.
+        invalid: int64 ``(N,)``, inferences among them whose logits were not finite; they cast no vote.
+    """
+
+    resnet: Outcomes
+    ito: Outcomes
+    paired: Paired
+    index: Tensor
+    truth: Tensor
+    resnet_labels: Tensor
+    labels: Tensor
+    votes: Tensor
+    drawn: Tensor
+    invalid: Tensor
+
+
+def evaluate(
+    ensemble: ItoEnsemble,
+    resnet: nn.Module,
+    data: Split,
+    seed: int = 0,
+    batch_size: int = 100,
+    tick: Tick = lambda n: None,
+    full: bool = False,
+    confidence: float | None = None,
+) -> Evaluation:
+    """Let the ensemble vote on every image, and classify it with the ResNet, too.
+
+    Args:
+        ensemble, resnet: on one device.
+        data: the images, usually a test split.
+        seed: of the report's noise.
+        batch_size: images at a time; the result does not depend on it.
+        tick: called after each batch with its number of images.
+        full, confidence: see `ItoEnsemble.predict`.
+    """
+    device = next(ensemble.parameters()).device
+    parts: list[tuple[Tensor, ...]] = []
+    votes = []
+    for index, x, y in data.batches(batch_size, device):
+        prediction = ensemble.predict(x, seed, index, full=full, confidence=confidence)
+        columns = (index, y, classify(resnet, x), prediction.labels, prediction.drawn, prediction.invalid)
+        parts.append(tuple(column.cpu() for column in columns))
+        votes.append(prediction.votes.cpu())
+        tick(len(y))
+    index, truth, resnet_labels, labels, drawn, invalid = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Evaluation(
+        resnet=Outcomes.of(resnet_labels, truth),
+        ito=Outcomes.of(labels, truth),
+        paired=Paired.of(resnet_labels == truth, labels == truth),
+        index=index,
+        truth=truth,
+        resnet_labels=resnet_labels,
+        labels=labels,
+        votes=torch.cat(votes, 1),
+        drawn=drawn,
+        invalid=invalid,
+    )

@@ -1,0 +1,339 @@
+"""A run: a folder with a configuration, the networks that were trained as it says, and their results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import kernels
+from ..data import Dataset
+from ..files import write_atomically
+from ..models.ensemble import ItoEnsemble
+from ..models.recast import ItoResNet
+from ..validation import ItoError, nearest, shown
+from .build import build_resnet, recast_as
+from .config import Config, differing_keys, load_config
+from .training import Trainer
+from .weights import read_resnet, save_weights, to_resnet
+
+CONFIG = "config.yaml"  # a folder that holds this file is a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and its configuration.
+
+    =============================  ================================================================================
+    file                           content
+    =============================  ================================================================================
+    ``config.yaml``                the resolved configuration
+    ``environment.json``           versions and machine at the start of the training
+    ``metrics.jsonl``              one row of training metrics for each epoch
+    ``state.pt``                   the training state; deleted when the training ends
+    ``resnet.safetensors``         the ResNet from which all members began
+    ``members/NN.safetensors``     the fine-tuned members, from 00; weights of plain ResNets
+    ``evaluation.json``, ``.png``  the clean table after training
+    ``VERB-NORM-DATE.*``           results of ``ito-sde attack`` and ``ito-sde suite``
+    ``suite-DIGEST/``              the state of a suite that has not ended
+    =============================  ================================================================================
+
+    Attributes:
+        folder: where the files are.
+        config: the content of ``config.yaml``.
+    """
+
+    folder: Path
+    config: Config
+
+    # --- which run ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """The run in a folder.
+
+        Raises:
+            ItoError: the folder holds no run, or its configuration is damaged.
+        """
+        folder = Path(folder)
+        if not os.path.isfile(folder / CONFIG):
+            raise ItoError(f"There is no run in {shown(str(folder))}: it has no {CONFIG}.")
+        return cls(folder, load_config(folder / CONFIG))
+
+    @classmethod
+    def find(cls, root: Path, name: str | None = None, complete: bool = True) -> Run:
+        """A run by its name or path, or the newest one in the folder ``root``.
+
+        Args:
+            root: the folder of all runs.
+            name: name in ``root``, or path; None for the newest.
+            complete: whether the newest finished or the newest unfinished run is meant; a named one may be either.
+
+        Raises:
+            ItoError: there is none, or its configuration is damaged.
+        """
+        if name is not None:
+            for folder in (root / name, Path(name)):
+                if os.path.isfile(folder / CONFIG):
+                    return cls.open(folder)
+            names = [entry.name for entry in _entries(root) if entry.is_dir()]
+            raise ItoError(
+                nearest("run", name, names) if names else f"There is no run {shown(name)}; make one: ito-sde train."
+            )
+        folders = [entry for entry in _entries(root) if os.path.isfile(entry / CONFIG)]
+        for folder in sorted(folders, key=lambda entry: (entry / CONFIG).stat().st_mtime, reverse=True):
+            try:
+                run = cls.open(folder)
+            except ItoError:
+                if complete:  # a damaged run must not hide a finished one
+                    continue
+                raise
+            if run.is_complete == complete:
+                return run
+        kind = "finished" if complete else "unfinished"
+        raise ItoError(f"There is no {kind} run in {shown(str(root))}; make one: ito-sde train.")
+
+    @classmethod
+    def create(cls, folder: Path, config: Config, overwrite: bool = False) -> Run:
+        """A new run: its folder with the configuration and the environment.
+
+        Args:
+            folder: where; the caller may take `new_run_name`.
+            config: the resolved configuration.
+            overwrite: replace a run that is there; else the folder must be empty or not exist.
+
+        Raises:
+            ItoError: the folder is not empty.
+        """
+        run = cls(folder, config)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if not overwrite:
+                raise ItoError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
+            for file in (run.state_file, run.metrics_file, run.resnet_file):
+                file.unlink(missing_ok=True)
+            for member in run.member_file(0).parent.glob("*.safetensors"):
+                member.unlink()
+        run.write_config()
+        write_atomically(folder / "environment.json", json.dumps(environment(), indent=2).encode())
+        return run
+
+    def check_config(self, config: Config) -> None:
+        """Refuse to go on with this run under another configuration.
+
+        Raises:
+            ItoError: it names the keys in which the two differ.
+        """
+        if differing := differing_keys(self.config, config):
+            raise ItoError(
+                f"The run {str(self.folder)!r} has another configuration; it differs in: {', '.join(differing)}. "
+                "Resume it without these options, or train under another name."
+            )
+
+    # --- its files ---------------------------------------------------------------------------------------
+
+    @property
+    def config_file(self) -> Path:
+        """``config.yaml``."""
+        return self.folder / CONFIG
+
+    @property
+    def metrics_file(self) -> Path:
+        """``metrics.jsonl``."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def state_file(self) -> Path:
+        """``state.pt``."""
+        return self.folder / "state.pt"
+
+    @property
+    def resnet_file(self) -> Path:
+        """``resnet.safetensors``."""
+        return self.folder / "resnet.safetensors"
+
+    def member_file(self, member: int) -> Path:
+        """``members/NN.safetensors``; members count from 0."""
+        return self.folder / "members" / f"{member:02d}.safetensors"
+
+    @property
+    def member_files(self) -> list[Path]:
+        """The files of all members that the configuration asks for, whether they exist or not."""
+        return [self.member_file(m) for m in range(self.config.ensemble.members)]
+
+    @property
+    def evaluation_file(self) -> Path:
+        """``evaluation.json``; the picture beside it ends in ``.png``."""
+        return self.folder / "evaluation.json"
+
+    def result_file(self, verb: str, norm: str, ending: str = ".json") -> Path:
+        """A new file for a result, named by verb, norm, date and time: ``attack-linf-20260131-235959.json``."""
+        return self.folder / f"{verb}-{norm}-{datetime.now():%Y%m%d-%H%M%S}{ending}"
+
+    def suite_state(self, digest: str) -> Path:
+        """The folder for the state of the suite whose settings have this digest."""
+        return self.folder / f"suite-{digest}"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the training has ended: the ResNet and all members exist."""
+        return all(file.is_file() for file in (self.resnet_file, *self.member_files))
+
+    def write_config(self) -> None:
+        """Write ``config.yaml``. From then on the folder is a run."""
+        write_atomically(self.config_file, self.config.to_yaml().encode())
+
+    # --- its networks ------------------------------------------------------------------------------------
+
+    def resnet(self, device: torch.device | str = "cpu") -> nn.Sequential:
+        """The ResNet from which the members began.
+
+        Raises:
+            ItoError: the run has none.
+        """
+        if not self.resnet_file.is_file():
+            raise ItoError(
+                f"The run {str(self.folder)!r} has no {self.resnet_file.name}, the ResNet to compare with; finish its "
+                "training, or store it again: save_ensemble(path, ensemble, config, resnet)."
+            )
+        return read_resnet(self.resnet_file, self.config).to(device)
+
+    def member(self, member: int, device: torch.device | str = "cpu") -> ItoResNet:
+        """One member in eval mode, recast as the configuration says."""
+        return recast_as(self.config, read_resnet(self.member_file(member), self.config)).eval().to(device)
+
+    def ensemble(self, device: torch.device | str = "cpu") -> ItoEnsemble:
+        """All members in eval mode, with the configuration's vote.
+
+        Raises:
+            ItoError: the training has not ended.
+        """
+        voting = self.config.ensemble
+        missing = sum(not file.is_file() for file in self.member_files)
+        if missing:
+            raise ItoError(
+                f"The run {str(self.folder)!r} has not finished: {missing} of {voting.members} members "
+                f"are missing; go on with 'ito-sde train --run {self.folder} --resume'."
+            )
+        members = [self.member(m, device) for m in range(voting.members)]
+        return ItoEnsemble(members, voting.inferences, voting.rule, voting.paths_per_call).eval()
+
+    # --- its training ------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        data: Dataset,
+        device: torch.device,
+        on_phase: Callable[[str, int], None] = lambda phase, epochs: None,
+        on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+        on_epoch: Callable[[dict[str, object]], None] = lambda row: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train what the run does not have yet: the ResNet (unless the configuration gives weights), then each member.
+
+        Args:
+            data: the images of `load_dataset`.
+            device: where the networks train.
+            on_phase: called with the name of a training and its number of epochs, before it begins.
+            on_step, on_epoch, should_stop: see `Trainer`.
+
+        Raises:
+            Interrupted: ``should_stop`` returned true; the state is saved.
+            Diverged: a loss or a weight is not finite.
+            ItoError: a file of the run is damaged or missing.
+        """
+        config = self.config
+
+        def write_metrics() -> None:
+            # Written again from the state's rows: a killed run leaves no row of an epoch that it will train again.
+            write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in trainer.rows).encode())
+
+        def record(row: dict[str, object]) -> None:
+            write_metrics()
+            on_epoch(row)
+
+        trainer = Trainer(self.state_file, on_step, record, should_stop, rows=self._read_metrics())
+        if not self.resnet_file.is_file():
+            if any(file.is_file() for file in self.member_files):
+                raise ItoError(
+                    f"The run {str(self.folder)!r} has members, but not the {self.resnet_file.name} that they began "
+                    "as; put it back, or train anew with --overwrite."
+                )
+            net = build_resnet(config, data).to(device)
+            if config.network.weights is None:
+                on_phase("resnet", config.resnet.epochs)
+                trainer.fit(net, data.train, config.resnet, config.seed, "resnet")
+            save_weights(self.resnet_file, net[-1])
+        for m, file in enumerate(self.member_files):
+            if file.is_file():
+                continue
+            on_phase(f"member {m}", config.finetune.epochs)
+            model = recast_as(config, self.resnet()).to(device)
+            trainer.fit(model, data.train, config.finetune, config.seed, f"member {m}", member=m + 1)
+            save_weights(file, to_resnet(model, self.resnet(device))[-1])
+        write_metrics()
+        self.state_file.unlink(missing_ok=True)
+
+    def _read_metrics(self) -> list[dict[str, object]]:
+        """The rows of ``metrics.jsonl``; none if there is no such file."""
+        if not self.metrics_file.is_file():
+            return []
+        try:
+            rows = [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        except ValueError:  # not JSON, or not text
+            rows = [None]
+        if not all(isinstance(row, dict) and "phase" in row for row in rows):
+            raise ItoError(
+                f"{str(self.metrics_file)!r} is damaged: its lines are not rows of metrics; delete it, and resume."
+            )
+        return rows
+
+
+def load_ensemble(path: str | Path, device: torch.device | str = "cpu") -> tuple[ItoEnsemble, Config]:
+    """The ensemble of a run's folder in eval mode, and the run's configuration.
+
+    Raises:
+        ItoError: the folder holds no run, or the run's training has not ended.
+    """
+    run = Run.open(path)
+    return run.ensemble(device), run.config
+
+
+def new_run_name(root: Path, config: Config) -> str:
+    """A name that no run in ``root`` has: the configuration's name, date and time."""
+    stem = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    name, k = stem, 2
+    while os.path.exists(root / name):
+        name, k = f"{stem}-{k}", k + 1
+    return name
+
+
+def environment() -> dict[str, object]:
+    """Versions and machine, as far as a reader of a result needs them."""
+    packages = ("ito-sde", "torch", "torchvision", "torchsde", "torchdiffeq", "numpy", "scipy")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "noise": "tensors" if kernels.library is None else "compiled",  # on a CPU; alike but for the last bits
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds; nothing if there is no such folder."""
+    if not os.path.isdir(folder):
+        return []
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise ItoError(f"The folder {shown(str(folder))} cannot be read: {str(error.strerror).lower()}.") from None
