@@ -1,4 +1,4 @@
-"""``ito-sde bench``: what the ensemble costs beside the network it is made of, side by side in one process."""
+"""``ito-sde bench``: what the ensemble costs relative to its plain network, measured side by side in one process."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _write_csv(rows: list[SolverRow], path: Path) -> None:
 
 
 def _print_table(report: SolverComparison, images: str, gradients: bool) -> None:
-    """The table of errors and costs, and what its columns mean; ``images`` says which were solved."""
+    """The table of errors and costs, and what its columns mean; ``images`` says which and how many."""
     solver, fine = report.reference
     click.echo(f"\n{images}; against {solver} at {output.count(fine, 'step')} a block, on the same paths\n")
     rows = []

@@ -22,7 +22,7 @@ SCHEDULES = ("inverse-time", "constant", "multiplicative", "constant-multiplicat
 
 @click.command("depth")
 @options.on_run
-@click.option("--versus", multiple=True, metavar="RUN", help="Another run beside.  [repeatable]")
+@click.option("--versus", multiple=True, metavar="RUN", help="Also read this run.  [repeatable]")
 @click.option(
     "--schedule",
     "schedules",

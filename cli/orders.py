@@ -64,7 +64,7 @@ Measured = dict[str, dict[str, "Order"]]  # problem -> solver -> order
 def command(
     problems: tuple[str, ...], solvers: tuple[str, ...], steps: tuple[int, ...], peers: tuple[str, ...], as_json: bool
 ) -> None:
-    """Measure strong and weak orders of solvers on problems with known solutions, beside theory."""
+    """Measure strong and weak orders of solvers on problems with known solutions, and compare with theory."""
     asked = PROBLEMS if "all" in problems else tuple(dict.fromkeys(problems))
     chosen = tuple(dict.fromkeys(solvers)) or WITH_NOISE
     grid, peers = tuple(sorted(set(steps))), tuple(dict.fromkeys(peers))

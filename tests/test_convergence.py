@@ -25,12 +25,12 @@ def test_a_slope_is_the_power_of_the_step():
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 0.5), ("milstein", 1.0)])
 def test_orders_with_their_standard_errors(solver, order):
-    found = measure_order(geometric_brownian_motion(), solver, (8, 16, 32))
-    assert found.theory == order
-    assert found.fit == pytest.approx(order, abs=0.15)
-    assert 0 < found.standard_error < 0.1
-    assert found.unstable == ()
-    assert len(found.errors) == 3
+    result = measure_order(geometric_brownian_motion(), solver, (8, 16, 32))
+    assert result.theory == order
+    assert result.fit == pytest.approx(order, abs=0.15)
+    assert 0 < result.standard_error < 0.1
+    assert result.unstable == ()
+    assert len(result.errors) == 3
 
 
 def test_a_bias_within_its_noise_gets_no_weak_order():
@@ -46,9 +46,9 @@ def test_an_unstable_step_is_called_unstable_and_not_fitted():
     keys = ito.make_keys(0, "report", index=torch.arange(64))
     y0 = torch.full((64, 64), 1.0, dtype=torch.float64)
     problem = Problem(sde, y0, keys, lambda _: ito.integrate(sde, y0, keys, "euler", 2048))
-    found = measure_order(problem, "euler", (4, 8, 64, 128, 256))
-    assert found.unstable == (4, 8)
-    assert found.fit == pytest.approx(1, abs=0.2)
+    result = measure_order(problem, "euler", (4, 8, 64, 128, 256))
+    assert result.unstable == (4, 8)
+    assert result.fit == pytest.approx(1, abs=0.2)
 
 
 # --- networks -------------------------------------------------------------------------------------------
@@ -103,8 +103,8 @@ def test_evaluations_are_those_that_are_made():
 
 def test_the_reference_against_itself_has_no_error():
     model = ito.recast(random_resnet("resnet8"), omega=0.2)
-    found = compare_solvers(model, random_images(3), None, ["euler"], [4], reference=("euler", 4))
-    row = found.rows[0]
+    result = compare_solvers(model, random_images(3), None, ["euler"], [4], reference=("euler", 4))
+    row = result.rows[0]
     assert (row.state_error, row.logit_error, row.mean_error, row.agreement) == (0, 0, 0, 1)
     assert row.gradient_cosine == pytest.approx(1, abs=1e-5)
     assert row.accuracy is None
@@ -156,14 +156,14 @@ def start(paths=64, size=4):
 
 
 def test_a_users_sde_is_compared_by_all_solvers_that_fit():
-    found = compare_solvers(Growth(), start(), steps=(8, 16, 32))
-    assert found.subject == "Growth"
-    assert list(found.orders) == ["euler", "milstein", "srk"]
+    result = compare_solvers(Growth(), start(), steps=(8, 16, 32))
+    assert result.subject == "Growth"
+    assert list(result.orders) == ["euler", "milstein", "srk"]
     for solver, order in (("euler", 0.5), ("milstein", 1), ("srk", 1.5)):
-        assert found.orders[solver].theory == order
-        assert found.orders[solver].fit == pytest.approx(order, abs=0.25)
-        assert 0 < found.orders[solver].standard_error < 0.2
-    by = {(row.solver, row.steps): row for row in found.rows}
+        assert result.orders[solver].theory == order
+        assert result.orders[solver].fit == pytest.approx(order, abs=0.25)
+        assert 0 < result.orders[solver].standard_error < 0.2
+    by = {(row.solver, row.steps): row for row in result.rows}
     assert by["euler", 16].evaluations == 16
     assert by["srk", 16].evaluations == 10 * 16
     assert by["srk", 16].gradient_cosine > by["euler", 8].gradient_cosine > 0.5
@@ -195,8 +195,8 @@ def test_steps_are_as_many_as_were_asked_for_in_any_interval(interval):
 
     times = []
     settings = {"steps": (4, 32), "gradients": False, "interval": interval}
-    found = compare_solvers(Still(), start(8), solvers=["euler", "milstein", "srk"], **settings)
-    evaluations = [(row.solver, row.evaluations) for row in found.rows]
+    result = compare_solvers(Still(), start(8), solvers=["euler", "milstein", "srk"], **settings)
+    evaluations = [(row.solver, row.evaluations) for row in result.rows]
     assert evaluations == [
         *(("euler", 4), ("euler", 32)),
         *(("milstein", 4), ("milstein", 32)),
@@ -204,14 +204,14 @@ def test_steps_are_as_many_as_were_asked_for_in_any_interval(interval):
     ]
     assert min(times) == interval[0]
     unit = compare_solvers(Growth(), start(8), solvers=["euler", "milstein", "srk"], steps=(4, 32), gradients=False)
-    for row, other in zip(found.rows, unit.rows, strict=True):  # only the clock differs
+    for row, other in zip(result.rows, unit.rows, strict=True):  # only the clock differs
         assert row.state_error == pytest.approx(other.state_error, rel=1e-6)
 
 
 def test_a_stratonovich_sde_takes_as_many_steps_as_were_asked_for():
     settings = {"steps": (4, 32), "gradients": False, "interval": (0.0, 0.7)}
-    found = compare_solvers(Pendulum(), start(8, 3), solvers=["heun", "midpoint", "euler_heun"], **settings)
-    assert [row.evaluations for row in found.rows] == [8, 64, 8, 64, 4, 32]
+    result = compare_solvers(Pendulum(), start(8, 3), solvers=["heun", "midpoint", "euler_heun"], **settings)
+    assert [row.evaluations for row in result.rows] == [8, 64, 8, 64, 4, 32]
 
 
 class Pendulum:
@@ -225,10 +225,10 @@ class Pendulum:
 
 
 def test_general_and_stratonovich_noise():
-    found = compare_solvers(Pendulum(), start(16, 3), steps=(4, 8, 16), gradients=False)
-    assert list(found.orders) == ["heun", "midpoint", "euler_heun", "reversible_heun"]
-    assert all(order.theory == 0.5 for order in found.orders.values())
-    by = {(row.solver, row.steps): row.state_error for row in found.rows}
+    result = compare_solvers(Pendulum(), start(16, 3), steps=(4, 8, 16), gradients=False)
+    assert list(result.orders) == ["heun", "midpoint", "euler_heun", "reversible_heun"]
+    assert all(order.theory == 0.5 for order in result.orders.values())
+    by = {(row.solver, row.steps): row.state_error for row in result.rows}
     assert by["midpoint", 16] < by["midpoint", 4]
 
 
@@ -236,10 +236,10 @@ def test_a_network_block_is_such_an_sde():
     model = ito.recast(random_resnet("resnet8").double(), omega=0.2)
     sde = model.sdes[0]
     y0 = torch.rand(2, math.prod(sde.shape), dtype=torch.float64)
-    found = compare_solvers(sde, y0, solvers=["euler"], steps=[2], gradients=False)
+    result = compare_solvers(sde, y0, solvers=["euler"], steps=[2], gradients=False)
     expected = ito.integrate(sde, y0.view(2, *sde.shape), ito.make_keys(0, "report", index=torch.arange(2)), steps=2)
-    assert found.rows[0].state_error > 0
-    assert found.rows[0].evaluations == 2
+    assert result.rows[0].state_error > 0
+    assert result.rows[0].evaluations == 2
     assert expected.isfinite().all()
 
 
@@ -278,10 +278,10 @@ def test_bad_use_of_an_sde_is_told():
 
 
 def test_an_sde_that_explodes_is_named_with_solver_and_time():
-    found = compare_solvers(Stiff(), 3 * start(8), solvers=["euler"], steps=[16], reference=("euler", 512))
-    assert found.rows[0].diverged is not None
-    assert found.rows[0].diverged.startswith("t = 0.")
-    assert any("euler at 16 steps: states are not finite after t = 0." in said for said in found.remarks())
+    result = compare_solvers(Stiff(), 3 * start(8), solvers=["euler"], steps=[16], reference=("euler", 512))
+    assert result.rows[0].diverged is not None
+    assert result.rows[0].diverged.startswith("t = 0.")
+    assert any("euler at 16 steps: states are not finite after t = 0." in said for said in result.remarks())
     with pytest.raises(ValueError, match=r"srk at 32 steps, is not finite after t = "):
         compare_solvers(Stiff(), 3 * start(8), steps=[8])
 
@@ -306,9 +306,9 @@ def test_reading_as_trained_is_the_networks_own_answer_and_says_so():
     x, keys = random_images(8), ito.make_keys(0, "report", index=torch.arange(8))
     with torch.no_grad():
         y = model.eval()(x, keys).argmax(1)
-    found = read_depths({"net": model}, x, y, (1, 4), schedules=["inverse-time", "constant"], horizons=[3, 6])
-    assert len(found) == 8
-    (own,) = [r for r in found if r.trained]
+    result = read_depths({"net": model}, x, y, (1, 4), schedules=["inverse-time", "constant"], horizons=[3, 6])
+    assert len(result) == 8
+    (own,) = [r for r in result if r.trained]
     assert (own.schedule, own.horizon, own.solver, own.steps) == ("inverse-time", 3.0, "euler", 1)
     assert own.correct.value == 1
     assert own.paired.p == 1
@@ -329,8 +329,8 @@ def test_reading_leaves_every_modules_mode_as_it_was_even_after_an_error():
 
 def test_an_inference_that_is_not_finite_is_never_right():
     model = ito.recast(random_resnet("resnet8"), omega=1e38)
-    found = read_depths({"net": model}, random_images(4), torch.zeros(4, dtype=torch.int64), (1, 2))
-    assert [r.correct.value for r in found] == [0, 0]
+    result = read_depths({"net": model}, random_images(4), torch.zeros(4, dtype=torch.int64), (1, 2))
+    assert [r.correct.value for r in result] == [0, 0]
 
 
 def reading(steps, right, p, trained=False):
@@ -396,8 +396,8 @@ def test_a_solver_that_does_not_fit_is_refused():
 
 def test_without_noise_torchdiffeqs_methods_are_compared_too():
     model = ito.recast(random_resnet("resnet8"), omega=0)
-    found = compare_solvers(model, random_images(2), solvers=["euler", "ode:rk4"], steps=[1, 2], gradients=False)
-    assert found.reference == ("ode:rk4", 8)
-    by = {(row.solver, row.steps): row for row in found.rows}
+    result = compare_solvers(model, random_images(2), solvers=["euler", "ode:rk4"], steps=[1, 2], gradients=False)
+    assert result.reference == ("ode:rk4", 8)
+    by = {(row.solver, row.steps): row for row in result.rows}
     assert by["ode:rk4", 2].state_error < by["euler", 2].state_error
     assert not math.isnan(by["euler", 1].cost)

@@ -61,8 +61,8 @@ def test_digits_are_scikit_learns(digits):
     images, labels = load_digits(return_X_y=True)
     wanted = sorted((*np.round(image * 255 / 16).tolist(), label) for image, label in zip(images, labels, strict=True))
     pixels = torch.cat([train, test]).flatten(1).mul(255).round().tolist()
-    found = sorted((*row, y) for row, y in zip(pixels, torch.cat([y_train, y_test]).tolist(), strict=True))
-    assert found == wanted
+    result = sorted((*row, y) for row, y in zip(pixels, torch.cat([y_train, y_test]).tolist(), strict=True))
+    assert result == wanted
     for y in (y_train, y_test):  # stratified
         share = torch.bincount(y, minlength=10) / len(y)
         assert (share - 0.1).abs().max() < 0.01
@@ -279,8 +279,8 @@ def test_small_pictures_are_held_in_memory_pixel_for_pixel(tmp_path, held_out):
     assert torch.equal(index, torch.arange(15))
     assert y.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     for i, file in enumerate(sorted((root / held_out).rglob("*.png"))):
-        found = (x[i] * 255).round().byte().permute(1, 2, 0).numpy()
-        assert np.array_equal(found, np.asarray(Image.open(file)))
+        result = (x[i] * 255).round().byte().permute(1, 2, 0).numpy()
+        assert np.array_equal(result, np.asarray(Image.open(file)))
 
 
 def test_a_given_size_scales_small_pictures(tmp_path):
@@ -289,8 +289,8 @@ def test_a_given_size_scales_small_pictures(tmp_path):
     file = next(iter(sorted((tmp_path / "test").rglob("*.png"))))
     # The shorter edge becomes 8, the other is cut to its middle.
     wanted = np.asarray(Image.open(file).resize((10, 8), Image.Resampling.BILINEAR))[:, 1:9]
-    found = everything(data.test)[1][0].permute(1, 2, 0) * 255
-    assert np.abs(found.numpy() - wanted).max() <= 1
+    result = everything(data.test)[1][0].permute(1, 2, 0) * 255
+    assert np.abs(result.numpy() - wanted).max() <= 1
 
 
 def test_large_pictures_are_streamed_with_imagenets_crops(tmp_path):

@@ -98,9 +98,9 @@ def test_always_abstaining_is_no_merit():
 
 def test_as_dict_is_json_and_says_what_the_outcomes_say():
     outcomes = Outcomes.of(torch.tensor([0, 1, ABSTAIN, 0, 2]), torch.tensor([0, 1, 2, 1, 2]))
-    found = outcomes.as_dict()
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["counts"] == {
+    result = outcomes.as_dict()
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["counts"] == {
         "n": 5,
         "correct": 3,
         "wrong": 1,
@@ -108,10 +108,10 @@ def test_as_dict_is_json_and_says_what_the_outcomes_say():
         "correct_or_abstained": 4,
         "coverage": 4,
     }
-    rates = found["rates"]
+    rates = result["rates"]
     assert isinstance(rates, dict)
-    assert rates.keys() == found["counts"].keys() - {"n"}  # type: ignore[attr-defined]
-    for name, count in found["counts"].items():  # type: ignore[attr-defined]
+    assert rates.keys() == result["counts"].keys() - {"n"}  # type: ignore[attr-defined]
+    for name, count in result["counts"].items():  # type: ignore[attr-defined]
         if name != "n":
             rate = Rate.of(count, 5)
             assert rates[name] == [rate.value, rate.low, rate.high]

@@ -1,4 +1,4 @@
-"""What attacks cost: ours beside other libraries', on the same images and judged by the same fresh vote."""
+"""What attacks cost, ours and those of other libraries: on the same images, judged by the same fresh vote."""
 
 from __future__ import annotations
 

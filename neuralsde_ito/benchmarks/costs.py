@@ -1,4 +1,4 @@
-"""What inferences, votes, Brownian paths and training steps cost beside the plain network."""
+"""What inferences, votes, Brownian paths and training steps cost, relative to the plain network."""
 
 from __future__ import annotations
 

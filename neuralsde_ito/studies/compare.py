@@ -137,7 +137,7 @@ def compare_solvers(
     gradients: bool = True,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> SolverComparison:
-    """Compare solvers with a fine reference; each image, or state, has one Brownian path for all of them.
+    """Compare solvers with a fine reference; each image, or state, has one path for all solvers.
 
     Args:
         model: a recast network, whose own solver and steps are not used; or any SDE in torchsde's protocol, with

@@ -84,8 +84,8 @@ def read_depths(
 
     def right(model: ItoResNet, schedule: str, horizon: float, solver: str, n: int) -> Tensor:
         """Which images get the right label, bool ``(N,)``."""
-        shape = tuple(x.shape[1:])
-        other = recast(model, model.schedule.omega, schedule, solver, n, horizon, shape)  # type: ignore[arg-type]
+        channels, height, width = x.shape[1:]
+        other = recast(model, model.schedule.omega, schedule, solver, n, horizon, (channels, height, width))
         return winners(infer(quicken(other), x, rows, keys)) == y
 
     readings = []

@@ -64,7 +64,7 @@ class Subject(Protocol):
         ...
 
     def reference(self, finest: int) -> tuple[str, int]:
-        """Solver and steps that count as exact beside ``finest`` steps."""
+        """Solver and steps that count as exact when up to ``finest`` steps are compared."""
         ...
 
     def order(self, solver: str) -> float:
