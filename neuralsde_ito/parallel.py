@@ -35,7 +35,7 @@ def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result
     """
     count = workers()
     if count == 1 or len(items) < 2 or torch.is_autocast_enabled("cpu"):
-        return [work(item) for item in items]
+        return list(map(work, items))
     gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def piece(item: Item) -> Result:
@@ -91,7 +91,7 @@ def in_pieces(
         count = max(1, min(total, max(least, min(even, total // 2))))
         pieces = [slice(a, b) for a, b in itertools.pairwise(total * i // count for i in range(count + 1))]
         try:
-            return spread(work, pieces) if at_once > 1 else [work(piece) for piece in pieces]
+            return spread(work, pieces) if at_once > 1 else list(map(work, pieces))
         except (RuntimeError, MemoryError) as error:
             if size <= 1 or not out_of_memory(error):
                 raise

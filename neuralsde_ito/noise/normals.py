@@ -183,7 +183,7 @@ def by_rows(work: Callable[[slice], None], rows: int, width: int, device: torch.
     cpu = device.type == "cpu"
     step = max(1, (_WORDS if cpu else 1 << 24) // max(1, width))
     pieces = [slice(start, start + step) for start in range(0, rows, step)]
-    if cpu:
+    if cpu and len(pieces) > 1:
         spread(work, pieces)
     else:
         for piece in pieces:
