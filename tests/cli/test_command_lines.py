@@ -2,7 +2,7 @@
 
 ``RANDOM_LINES`` is the number of random lines (default 120, some 30 s), ``RANDOM_LINES_SEED`` their seed:
 
-    RANDOM_LINES=400 RANDOM_LINES_SEED=3 pytest tests/test_command_lines.py -k random
+    RANDOM_LINES=400 RANDOM_LINES_SEED=3 pytest tests/cli/test_command_lines.py -k random
 """
 
 import errno
@@ -164,7 +164,7 @@ def test_a_key_that_would_do_nothing_is_refused(words: str, said: str, here: Pat
     assert sorted(folder.name for folder in Path("runs").iterdir()) == ["single", "tiny"]
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\$ ito-sde (.+?)(?: +#.*)?$", README, re.MULTILINE))

@@ -450,7 +450,9 @@ def test_the_deciding_votes_are_in_the_bundle(settings, rule, tmp_path):
 HONEST_SEEDS = int(os.environ.get("HONEST_SEEDS", "0"))
 
 
-@pytest.mark.skipif(not HONEST_SEEDS, reason="takes minutes: HONEST_SEEDS=200 pytest tests/test_bundle.py -k honest")
+@pytest.mark.skipif(
+    not HONEST_SEEDS, reason="takes minutes: HONEST_SEEDS=200 pytest tests/audits/test_bundle.py -k honest"
+)
 def test_honest_bundles_fail_in_at_most_one_seed_of_a_hundred():
     failed = []
     for number in range(HONEST_SEEDS):
