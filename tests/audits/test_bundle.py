@@ -451,7 +451,7 @@ HONEST_SEEDS = int(os.environ.get("HONEST_SEEDS", "0"))
 
 
 @pytest.mark.skipif(
-    not HONEST_SEEDS, reason="takes minutes: HONEST_SEEDS=200 pytest tests/audits/test_bundle.py -k honest"
+    not HONEST_SEEDS, reason="takes minutes: HONEST_SEEDS=200 pytest -k honest tests/audits"
 )
 def test_honest_bundles_fail_in_at_most_one_seed_of_a_hundred():
     failed = []
