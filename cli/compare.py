@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from neuralsde_ito.sde.solvers import SOLVERS
-
 from . import options, output
 
 if TYPE_CHECKING:
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     "--solver",
     "solvers",
     multiple=True,
-    type=click.Choice(list(SOLVERS)),
+    type=options.one_solver,
     metavar="NAME",
     help="Only this solver.  [repeatable; default: all that fit]",
 )

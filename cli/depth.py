@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from neuralsde_ito.sde.solvers import SOLVERS
+from neuralsde_ito.sde.schedules import SCHEDULES
 
 from . import options, output
 
 if TYPE_CHECKING:
     from neuralsde_ito.models.recast import ItoResNet
     from neuralsde_ito.studies.depth import Reading
-
-# The names in `neuralsde_ito.sde.schedules.SCHEDULES`, for help that does not wait for torch.
-SCHEDULES = ("inverse-time", "constant", "multiplicative", "constant-multiplicative")
 
 
 @click.command("depth")
@@ -27,7 +24,7 @@ SCHEDULES = ("inverse-time", "constant", "multiplicative", "constant-multiplicat
     "--schedule",
     "schedules",
     multiple=True,
-    type=click.Choice(SCHEDULES),
+    type=options.one_schedule,
     metavar="NAME",
     help=f"The noise: {', '.join(SCHEDULES)}.  [repeatable; default: the run's]",
 )
@@ -36,7 +33,7 @@ SCHEDULES = ("inverse-time", "constant", "multiplicative", "constant-multiplicat
     "--solver",
     "solvers",
     multiple=True,
-    type=click.Choice(list(SOLVERS)),
+    type=options.one_solver,
     metavar="NAME",
     help="A solver, such as euler or srk.  [repeatable; default: the run's]",
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import attacks
-    from .attacks.suite import Suite, standard
+    from .attacks.suite import Suite, SuiteResult, standard
     from .attacks.suite_run import SuiteSettings, run_suite
     from .attacks.sweep import least_norm
     from .audits.audit import Audit, audit
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .models.resnets import ARCHITECTURES, Normalize, load_resnet
     from .models.votes import decide
     from .noise.brownian import BrownianPath
-    from .noise.keys import make_keys
+    from .noise.keys import PathRange, make_keys
     from .noise.normals import normals
     from .outcomes import ABSTAIN, Outcomes, Paired, Rate, WorstCase
     from .runs.config import Config, load_config
@@ -49,7 +49,7 @@ _HOMES = {
     "studies.depth": ("Reading", "read_depths"),
     "models.ensemble": ("ItoEnsemble", "Prediction"),
     "noise.brownian": ("BrownianPath",),
-    "noise.keys": ("make_keys",),
+    "noise.keys": ("PathRange", "make_keys"),
     "noise.normals": ("normals",),
     "outcomes": ("ABSTAIN", "Outcomes", "Paired", "Rate", "WorstCase"),
     "models.recast": ("Chain", "ItoResNet", "recast"),
@@ -58,7 +58,7 @@ _HOMES = {
     "sde.block": ("BlockSDE",),
     "sde.solvers": ("SOLVERS", "Solver"),
     "sde.integrate": ("integrate",),
-    "attacks.suite": ("Suite", "standard"),
+    "attacks.suite": ("Suite", "SuiteResult", "standard"),
     "attacks.suite_run": ("SuiteSettings", "run_suite"),
     "attacks.sweep": ("least_norm",),
     "validation": ("ItoError",),
@@ -68,12 +68,13 @@ _HOMES = {
 _MODULE_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  (in the order of reading)
-    "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule", "SCHEDULES",
-    "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "ItoEnsemble", "Prediction", "decide",
-    "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks", "Suite", "SuiteSettings", "run_suite", "standard",
-    "least_norm", "audit", "Audit", "Check", "Evidence", "evidence_of", "save_bundle", "load_bundle", "suite_of",
-    "verify_bundle", "Verification", "load_data", "Config", "load_config", "Run", "save_ensemble", "load_ensemble",
-    "compare_solvers", "SolverComparison", "read_depths", "Reading", "ItoError",
+    "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule",
+    "SCHEDULES", "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "PathRange",
+    "ItoEnsemble", "Prediction", "decide", "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks",
+    "SuiteSettings", "run_suite", "Suite", "SuiteResult", "standard", "least_norm", "audit", "Audit", "Check",
+    "Evidence", "evidence_of", "save_bundle", "load_bundle", "suite_of", "verify_bundle", "Verification",
+    "load_data", "Config", "load_config", "Run", "save_ensemble", "load_ensemble", "compare_solvers",
+    "SolverComparison", "read_depths", "Reading", "ItoError",
 ]  # fmt: skip
 
 

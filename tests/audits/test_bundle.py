@@ -450,9 +450,7 @@ def test_the_deciding_votes_are_in_the_bundle(settings, rule, tmp_path):
 HONEST_SEEDS = int(os.environ.get("HONEST_SEEDS", "0"))
 
 
-@pytest.mark.skipif(
-    not HONEST_SEEDS, reason="takes minutes: HONEST_SEEDS=200 pytest -k honest tests/audits"
-)
+@pytest.mark.skipif(not HONEST_SEEDS, reason="takes minutes: HONEST_SEEDS=200 pytest -k honest tests/audits")
 def test_honest_bundles_fail_in_at_most_one_seed_of_a_hundred():
     failed = []
     for number in range(HONEST_SEEDS):

@@ -353,10 +353,9 @@ def test_a_network_that_loses_on_a_finer_grid_is_called_a_resnet():
 
 
 def test_the_names_that_help_shows_without_torch_are_those_of_the_tables():
-    from neuralsde_ito.cli import depth, orders
+    from neuralsde_ito.cli import orders
 
     assert tuple(PROBLEMS) == orders.PROBLEMS
-    assert tuple(ito.SCHEDULES) == depth.SCHEDULES
 
 
 @pytest.mark.parametrize("verb", ["compare", "orders", "depth"])
