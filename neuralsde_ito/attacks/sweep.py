@@ -1,4 +1,4 @@
-"""Tables: an ensemble beside the ResNet it came from, on clean images and under attack."""
+"""One attack at several radii: the ensemble through each surrogate, and beside it the ResNet that it came from."""
 
 from __future__ import annotations
 
@@ -25,46 +25,6 @@ from .targets import classify
 
 SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 Tick = Callable[[int], object]
-
-
-def least_norm(
-    ensemble: ItoEnsemble,
-    x: Tensor,
-    y: Tensor,
-    attack: Callable[[float], Attack],
-    most: float,
-    rounds: int = 8,
-    seed: int = 0,
-    index: Tensor | None = None,
-) -> Tensor:
-    """The least radius at which the attack denies each image, by bisection: ``(N,)``, in pixel units.
-
-    It is 0 where the image is wrong without attack, and infinite where the attack fails at ``most``. It is an upper
-    bound on the true least radius. Votes on the selection's noise decide whether an image is denied, see
-    `selection_votes`.
-
-    Args:
-        ensemble, x, y, seed, index: as in `Attack.run`.
-        attack: from a radius to the attack.
-        most: the largest radius.
-        rounds: bisections; the result is exact to ``most / 2**rounds``, as far as the attack is.
-    """
-    images, report = Images(x, y, image_names(index, x)), Report(seed)
-    low = torch.zeros(len(x), device=x.device)
-    least = torch.full((len(x),), math.inf, device=x.device)
-    least[ensemble.predict(x, seed, images.index).labels != y] = 0
-    high = torch.full_like(least, most)
-    for turn in range(rounds + 1):
-        middle = high if turn == 0 else (low + high) / 2
-        rows = ((least > 0) & ((least < math.inf) if turn else least.isinf())).nonzero()[:, 0]
-        for eps in middle[rows].unique().tolist():
-            here = rows[middle[rows] == eps]
-            some = images[here]
-            attacked = attack(eps).run(ensemble, some.x, some.y, seed, some.index).images
-            # The report must not choose a radius.
-            denied = selection_votes(ensemble, replace(some, x=attacked), report).denial
-            least[here[denied]], high[here[denied]], low[here[~denied]] = eps, eps, eps
-    return least
 
 
 def surrogate_models(ensemble: ItoEnsemble, resnet: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -291,3 +251,43 @@ def _joined(parts: Sequence[Any]) -> Any:
     if isinstance(first, list):
         return [_joined(column) for column in zip(*parts, strict=True)]
     return reduce(operator.add, parts)
+
+
+def least_norm(
+    ensemble: ItoEnsemble,
+    x: Tensor,
+    y: Tensor,
+    attack: Callable[[float], Attack],
+    most: float,
+    rounds: int = 8,
+    seed: int = 0,
+    index: Tensor | None = None,
+) -> Tensor:
+    """The least radius at which the attack denies each image, by bisection: ``(N,)``, in pixel units.
+
+    It is 0 where the image is wrong without attack, and infinite where the attack fails at ``most``. It is an upper
+    bound on the true least radius. Votes on the selection's noise decide whether an image is denied, see
+    `selection_votes`.
+
+    Args:
+        ensemble, x, y, seed, index: as in `Attack.run`.
+        attack: from a radius to the attack.
+        most: the largest radius.
+        rounds: bisections; the result is exact to ``most / 2**rounds``, as far as the attack is.
+    """
+    images, report = Images(x, y, image_names(index, x)), Report(seed)
+    low = torch.zeros(len(x), device=x.device)
+    least = torch.full((len(x),), math.inf, device=x.device)
+    least[ensemble.predict(x, seed, images.index).labels != y] = 0
+    high = torch.full_like(least, most)
+    for turn in range(rounds + 1):
+        middle = high if turn == 0 else (low + high) / 2
+        rows = ((least > 0) & ((least < math.inf) if turn else least.isinf())).nonzero()[:, 0]
+        for eps in middle[rows].unique().tolist():
+            here = rows[middle[rows] == eps]
+            some = images[here]
+            attacked = attack(eps).run(ensemble, some.x, some.y, seed, some.index).images
+            # The report must not choose a radius.
+            denied = selection_votes(ensemble, replace(some, x=attacked), report).denial
+            least[here[denied]], high[here[denied]], low[here[~denied]] = eps, eps, eps
+    return least
