@@ -53,7 +53,7 @@ def _pool(process: int, count: int, threads: int) -> ThreadPoolExecutor:
     def start() -> None:
         # The first call initialises this thread's settings; after the next line it would undo that.
         torch.get_num_threads()
-        torch.set_num_threads(threads // count)
+        torch.set_num_threads(max(1, threads // count))
         _thread.busy = True
 
     pool = ThreadPoolExecutor(count, "neuralsde_ito", start)

@@ -172,10 +172,10 @@ def test_an_attack_checkpoints_when_a_single_image_does_not_fit(monkeypatch):
     target = as_target(ensemble, x)
     path_logits = ito.ItoEnsemble.path_logits
 
-    def small(self, x, *rest):
+    def small(self, x, paths):
         if torch.is_grad_enabled() and not self.members[0].checkpoint:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        return path_logits(self, x, *rest)
+        return path_logits(self, x, paths)
 
     monkeypatch.setattr(ito.ItoEnsemble, "path_logits", small)
     found = target.ascend(mean_loss, x, y, PathRange(0, "gradient", torch.arange(3), 0, 2))
