@@ -93,7 +93,7 @@ def cli(debug: bool) -> None:
 
 
 def _sentence(text: str, width: int = 390) -> str:
-    """A message on one line. If it is too long, its beginning (what is wrong) and its end (the mend)."""
+    """A message on one line. If it is too long, its beginning (what is wrong) and its end (how to fix it)."""
     text = " ".join(text.split()).encode(errors="backslashreplace").decode()
     return text if len(text) <= width else f"{text[: width // 2 - 3]} ... {text[2 - width // 2 :]}"
 

@@ -64,7 +64,7 @@ class Asked:
         "--eps",
         "radii",
         multiple=True,
-        help="Radius in pixel units, 8/255 or 0.03; repeatable.  [default: the run's]",
+        help="Radius in pixel units, 8/255 or 0.03; repeatable. The run's attack.also are added.  [default: the run's]",
     ),
     click.option(
         "--preset",

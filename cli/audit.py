@@ -175,7 +175,7 @@ def _print(result: Audit, eps: str, about: dict[str, Any], html: Path | None) ->
     click.echo()
     if result.failed:
         output.sentence(
-            "Next: mend the attack as said above, and audit again, or take 'ito-sde suite'; the "
+            "Next: fix the attack as said above, and audit again, or take 'ito-sde suite'; the "
             "lower accuracy is the one to report."
         )
     else:

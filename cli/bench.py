@@ -46,7 +46,9 @@ READ_BY = {  # the parts that obey an option
 @click.option("--arch", help="A network with random weights instead of a run's: no votes and attacks then.")
 @options.on_run
 @click.option("--batch", type=click.IntRange(2), default=256, show_default=True, help="Images of an inference.")
-@click.option("--repeats", type=click.IntRange(1), default=9, show_default=True, help="Interleaved; medians count.")
+@click.option(
+    "--repeats", type=click.IntRange(1), default=9, show_default=True, help="Interleaved; the median is reported."
+)
 @click.option("--eps", "radii", multiple=True, default=("2/255", "8/255"), show_default=True, help="Of attacks; L-inf.")
 @click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Images that are attacked.")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps of attacks.")

@@ -112,7 +112,8 @@ def _measure(
                 path = problem.torchsde_path()
                 exact = problem.exact(path)
                 for solver in solvers:
-                    by_peer["torchsde"][name][solver] = measure_order(problem, solver, steps, exact, path)
+                    if SOLVERS[solver].any_sde or SOLVERS[solver].same_as:  # torchsde has the method
+                        by_peer["torchsde"][name][solver] = measure_order(problem, solver, steps, exact, path)
                     bar.update()
             if "diffrax" in peers:
                 from neuralsde_ito.studies.other_libraries import diffrax_orders

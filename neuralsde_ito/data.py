@@ -324,7 +324,7 @@ def _to_eight_bits(image: Image.Image, kind: str | None, path: str | Path) -> Im
         return image
     if image.mode == "I" and kind not in ("PNG", "PPM"):  # these two formats hold 16 bits at most
         raise ItoError(
-            f"The image file {str(path)!r} holds whole numbers of 32 bits, of which it is not known what is white; "
+            f"The image file {str(path)!r} holds whole numbers of 32 bits, and their white level is unknown; "
             "save it with 8 or 16 bits."
         )
     values = np.asarray(image)

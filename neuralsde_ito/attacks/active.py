@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..noise.keys import make_keys
 from .objectives import Objective, nan_lowest
-from .panels import Panels, goal_reached, share_to_win
+from .panels import Panels, goal_reached, share_not_won
 from .targets import Ascent
 
 START = -1  # the use of random numbers that every attack has: a random start, see `ActiveSet.keys`
 
-# Of 20 paths at most 3: were the right class still ahead of one other, at a half, that would happen once in 780 times.
+# At most 3 of 20 paths. If the right class won half of the paths, 3 or fewer of 20 would happen once in 780 times.
 _BEYOND_LUCK = 0.15
 
 
@@ -82,7 +82,7 @@ class ActiveSet:
         """Keep the iterate where it is better than the best one so far; returns where, bool ``(K,)``.
 
         The higher ``loss`` is better. With ``logits`` and without noise, an iterate that fools is better than one that
-        does not, however high the loss of that. With noise it may have been a lucky draw, and the loss judges better.
+        does not, whatever its loss. With noise the success may have been a lucky draw, so the loss decides.
         """
         better = loss > self.best_loss
         if logits is not None and not self.panels.noisy:
@@ -122,11 +122,11 @@ class ActiveSet:
         if not self.panels.noisy:
             fooled = goal_reached(logits, labels, self.goal)
         else:
-            fooled = share_to_win(logits, labels, self.goal) <= 2 * _BEYOND_LUCK
+            fooled = share_not_won(logits, labels, self.goal) <= 2 * _BEYOND_LUCK
             if bool(fooled.any()):
                 near = fooled.nonzero()[:, 0]
                 again = self.panels.judge(self.iterate[near], self.rows[near], draw)
-                fooled[near] = share_to_win(again, labels[near], self.goal) <= _BEYOND_LUCK
+                fooled[near] = share_not_won(again, labels[near], self.goal) <= _BEYOND_LUCK
         self._result[self._positions[fooled]] = self.iterate[fooled]
         return fooled
 

@@ -63,9 +63,9 @@ class Attack:
         selection: paths that judge an iterate.
         objective: a name in `OBJECTIVES`.
         targets: for an objective that aims at a class: how many wrong classes are tried, the likeliest first.
-        stop: whether an image leaves the batch as soon as it is fooled beyond luck: wrong on the gradient's
-            paths and with at most 15 % of the selection's paths for the right class (under evasion: not for one
-            wrong class).
+        stop: whether an image leaves the batch as soon as it is fooled beyond luck. Without noise: it is fooled. With
+            noise: the right class wins at most 30 % of the gradient's paths and at most 15 % of a draw of the
+            selection's (under evasion: at most these shares are not won by one wrong class).
         goal: ``denial``, the right class loses its majority, so that the answer is wrong or there is none; or
             ``evasion``, a wrong class gets the majority. They differ where there are several paths.
 
@@ -151,7 +151,8 @@ class Attack:
         self, target: Target, x: Tensor, y: Tensor, seed: int, index: Tensor, start: Tensor | None
     ) -> AttackResult:
         """Attempt after attempt, one for each restart and each class to aim at, on the images that still survive."""
-        panels = Panels(target, y, seed, index, self.eot, self.selection, self.steps + 2)
+        draws = self.steps + 2  # of one attempt: the start, each step or query, and one to spare
+        panels = Panels(target, y, seed, index, self.eot, self.selection, draws)
         if panels.noisy and self.eot == 1:
             warnings.warn(
                 "A randomised model is attacked with one path a gradient (eot=1): the attack is weak, "
@@ -195,7 +196,7 @@ class Attack:
         return [torch.stack([y, ranking[:, aim]], 1) for aim in range(count)]
 
     def _score(self, logits: Tensor, y: Tensor) -> Tensor:
-        """By what the results of several attempts are compared, ``(N,)``; it does not depend on the class aimed at."""
+        """The score ``(N,)`` by which attempts are compared; it does not depend on the class aimed at."""
         if self.goal == "evasion":  # the mean probability of the best wrong class
             return zero_invalid(logits).softmax(-1).mean(0).scatter(1, y[:, None], 0).amax(1)
         return nan_lowest(OBJECTIVES["mean-loss" if self.objective in TARGETED else self.objective](logits, y))

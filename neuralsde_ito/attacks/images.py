@@ -42,7 +42,7 @@ class Images:
 
     @classmethod
     def of(cls, split: Split, batch_size: int = 250, device: torch.device | str = "cpu") -> Images:
-        """All images of a split, in its order: made on ``device``, which may round otherwise, and kept on the CPU."""
+        """All images of a split, in its order: made on ``device`` (rounding can differ by device), kept on the CPU."""
         batches = split.batches(batch_size, torch.device(device))
         return cls.join([cls(x, y, index).to("cpu") for index, x, y in batches])
 

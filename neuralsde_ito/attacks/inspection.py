@@ -19,7 +19,7 @@ _MEND = "call model.eval(), or put only the dropout into train mode"
 
 @contextmanager
 def as_called(model: nn.Module) -> Iterator[None]:
-    """Inside, a model answers as it does when its owner calls it; afterwards all is as it was, also on an error.
+    """Run a model in the modes in which its owner uses it; afterwards all is as it was, also on an error.
 
     Itô models are in eval mode, as their noise does not depend on the mode. Any other module keeps the modes that it
     has: a dropout that was left on belongs to the model. Buffers that calls change get their values back.

@@ -38,7 +38,7 @@ def wrong_share(logits: Tensor, y: Tensor) -> Tensor:
     return counts[:, 1:].scatter(1, (y if y.dim() == 1 else y[:, 0])[:, None], 0).amax(1) / len(logits)
 
 
-def share_to_win(logits: Tensor, y: Tensor, goal: str) -> Tensor:
+def share_not_won(logits: Tensor, y: Tensor, goal: str) -> Tensor:
     """The share of paths that the attack has not won yet; shapes as in `right_share`.
 
     Denial: the right class wins on them. Evasion: the best wrong class does not.
@@ -51,7 +51,7 @@ def goal_reached(logits: Tensor, y: Tensor, goal: str) -> Tensor:
 
     Denial: the right class has no majority of the paths. Evasion: a wrong class has one.
     """
-    share = share_to_win(logits, y, goal)
+    share = share_not_won(logits, y, goal)
     return share < 0.5 if goal == "evasion" else share <= 0.5
 
 

@@ -1,7 +1,8 @@
 """Projected gradient descent on a randomised model (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
 
-Three panels of noise keep the attack honest: gradients average ``eot`` paths of the first, iterates are chosen on the
-second, and reports use a third one, which the attack never sees.
+Three panels of noise keep the attack honest. Gradients average ``eot`` paths of the first, and their loss chooses the
+best iterate. Paths of the second decide when an image is fooled, and which attempt is best. The report uses a third one,
+which the attack never sees.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class PGD(Attack):
     Attributes:
         step_size: length of a step, in pixel units; by default ``2.5 eps / steps``.
         random_start: whether the first attempt begins at a random point of the ball (all later ones do).
-        momentum: share of the last direction that is kept; gradients then count by their L1 length (Dong et al. 2018,
-            https://arxiv.org/abs/1710.06081).
+        momentum: share of the last direction that is kept; each gradient is divided by its mean absolute value
+            first (Dong et al. 2018, https://arxiv.org/abs/1710.06081).
         keep: ``"best"`` iterate by the loss on the gradient's paths, or the ``"last"`` one.
     """
 
@@ -49,7 +50,7 @@ class PGD(Attack):
 
     def first_iterate(self, active: ActiveSet) -> Tensor:
         """See `Attack.first_iterate`."""
-        return super().first_iterate(active) if self.random_start or active.panels.attempt else active.origin
+        return super().first_iterate(active) if self.random_start or active.panels.attempt > 0 else active.origin
 
     def attempt(self, active: ActiveSet) -> None:
         """See `Attack.attempt`."""
@@ -67,7 +68,7 @@ class PGD(Attack):
         if self.keep == "last":
             active.best = active.iterate
         else:
-            active.keep_last(self.steps)
+            active.keep_last(draw=self.steps)
 
 
 # `madry20`: the 20-step column of the Madry toolbox's README, which the paper's Table 1 quotes.
@@ -100,4 +101,5 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0, index: Tensor
     if extra := settings.keys() & {"steps", "step_size", "restarts", "random_start"}:
         raise ItoError(f"FGSM is one step of length eps: it takes no {', '.join(sorted(extra))}.")
     one = replace(PRESETS["fgsm"], **settings)
+    # At eps 0 the step size must be None: it has to be positive.
     return replace(one, step_size=one.eps or None).run(model, x, y, seed, index).images

@@ -25,7 +25,7 @@ class Report:
         noise: ``fresh`` (each image has paths of its own, which the attacker does not know), ``fixed`` (all images
             have the same paths, which the attacker does not know) or ``known`` (as ``fresh``, but the attacker knows
             the paths).
-        repeat: how often a persistent attacker may ask about each image; one wrong answer is enough for him.
+        repeat: how often a persistent attacker may ask about each image; one wrong answer is enough.
 
     Raises:
         ItoError: an unknown noise, or no vote.

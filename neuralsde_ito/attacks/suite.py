@@ -114,8 +114,8 @@ class SuiteResult:
 
     Attributes:
         eps: the radius, in pixel units.
-        denial, evasion: the two worst cases; labels and votes are empty until the report has voted, after the last
-            attack of the radius. Sources number the attacks through all radii up to this one.
+        denial, evasion: the two worst cases; until the report has voted, their labels and votes are empty. It votes
+            after the last attack of the radius. Sources number the attacks through all radii up to this one.
         attacked: images that the attack was run on.
         fooled: images among them on which it reached its goal, by votes of the selection.
         queries, gradients: its inferences without and with a gradient.
@@ -141,7 +141,7 @@ def check_rising(radii: Sequence[float]) -> None:
     """Refuse radii that do not rise: an image made in a larger ball would compete in a smaller one.
 
     Raises:
-        ItoError: with the mend.
+        ItoError: they do not rise.
     """
     if any(small >= large for small, large in itertools.pairwise(radii)):
         raise ItoError(f"Radii must rise from one to the next, got {shown(list(radii))}; sort them.")

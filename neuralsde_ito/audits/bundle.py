@@ -455,7 +455,7 @@ def _check_settings(evidence: Evidence) -> None:
     one_of("noise model", evidence.noise, NOISES)
     names = (*evidence.attacks, _CLEAN)
     if not evidence.attacks or len(set(names)) < len(names):
-        raise ItoError(f"A bundle needs attacks, no two of one name, got {shown(evidence.attacks)}.")
+        raise ItoError(f"A bundle needs attacks with different names, got {shown(evidence.attacks)}.")
     for name in ("attacked", "queries", "gradients"):
         values = getattr(evidence, name)
         counts = all(type(value) is int and 0 <= value < 2**62 for value in values)

@@ -75,7 +75,7 @@ def _frozen_copy(model: ItoResNet) -> ItoResNet:
 
 
 def folded(model: ItoResNet) -> FrozenResNet:
-    """The quick form of a model; it takes over and changes the modules of ``model``, which is of no use afterwards."""
+    """The quick form of a model. It takes over and changes the modules of ``model``, which must not be used again."""
     quick = FrozenResNet(
         model.stem, model.sdes, model.head, model.solver, model.steps, model.checkpoint, model.image_shape
     )

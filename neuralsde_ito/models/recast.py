@@ -66,7 +66,7 @@ def as_chain(net: nn.Module) -> Chain:
     positions = [i for i, part in enumerate(parts) if isinstance(part, _BLOCKS)]
     if not positions or positions != list(range(positions[0], positions[-1] + 1)):
         raise ItoError(
-            f"{type(net).__name__} is not an unbroken run of torchvision's BasicBlock or Bottleneck; "
+            f"{type(net).__name__} has no single unbroken run of torchvision's BasicBlock or Bottleneck; "
             "spell it out: ito.recast(ito.Chain(stem, blocks, head))."
         )
     head: list[nn.Module] = []
@@ -147,7 +147,7 @@ class ItoResNet(nn.Module):
     def splits_at_noise(self) -> bool:
         """Whether ``model(x, keys)`` is `before_noise` and then `along_paths`.
 
-        It is not where a subclass has a ``forward`` of its own, or where the model has hooks.
+        False if a subclass overrides one of the three, or if the model has hooks.
         """
         own = (ItoResNet.forward, ItoResNet.before_noise, ItoResNet.along_paths)
         kind = type(self)
@@ -161,7 +161,7 @@ class ItoResNet(nn.Module):
     def before_noise(self, x: Tensor) -> Tensor:
         """The part that all inferences of an image share: images ``(N, C, H, W)`` -> states ``(N, ...)``.
 
-        That is the stem; and the output of the first block, where this is one Euler step (`one_euler_step`).
+        That is the stem and, if `one_euler_step`, also the first block.
         """
         state = self.stem(x)
         return self.sdes[0].block(state) if self.one_euler_step else state
@@ -277,7 +277,7 @@ def _probe(net: nn.Module, chain: Chain, image_shape: tuple[int, int, int]) -> l
                     raise ItoError(f"Block {i} changes its input in place; set its first activation to inplace=False.")
                 state = after
                 shapes.append(tuple(state.shape[1:]))
-            # NaN equals NaN here: weights that are not finite do not show that the order is another.
+            # NaN counts as equal: weights that are not finite are no evidence of a wrong order.
             same = torch.allclose(chain.head(state), net(x), rtol=0, atol=0, equal_nan=True)
     except RuntimeError as error:
         raise ItoError(

@@ -132,7 +132,7 @@ class Poll:
     def wanted(self) -> Tensor:
         """How many inferences each member makes next for each image: ``(members, n)``, all zero at the end.
 
-        They are no more than would settle the label if they all agreed, so no inference is made in vain.
+        They are no more than would settle the label if they all agreed, so no unneeded inference is made.
         """
         votes, drawn, certain, can = self._standing()
         _, settled = self.labels()

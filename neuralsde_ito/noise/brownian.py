@@ -53,7 +53,7 @@ class BrownianPath(torchsde.BaseBrownian):
     with ``z`` and ``n`` independent of everything before (Foster, Lyons, Oberhauser 2020,
     https://doi.org/10.1137/19M1261912; diffrax's virtual Brownian tree uses the same bridge). The increments of a
     coarse step are therefore the sums of the fine ones, and one path serves every solver and every step size. One
-    step a block costs one normal an element, because ``H`` is only drawn where it is needed.
+    step a block costs one normal per element, because ``H`` is only drawn where it is needed.
 
     It answers torchsde's queries: ``bm(ta, tb)`` is ``W``, ``bm(ta, tb, return_U=True)`` is ``(W, U)``; shapes
     ``(N, size)``.
@@ -214,7 +214,11 @@ class BrownianPath(torchsde.BaseBrownian):
         self._waiting.clear()
 
     def _address(self, level: int, index: int, component: int) -> Tensor:
-        """The path's keys, with the address of one normal of a cell mixed in: component 0 (W, z) or 1 (H, n)."""
+        """The path's keys, with the address of normals mixed in.
+
+        Component 0 is ``W`` of the whole block, or ``z`` of a bridge; component 1 is ``H``, or ``n``. A bridge has the
+        level of the two halves and the index of the cell that it splits.
+        """
         return absorb(self.keys, fold_address((self.block, level, index, component)))
 
     def _normals(self, addressed: Tensor, variance: float) -> Tensor:

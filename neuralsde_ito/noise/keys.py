@@ -1,7 +1,7 @@
 """Keys: a key names one inference of one image, and so the path of its noise.
 
-The way of a key: `make_keys` hashes what the inference is; `BrownianPath` mixes the address of a normal (block, cell,
-component) into it; `normals` and `add_normals` make the normals, one an element of the state.
+The way of a key: `make_keys` hashes seed, purpose, member, inference and image; `absorb` mixes the address of a normal
+(block, level, index, component) into it; `add_normals` makes the normals, one per element of the state.
 """
 
 from __future__ import annotations

@@ -33,13 +33,13 @@ _WORDS = 1 << 17  # words in a piece: a MiB. Smaller pieces cost more calls, lar
 
 
 def mixed_elements(words: int, device: torch.device, channels: int = 1) -> Tensor:
-    """The mixed elements ``(1, C)``; for a channels_last state in the order in which `kernels.c` goes through it."""
+    """The mixed elements ``(1, words)``; for a channels_last state in the order in which `kernels.c` goes through it."""
     elements = _MIXED_ELEMENTS.get((words, device, channels))
     if elements is None:
         elements = mix_(torch.arange(1, words + 1, device=device) * GOLDEN)[None]
         if channels > 1:  # words of radii, then words of angles, each for `channels / 2` channels
             elements = rearrange(elements, "1 (a c s) -> 1 (a s c)", a=2, c=channels // 2)
-        if kernels.ordinary(elements):  # a tensor made under a transform or a fake mode is of no use outside of it
+        if kernels.ordinary(elements):  # a tensor made under a transform or a fake mode must not be used outside of it
             if len(_MIXED_ELEMENTS) >= 64:
                 _MIXED_ELEMENTS.clear()
             _MIXED_ELEMENTS[words, device, channels] = elements

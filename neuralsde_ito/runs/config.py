@@ -186,7 +186,7 @@ def load_config(
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
-                raise ItoError(f"Unknown key {shown(key)}: {shown(section)} holds no keys.")
+                raise ItoError(f"Unknown key {shown(key)}: {shown(section)} is a value, not a section.")
         node[leaf] = value
     return parse_config(tree)
 

@@ -162,7 +162,7 @@ def _check_storable(name: str, model: ItoResNet, config: Config, template: nn.Se
     keys = make_keys(0, "report", index=torch.arange(2, device=device))
     with torch.no_grad(), evaluating(model):
         if not torch.allclose(model(x, keys), again.eval()(x, keys), 1e-4, 1e-4, equal_nan=True):
-            raise ItoError(f"{name} computes something else than its modules, weights and settings tell.")
+            raise ItoError(f"{name} does not compute what its modules, weights and settings describe.")
 
 
 def _described(model: ItoResNet) -> dict[str, tuple[object, ...]]:

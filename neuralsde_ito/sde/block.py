@@ -1,4 +1,7 @@
-"""One residual block as a torchsde module: ``dx = (B(x) - x) dt + sigma(t) dB`` (paper, section 3)."""
+"""One residual block ``B`` as a torchsde module: ``dx = (B(x) - x) dt + g(t, x) dW`` (paper, section 3).
+
+The diffusion ``g`` is ``sigma(t)``, or ``sigma(t) x`` for multiplicative noise; see `Schedule`.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from .schedules import Schedule
 class BlockSDE(nn.Module):
     """Block ``i`` of a residual network as an Itô SDE with diagonal noise on ``[t0, t1]``.
 
-    - A block that keeps the shape drifts towards its output: ``f(t, x) = (B(x) - x) / (t1 - t0)``. Block
-      length 1 is the paper's; another horizon rescales time and leaves the noise-free flow as it is.
+    - A block that keeps the shape drifts towards its output: ``f(t, x) = (B(x) - x) / (t1 - t0)``. The paper's
+      blocks have length 1; with another length time is rescaled, and the noise-free result stays the same.
       ``B`` holds the ReLU after the addition, so the drift is ``B(x) - x``, not the residual branch.
     - A block that changes the shape (``jump``) moves the state to ``B(x)`` at ``t0`` and then only diffuses:
       ``f = 0``.
@@ -36,7 +39,7 @@ class BlockSDE(nn.Module):
     block: nn.Module
     noise_type = "diagonal"
     sde_type = "ito"
-    overwrite_output = False  # whether a solver may write into what the block returns; only in copies of our own
+    overwrite_output = False  # whether a solver may write into what the block returns; set in the quick copies only
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class BlockSDE(nn.Module):
         Raises:
             ItoError: unknown form, or ``"additive"`` for multiplicative noise.
         """
-        one_of("view", form, _VIEWS)
+        one_of("form", form, _VIEWS)
         if form == "additive" and self.schedule.multiplicative:
             raise ItoError(f"Schedule {self.schedule.name!r} is multiplicative: it has no additive view.")
         return _VIEWS[form](self, self.shape if shape is None else tuple(shape))

@@ -41,6 +41,7 @@ def _constant(omega: float, t: float) -> float:
     return omega
 
 
+# A new sigma(t) is one more entry. (Closed forms in studies/problems.py hold for these.)
 SCHEDULES: dict[str, Law] = {
     "inverse-time": Law("omega / (1 + t)", _inverse_time),  # the paper's
     "constant": Law("omega", _constant),

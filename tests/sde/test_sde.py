@@ -176,7 +176,7 @@ def test_multiplicative_noise_has_no_additive_view(name):
 
 
 def test_unknown_views_are_refused():
-    with pytest.raises(ValueError, match=r"Unknown view 'dense'. Known: ito, additive, stratonovich"):
+    with pytest.raises(ValueError, match=r"Unknown form 'dense'. Known: ito, additive, stratonovich"):
         BlockSDE(nn.Identity(), Schedule(0.5)).view("dense")
 
 
