@@ -1,8 +1,8 @@
 """Projected gradient descent on a randomised model (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
 
-Three panels of noise keep the attack honest. Gradients average ``eot`` paths of the first, and their loss chooses the
-best iterate. Paths of the second decide when an image is fooled, and which attempt is best. The report uses a third one,
-which the attack never sees.
+Three panels of noise keep the attack honest. Gradients average ``eot`` paths of the first, and their loss chooses
+the best iterate. Paths of the second decide when an image is fooled, and which attempt is best. The report uses a third
+one, which the attack never sees.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _WORDS = 1 << 17  # words in a piece: a MiB. Smaller pieces cost more calls, lar
 
 
 def mixed_elements(words: int, device: torch.device, channels: int = 1) -> Tensor:
-    """The mixed elements ``(1, words)``; for a channels_last state in the order in which `kernels.c` goes through it."""
+    """The mixed elements ``(1, words)``; for a channels_last state in the order of `kernels.c`."""
     elements = _MIXED_ELEMENTS.get((words, device, channels))
     if elements is None:
         elements = mix_(torch.arange(1, words + 1, device=device) * GOLDEN)[None]

@@ -81,7 +81,7 @@ def _ode(method: str, order: float, evaluations: int) -> Solver:
 
 _STRATONOVICH = ("stratonovich",)
 
-# A method of our own is one more entry, with its function in `integrate.NATIVE`; `any_sde` and `same_as` are not for it.
+# A method of our own is one more entry, with its function in `integrate.NATIVE`, without `any_sde` and `same_as`.
 # Each entry: library, method, ByNoise(additive, multiplicative) of the order and of the evaluations, forms.
 # Orders: Kloeden & Platen 1992 (Euler, Milstein), Rössler 2010 (SRK: SRA1 and SRID2), torchsde's own
 # declarations for the Stratonovich methods. Diagonal noise commutes, so order 1 needs no Lévy areas.
