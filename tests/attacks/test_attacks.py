@@ -35,6 +35,7 @@ from neuralsde_ito.attacks.targets import classify
 from neuralsde_ito.data import InMemory
 from neuralsde_ito.models import ensemble as ensemble_module
 from neuralsde_ito.models.ensemble import NoiseFree
+from neuralsde_ito.noise import keys
 from neuralsde_ito.noise.keys import PathRange
 from neuralsde_ito.runs.config import Fit
 from neuralsde_ito.runs.evaluate import evaluate
@@ -519,16 +520,16 @@ Asked = dict[str, set[int]]
 @pytest.fixture
 def asked(monkeypatch) -> Asked:
     """All keys that are made, by purpose."""
-    keys: Asked = defaultdict(set)
+    asked: Asked = defaultdict(set)
 
     def record(seed, purpose, *args, **kwargs):
         out = make_keys(seed, purpose, *args, **kwargs)
-        keys[purpose] |= set(out.flatten().tolist())
+        asked[purpose] |= set(out.flatten().tolist())
         return out
 
-    for module in (ensemble_module, active):
+    for module in (ensemble_module, active, keys):
         monkeypatch.setattr(module, "make_keys", record)
-    return keys
+    return asked
 
 
 @pytest.mark.parametrize("settings", [{}, {"restarts": 3}, {"stop": False}, {"keep": "last"}, {"random_start": False}])
