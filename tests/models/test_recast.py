@@ -336,7 +336,7 @@ def test_a_forward_that_does_more_than_call_its_modules_is_refused(make):
 
 def test_networks_that_are_no_chain_of_blocks_are_refused():
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-    with pytest.raises(ValueError, match=r"Sequential is not an unbroken run of .*BasicBlock.*ito\.Chain"):
+    with pytest.raises(ValueError, match=r"Sequential has no single unbroken run of .*BasicBlock.*ito\.Chain"):
         recast(plain)
     broken = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), BasicBlock(6, 6), nn.Dropout(), BasicBlock(6, 6))
     with pytest.raises(ValueError, match="unbroken run"):
