@@ -254,7 +254,7 @@ BAD: dict[str, tuple[Callable[[Evidence], dict[str, object]], str]] = {
     "unknown rule": (lambda e: {"rule": "flatt"}, "flat"),
     "unknown noise": (lambda e: {"noise": "fres"}, "fresh"),
     "eps no number": (lambda e: {"eps": float("nan")}, "eps"),
-    "two attacks of one name": (lambda e: {"attacks": ("pgd",) * len(e.attacks)}, "one name"),
+    "two attacks of one name": (lambda e: {"attacks": ("pgd",) * len(e.attacks)}, "with different names"),
     "no attacks": (lambda e: {"attacks": (), "queries": (), "gradients": ()}, "needs attacks"),
     "a cost too many": (lambda e: {"queries": (1, 2)}, "queries must be a count for each of the 12 attacks"),
     "a negative cost": (lambda e: {"attacked": (-1, *e.attacked[1:])}, "attacked must be a count"),
