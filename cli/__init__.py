@@ -36,25 +36,43 @@ MOVED: tuple[tuple[str, str, list[str], str], ...] = (
 )
 
 
+# Options of a verb that only made sense together with those above: the verb that has them now.
+MOVED_ALONG: dict[str, dict[str, tuple[str, ...]]] = {
+    "attack": {"suite": ("--noise", "--repeat", "--effort", "--resume", "--bundle", "--peer")},
+    "compare": {"orders": ("--peer",), "depth": ("--versus", "--schedule", "--horizon")},
+}
+
+
 def forwarded(words: list[str]) -> list[str]:
     """The words of a command line with today's verb; a line on stderr names it if they are in an earlier form.
 
     Raises:
-        click.UsageError: another suite than the standard one.
+        click.UsageError: another suite than the standard one, or an option that another verb has now.
     """
     verb, *rest = words
+    options = [word.partition("=")[0] for word in rest]
     for before, option, dropped, now in MOVED:
-        at = next((i for i, word in enumerate(rest) if word.partition("=")[0] == option), None)
-        if verb != before or at is None:
-            continue
-        rest[at : at + 1] = rest[at].split("=", 1)  # --suite=standard is two words
-        end = at + len(dropped)
-        if rest[at:end] != dropped:
-            typed = shown(" ".join(rest[at + 1 : end]))
-            raise click.UsageError(f"Unknown suite {typed}; the only one, standard, is now 'ito-sde suite'.")
-        click.echo(f"'ito-sde {verb} {option}' is now 'ito-sde {now}'.", err=True)
-        return [now, *rest[:at], *rest[end:]]
+        if verb == before and option in options:
+            click.echo(f"'ito-sde {verb} {option}' is now 'ito-sde {now}'.", err=True)
+            return [now, *(_without(rest, dropped) if dropped else rest)]
+    for now, moved in MOVED_ALONG.get(verb, {}).items():
+        if typed := [option for option in options if option in moved]:
+            raise click.UsageError(f"'ito-sde {verb}' has no {typed[0]}: it is an option of 'ito-sde {now}'.")
     return words
+
+
+def _without(words: list[str], dropped: list[str]) -> list[str]:
+    """The words without an option and its value, however often they stand there."""
+    option, *value = dropped
+    left = [part for word in words for part in (word.split("=", 1) if word.startswith(f"{option}=") else [word])]
+    while option in left:
+        at = left.index(option)
+        end = at + len(dropped)
+        if left[at + 1 : end] != value:
+            typed = shown(" ".join(left[at + 1 : end]))
+            raise click.UsageError(f"Unknown suite {typed}; the only one, standard, is now 'ito-sde suite'.")
+        del left[at:end]
+    return left
 
 
 class LazyGroup(click.Group):

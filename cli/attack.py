@@ -125,6 +125,7 @@ def command(
     from neuralsde_ito.attacks.sweep import SURROGATES, attack_sweep
     from neuralsde_ito.files import write_atomically
     from neuralsde_ito.runs.build import load_dataset
+    from neuralsde_ito.validation import ItoError
 
     asked.template()
     for text in asked.radii:  # a wrong radius is refused before the run is read
@@ -132,6 +133,8 @@ def command(
     opened = chosen.open()
     defaults, norm = opened.config.attack, asked.norm
     written = (*(asked.radii or defaults.eps.get(norm, ())), *defaults.also.get(norm, ()))
+    if not written:
+        raise ItoError(f"The run's configuration has no radius for {norm}: give --eps.")
     labels = {parse_eps(text): text for text in reversed(written)}
     attacks = [asked.at(eps) for eps in sorted(labels)]
     names = surrogates or SURROGATES

@@ -107,6 +107,7 @@ def command(
     from neuralsde_ito.attacks.suite_run import run_suite
     from neuralsde_ito.files import write_atomically
     from neuralsde_ito.runs.build import load_dataset
+    from neuralsde_ito.validation import ItoError
 
     # Wrong settings are refused before the run is read.
     asked.settings(tuple(sorted({parse_eps(text) for text in asked.radii})), 0)
@@ -115,6 +116,8 @@ def command(
     opened = chosen.open()
     defaults, norm = opened.config.attack, asked.norm
     written = asked.radii or (*defaults.eps.get(norm, ()), *defaults.also.get(norm, ()))
+    if not written:
+        raise ItoError(f"The run's configuration has no radius for {norm}: give --eps.")
     labels = {parse_eps(text): text for text in reversed(written)}
     seed = opened.config.seed if asked.seed is None else asked.seed
     settings = asked.settings(tuple(sorted(labels)), seed)

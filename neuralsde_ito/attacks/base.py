@@ -145,7 +145,7 @@ class Attack:
 
         A draw is the number of a step or query, from 0 to ``steps + 1``; each has paths of its own.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no attempt(active): take PGD, APGD or Square.")
 
     def _attempts(
         self, target: Target, x: Tensor, y: Tensor, seed: int, index: Tensor, start: Tensor | None

@@ -165,7 +165,7 @@ class Suite:
     noise: str = "fresh"
     repeat: int = 1
     seed: int = 0
-    state: Path | None = None
+    state: str | Path | None = None
 
     def __post_init__(self) -> None:
         self.repeat = self.report.repeat
@@ -200,9 +200,14 @@ class Suite:
             After every attack: its step, and the result at its radius so far.
 
         Raises:
-            ItoError: radii that do not rise; an unknown surrogate.
+            ItoError: radii that do not rise; no steps; an unknown surrogate.
         """
         check_rising(radii)
+        for eps in radii:
+            if not self.steps(eps):
+                raise ItoError(f"The suite has no steps at eps {eps:g}.")
+            for step in self.steps(eps):
+                one_of("surrogate", step.through, ("itself", *self.surrogates))
         selection = Selection(ensemble, images, self.report)
         selection.restore(self._once(f"{name}-clean", selection.offer_clean))
         since = 0  # the number of attacks at smaller radii
@@ -236,7 +241,7 @@ class Suite:
     def _model(self, step: Step, selection: Selection) -> nn.Module | Target:
         """The network whose gradients a step takes."""
         if step.through != "itself":
-            return self.surrogates[one_of("surrogate", step.through, self.surrogates)]
+            return self.surrogates[step.through]
         if self.noise == "known":
             return KnownPaths(selection.ensemble, selection.images.x, self.seed)
         return selection.ensemble
@@ -245,7 +250,7 @@ class Suite:
         """What ``make`` gives; from the state, if an earlier call has made it."""
         if self.state is None:
             return make()
-        file = self.state / f"{name}.safetensors"
+        file = Path(self.state) / f"{name}.safetensors"
         if file.is_file():
             return load_file(file)
         made = make()

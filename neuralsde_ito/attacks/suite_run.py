@@ -28,11 +28,12 @@ from ..data import Split
 from ..models.ensemble import ItoEnsemble, NoiseFree
 from ..models.recast import recast
 from ..outcomes import Outcomes, Paired
-from ..validation import ItoError, one_of
+from ..validation import ItoError, one_of, shown, whole_number
 from .fingerprints import fingerprint, fingerprint_choice
 from .images import Images
 from .norms import BALLS, check_eps
 from .other_libraries import peer_attack
+from .panels import GOALS
 from .report import Report, invalid, worst_labels
 from .suite import Step, Suite, SuiteResult, check_rising, join_results, standard
 
@@ -65,7 +66,13 @@ class SuiteSettings:
 
     def __post_init__(self) -> None:
         one_of("norm", self.norm, BALLS)
+        if not isinstance(self.radii, Sequence) or isinstance(self.radii, str) or not len(self.radii):
+            raise ItoError(
+                f"radii must be one or more radii in pixel units, such as (8 / 255,), got {shown(self.radii)}."
+            )
         object.__setattr__(self, "radii", tuple(check_eps(self.norm, eps) for eps in self.radii))
+        for name, least in (("repeat", 1), ("seed", 0), ("batch_size", 1)):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         check_rising(self.radii)
         standard(self.norm, 0.0, True, self.effort)  # checks the effort
         Report(self.seed, self.noise, self.repeat)
@@ -131,7 +138,7 @@ class SuiteRun:
 
     def outcomes(self, level: int, goal: str = "denial") -> Outcomes:
         """Correct, wrong and abstained at the radius of number ``level``, under ``denial`` or ``evasion``."""
-        return Outcomes.of(getattr(self.results[level], goal).labels, self.images.y)
+        return Outcomes.of(getattr(self.results[level], one_of("goal", goal, GOALS)).labels, self.images.y)
 
 
 def attack_images(
@@ -246,7 +253,7 @@ def run_suite(
     resnet: nn.Module,
     split: Split,
     settings: SuiteSettings,
-    state: Path | None = None,
+    state: str | Path | None = None,
     resume: bool = False,
     on_attack: OnAttack = lambda defender, step, result: None,
 ) -> SuiteComparison:
@@ -266,11 +273,14 @@ def run_suite(
     """
     device = next(ensemble.parameters()).device
     images = Images.of(split, settings.batch_size, device)
-    folder = None if state is None else state / f"suite-{_digest(ensemble, images, settings)}"
+    folder = None if state is None else Path(state) / f"suite-{_digest(ensemble, images, settings)}"
     if folder is not None and not resume:
         shutil.rmtree(folder, ignore_errors=True)
     if resume and (folder is None or not folder.is_dir()):
-        raise ItoError("There is nothing to resume: this command was not interrupted; leave --resume out.")
+        raise ItoError(
+            "There is nothing to resume: no suite with these settings, weights and images was interrupted here; "
+            "leave --resume out."
+        )
     plain = ItoEnsemble([recast(resnet, 0.0, image_shape=_shape(images))], 1)
     defenders = {"ito": (ensemble, settings.suite(ensemble, resnet)), "resnet": (plain, settings.suite(plain))}
     description = {"name": "standard", "effort": settings.effort, "batch_size": settings.batch_size}

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..validation import ItoError, one_of
+from ..validation import ItoError, one_of, whole_number
 
 
 def content_index(x: Tensor) -> Tensor:
@@ -133,6 +133,9 @@ class PathRange:
         seed, purpose: as in `make_keys`.
         index: int64 ``(N,)``, the images' names.
         first, count: the range: paths ``first`` to ``first + count - 1`` of each image.
+
+    Raises:
+        ItoError: ``first`` is below 0, or ``count`` below 1.
     """
 
     seed: int
@@ -140,6 +143,10 @@ class PathRange:
     index: Tensor
     first: int = 0
     count: int = 1
+
+    def __post_init__(self) -> None:
+        whole_number("first", self.first, 0)
+        whole_number("count", self.count)
 
     def of(self, rows: Tensor | slice) -> PathRange:
         """The same range for some of the images."""

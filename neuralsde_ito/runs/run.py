@@ -69,7 +69,7 @@ class Run:
         return cls(folder, load_config(folder / CONFIG))
 
     @classmethod
-    def find(cls, root: Path, name: str | None = None, complete: bool = True) -> Run:
+    def find(cls, root: str | Path, name: str | None = None, complete: bool = True) -> Run:
         """A run by its name or path, or the newest one in the folder ``root``.
 
         Args:
@@ -80,6 +80,7 @@ class Run:
         Raises:
             ItoError: there is none, or its configuration is damaged.
         """
+        root = Path(root)
         if name is not None:
             for folder in (root / name, Path(name)):
                 if os.path.isfile(folder / CONFIG):
@@ -102,7 +103,7 @@ class Run:
         raise ItoError(f"There is no {kind} run in {shown(str(root))}; make one: ito-sde train.")
 
     @classmethod
-    def create(cls, folder: Path, config: Config, overwrite: bool = False) -> Run:
+    def create(cls, folder: str | Path, config: Config, overwrite: bool = False) -> Run:
         """A new run: its folder with the configuration and the environment.
 
         Args:
@@ -111,10 +112,13 @@ class Run:
             overwrite: replace a run that is there; else the folder must be empty or not exist.
 
         Raises:
-            ItoError: the folder is not empty.
+            ItoError: the folder is not empty, or is a file.
         """
+        folder = Path(folder)
         run = cls(folder, config)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not folder.is_dir():
+            raise ItoError(f"{shown(str(folder))} is a file, not a folder; give another --run.")
+        if folder.exists() and any(folder.iterdir()):
             if not overwrite:
                 raise ItoError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
             for file in (run.state_file, run.metrics_file, run.resnet_file):
@@ -176,10 +180,6 @@ class Run:
     def result_file(self, verb: str, norm: str, ending: str = ".json") -> Path:
         """A new file for a result, named by verb, norm, date and time: ``attack-linf-20260131-235959.json``."""
         return self.folder / f"{verb}-{norm}-{datetime.now():%Y%m%d-%H%M%S}{ending}"
-
-    def suite_state(self, digest: str) -> Path:
-        """The folder for the state of the suite whose settings have this digest."""
-        return self.folder / f"suite-{digest}"
 
     @property
     def is_complete(self) -> bool:

@@ -8,6 +8,7 @@ import math
 import shutil
 from dataclasses import fields, is_dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from problems import random_images
@@ -402,3 +403,40 @@ def test_a_peer_that_is_unknown_or_absent(monkeypatch):
 def test_an_effort_that_is_no_positive_number_is_refused(effort):
     with pytest.raises(ItoError, match="effort must be a positive number"):
         standard("linf", 0.1, True, effort)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"radii": ()}, "one or more radii"),
+        ({"radii": 0.1}, "one or more radii"),
+        ({"radii": (0.2, 0.1)}, "must rise"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"batch_size": 1.5}, "batch_size must be"),
+        ({"seed": 1.5}, "seed must be"),
+        ({"repeat": 0}, "repeat must be"),
+        ({"effort": 0}, "effort must be"),
+    ],
+)
+def test_settings_of_a_suite_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ito.ItoError, match=message):
+        ito.SuiteSettings(**change)
+
+
+def test_numpy_numbers_are_settings_like_pythons():
+    settings = ito.SuiteSettings(seed=np.int64(3), repeat=np.int64(2), batch_size=np.int32(5))
+    assert [type(getattr(settings, name)) for name in ("seed", "repeat", "batch_size")] == [int] * 3
+
+
+@pytest.mark.parametrize("steps", [[], [Step("one", PGD(eps=0.1), "nobody")]])
+def test_steps_that_cannot_be_run_are_refused_before_any_work(steps):
+    ensemble = ito.ItoEnsemble([ito.recast(ito.load_resnet("resnet8"), omega=0.1)], 2)
+    images = Images(torch.rand(1, 3, 32, 32), torch.tensor([0]), torch.tensor([0]))
+    with pytest.raises(ito.ItoError, match=r"no steps at eps 0\.1|Unknown surrogate 'nobody'"):
+        Suite(lambda eps: steps).attack(ensemble, images, [0.1])
+
+
+@pytest.mark.parametrize("change", [{"count": 0}, {"count": 1.5}, {"first": -1}])
+def test_a_range_of_paths_that_cannot_be_is_refused(change):
+    with pytest.raises(ito.ItoError, match="must be a whole number"):
+        ito.PathRange(0, "report", torch.arange(2), **change)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -133,7 +134,7 @@ def test_an_option_of_another_verb_is_refused(line: str, here: Path, capfd: pyte
     option = next(word for word in reversed(line.split()) if word.startswith("--"))
     code, out, err = ito_sde(line, capfd)
     assert code == 2
-    assert re.search(f"No such option:? '?{option}\\b", complaint(code, err))
+    assert re.search(f"No such option:? '?{option}\\b|has no {option}: it is an option of", complaint(code, err))
     assert out == ""
 
 
@@ -840,3 +841,25 @@ def test_random_lines_end_in_a_result_or_a_sentence(here: Path, capfd: pytest.Ca
     assert not failed, f"{len(failed)} of {LINES} lines (seed {SEED}):\n" + "\n".join(failed)
     print(f"{LINES} lines, seed {SEED}, by exit code: {ends}")
     assert min(ends[0], ends[2]) > LINES / 10, ends  # both ends occur
+
+
+@pytest.mark.parametrize("verb", ["attack", "suite"])
+def test_a_run_without_a_radius_for_the_norm_asks_for_one(verb: str, here: Path, capfd: pytest.CaptureFixture) -> None:
+    shutil.copytree("runs/tiny", "runs/noeps")
+    config = Path("runs/noeps/config.yaml")
+    content = yaml.safe_load(config.read_text())
+    content["attack"]["eps"], content["attack"]["also"] = {"l2": ["0.5"]}, {}
+    config.write_text(yaml.safe_dump(content))
+    code, out, err = ito_sde(f"{verb} --run noeps --limit 2", capfd)
+    assert (code, out) == (2, "")
+    assert "no radius for linf: give --eps" in complaint(code, err)
+    shutil.rmtree("runs/noeps")
+
+
+def test_an_older_form_typed_twice_is_forwarded(capsys: pytest.CaptureFixture) -> None:
+    from neuralsde_ito.cli import forwarded
+
+    words = ["attack", "--suite", "standard", "--norm", "l2", "--suite=standard", "--eps", "1"]
+    assert forwarded(words) == ["suite", "--norm", "l2", "--eps", "1"]
+    assert forwarded(["compare", "--depth", "--limit", "3"]) == ["depth", "--limit", "3"]
+    assert capsys.readouterr().err.count("is now") == 2

@@ -407,8 +407,12 @@ def test_a_run_names_all_of_its_files(tmp_path: Path) -> None:
     ]
     record = made.result_file("attack", "linf")
     assert re.fullmatch(r"attack-linf-\d{8}-\d{6}\.json", record.name)
-    assert record.parent == made.suite_state("abc").parent == made.evaluation_file.parent == made.folder
-    assert made.suite_state("abc").name == "suite-abc"
+    assert record.parent == made.evaluation_file.parent == made.folder
+    assert Run.find(str(tmp_path), "a") == Run.open(str(made.folder)) == made
+    (tmp_path / "file").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(ito.ItoError, match="is a file, not a folder"):
+            Run.create(str(tmp_path / "file"), tiny(), overwrite)
 
 
 def test_unfinished_missing_and_foreign_runs_are_refused(tmp_path: Path) -> None:
