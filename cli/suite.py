@@ -110,7 +110,7 @@ def command(
     from neuralsde_ito.validation import ItoError
 
     # Wrong settings are refused before the run is read.
-    asked.settings(tuple(sorted({parse_eps(text) for text in asked.radii})), 0)
+    asked.settings(tuple(sorted({parse_eps(text) for text in asked.radii})) or (0.0,), 0)
     for peer in peers:
         check_peer(peer)
     opened = chosen.open()

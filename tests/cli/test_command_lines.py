@@ -202,7 +202,7 @@ def test_the_readme_has_command_lines() -> None:
             "compare --solver euler --problem double-well --steps 8",
             "orders --solver euler --problem double-well --steps 8",
         ),
-        ("compare --problem=all", "orders --problem all"),
+        ("compare --problem=all", "orders --problem=all"),
         ("attack --suite standard --eps 0.1", "suite --eps 0.1"),
         ("attack --eps 0.1 --suite=standard", "suite --eps 0.1"),
         ("compare --depth --versus single", "depth --versus single"),
