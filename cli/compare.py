@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     help="Only this solver.  [repeatable; default: all that fit]",
 )
 @click.option("--steps", "steps", multiple=True, type=int, help="Steps a block.  [repeatable; default: 1 2 4 8]")
-@click.option("--limit", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Test images.")
+@options.few_images
 @click.option("--gradients/--no-gradients", default=True, show_default=True, help="Compare input gradients, too.")
 @click.option("--save", **options.out_picture, metavar="PNG|SVG", help="Draw error against evaluations.")
 @click.option("--csv", "table_file", **options.out_file, metavar="FILE", help="Write the rows, too.")

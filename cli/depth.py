@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     type=int,
     help="Steps a block.  [repeatable; default: 1 2 4 8 16, and the run's]",
 )
-@click.option("--limit", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Test images.")
+@options.few_images
 @click.option("--save", **options.out_picture, metavar="PNG|SVG", help="Draw accuracy against steps.")
 @options.seed
 @options.as_json

@@ -204,6 +204,9 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 seed = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the noise.  [default: the run's]", metavar="N"
 )
+few_images = click.option(
+    "--limit", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Test images."
+)
 limit = click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N test images, a fixed choice.")
 batch_size = click.option(
     "--batch-size",

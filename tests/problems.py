@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from neuralsde_ito.data import load_data
 from neuralsde_ito.models.recast import Chain
 from neuralsde_ito.models.resnets import load_resnet
+from neuralsde_ito.runs.config import Fit
+from neuralsde_ito.runs.training import Trainer
 from neuralsde_ito.studies.problems import (  # noqa: F401  (tests take them from here)
     Pointwise,
     Problem,
@@ -65,6 +69,15 @@ def trained(net: nn.Module) -> nn.Module:
             nn.init.uniform_(module.weight, 0.5, 1.0, generator=gen)
             nn.init.normal_(module.bias, 0, 0.1, generator=gen)
     return net.eval()
+
+
+def digits_resnet(folder: Path, epochs: int) -> nn.Module:
+    """A ResNet-8 trained on the digits for a few epochs; its training state goes into ``folder``."""
+    torch.manual_seed(0)
+    net = load_resnet("resnet8", in_channels=1)
+    fit = Fit(epochs=epochs, lr=0.01, decay="one-cycle", batch_size=64)
+    Trainer(folder / "state.pt").fit(net, load_data("digits", augment="none").train, fit, 0, "net")
+    return net
 
 
 def random_resnet(arch: str, **options) -> nn.Module:

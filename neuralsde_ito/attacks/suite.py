@@ -203,16 +203,17 @@ class Suite:
             ItoError: radii that do not rise; no steps; an unknown surrogate.
         """
         check_rising(radii)
-        for eps in radii:
-            if not self.steps(eps):
+        sequences = {eps: self.steps(eps) for eps in radii}
+        for eps, steps in sequences.items():
+            if not steps:
                 raise ItoError(f"The suite has no steps at eps {eps:g}.")
-            for step in self.steps(eps):
+            for step in steps:
                 one_of("surrogate", step.through, ("itself", *self.surrogates))
         selection = Selection(ensemble, images, self.report)
         selection.restore(self._once(f"{name}-clean", selection.offer_clean))
         since = 0  # the number of attacks at smaller radii
-        for eps in radii:
-            attacks = [(goal, step) for goal in GOALS for step in self.steps(eps)]
+        for eps, steps in sequences.items():
+            attacks = [(goal, step) for goal in GOALS for step in steps]
             counts = torch.zeros(len(_COUNTS), len(attacks), dtype=torch.int64)
             for number, (goal, step) in enumerate(attacks):
                 attack = partial(self._attack, selection, goal, step, since + number, since)

@@ -17,7 +17,7 @@ from pathlib import Path
 import foolbox
 import pytest
 import torch
-from problems import random_images, smooth_chain
+from problems import digits_resnet, random_images, smooth_chain
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,9 +37,7 @@ from neuralsde_ito.models import ensemble as ensemble_module
 from neuralsde_ito.models.ensemble import NoiseFree
 from neuralsde_ito.noise import keys
 from neuralsde_ito.noise.keys import PathRange
-from neuralsde_ito.runs.config import Fit
 from neuralsde_ito.runs.evaluate import evaluate
-from neuralsde_ito.runs.training import Trainer
 
 PLAIN: dict = {"random_start": False, "keep": "last", "stop": False}  # the attack of the textbook
 
@@ -64,12 +62,7 @@ def y(digits) -> Tensor:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> nn.Module:
     """A ResNet-8 that knows the digits."""
-    torch.manual_seed(0)
-    net = ito.load_resnet("resnet8", in_channels=1)
-    train = ito.load_data("digits", augment="none").train
-    fit = Fit(epochs=4, lr=0.01, decay="one-cycle", batch_size=64)
-    Trainer(tmp_path_factory.mktemp("net") / "state.pt").fit(net, train, fit, 0, "net")
-    return net
+    return digits_resnet(tmp_path_factory.mktemp("net"), epochs=4)
 
 
 @pytest.fixture

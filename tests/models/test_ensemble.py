@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from problems import digits_resnet
 from torch import Tensor, nn
 
 import neuralsde_ito as ito
@@ -17,8 +18,6 @@ from neuralsde_ito.modules import evaluating
 from neuralsde_ito.noise import brownian
 from neuralsde_ito.noise import normals as noise
 from neuralsde_ito.noise.keys import PathRange
-from neuralsde_ito.runs.config import Fit
-from neuralsde_ito.runs.training import Trainer
 
 # Another batch size takes other kernels, with other last bits: a label may differ where two logits are closer.
 GAP = 1e-4
@@ -39,12 +38,7 @@ def images(digits) -> Tensor:
 @pytest.fixture(scope="module")
 def net(tmp_path_factory) -> nn.Module:
     """A ResNet-8 that knows the digits a little: its votes differ between images and between inferences."""
-    torch.manual_seed(0)
-    net = ito.load_resnet("resnet8", in_channels=1)
-    train = ito.load_data("digits", augment="none").train
-    fit = Fit(epochs=2, lr=0.01, decay="one-cycle", batch_size=64)
-    Trainer(tmp_path_factory.mktemp("net") / "state.pt").fit(net, train, fit, 0, "net")
-    return net
+    return digits_resnet(tmp_path_factory.mktemp("net"), epochs=2)
 
 
 @pytest.fixture
