@@ -284,7 +284,7 @@ def markdown_page(results: dict[str, Any]) -> str:
         f"**Scale {_plain(results['scale'])}: {_plain(results['stand_in'])}**",
         f"{_code(results['command'])}: seed {results['seed']}, {_plain(results['device'])}, {moment(results['date'])}, "
         f"{spent(results['hours'])} of work; {_plain(listed(results['settings']))}; "
-        f"ito-sde {results['version']}, {_plain(listed(results['environment']))}. Rates are in per cent, with 95 % "
+        f"{_plain(listed({'ito-sde': results['version']} | results['environment']))}. Rates are in per cent, with 95 % "
         "Wilson intervals. [results.json](results.json) has every number with the records that it comes from: their "
         "commands, seeds and inputs.",
         *_markdown_summary(blocks),
@@ -296,6 +296,8 @@ def markdown_page(results: dict[str, Any]) -> str:
             parts.append(f"**Not measured.** {_plain(item['needs'])}")
         told = {"The paper states": item["states"], "It leaves open": item["open"], "Chosen here": item["chosen"]}
         parts.append("\n".join(f"- {what}: {_plain(text)}" for what, text in told.items()))
+        if item["conclusions"]:
+            parts.append("\n".join(f"- **{_plain(text)}**" for text in item["conclusions"]))
         for situation in blocks[name]:
             parts += _markdown_block(situation, folded=len(blocks[name]) > 2)
         if item["quotes"]:
@@ -304,8 +306,6 @@ def markdown_page(results: dict[str, Any]) -> str:
         for figure in item["figures"]:
             parts.append(f"![{_plain(figure['title'])}]({_picture_file(figure)[1]})")
             parts.append(f"*{_plain(figure['caption'])}*")
-        if item["conclusions"]:
-            parts.append("\n".join(f"- {_plain(text)}" for text in item["conclusions"]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -385,8 +385,18 @@ _ATTACKED_HEADERS = [
     "near?",
     "strongest attack leaves",
     "original ResNet",
+    "p, strongest against ResNet",
 ]
-_CLEAN_HEADERS = ["item", "situation", "paper: ResNet", "Itô", "corr. + abst.", "here: ResNet", "Itô", "corr. + abst."]
+_CLEAN_HEADERS = [
+    "item",
+    "situation",
+    "paper: ResNet",
+    "paper: Itô",
+    "paper: correct + abstained",
+    "here: ResNet",
+    "here: Itô",
+    "here: correct + abstained",
+]
 
 
 def _attacked_cells(situation: Situation) -> list[str]:
@@ -402,6 +412,7 @@ def _attacked_cells(situation: Situation) -> list[str]:
         near(nearest) if nearest else NONE,
         share(strongest["correct"][0]) if strongest and strongest["correct"] else NONE,
         share(resnet["correct"][0]) if resnet and resnet["correct"] else NONE,
+        situation.paired(strongest) if strongest else NONE,
     ]
 
 
@@ -549,7 +560,7 @@ def _print_summary(blocks: dict[str, list[Situation]]) -> None:
             paper = cells[2].replace("correct + abstained", "c + a")
             yes = "-" if nearest is None else "yes" if nearest["near"] else "no"
             where = _wrapped(f"{cells[0]}: {cells[1]}", 28)
-            rows.append([where, paper, _wrapped(name, 20), gave, yes, *cells[6:]])
+            rows.append([where, paper, _wrapped(name, 20), gave, yes, *cells[6:8]])
         headers = ["under attack", "paper", "nearest", "gives", "near", "strongest", "ResNet"]
         click.echo("\nSummary\n")
         rows = [[cell.replace(NONE, "-") for cell in row] for row in rows]

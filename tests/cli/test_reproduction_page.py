@@ -127,7 +127,8 @@ def test_the_summary_has_every_number_of_the_paper_beside_what_was_measured(resu
             suite = next(row for row in block["rows"] if row["group"] == "suite")
             verdict = "✓ near" if near["near"] else "≠ not near"
             expected = [near["title"], share(near["value"]) + counted, verdict, interval(suite["correct"])]
-            assert texts[2:] == [share(block["paper"]["correct"]), *expected, interval(resnet["correct"])]
+            assert texts[2:8] == [share(block["paper"]["correct"]), *expected, interval(resnet["correct"])]
+            assert texts[8] == "p = 0.35, " + ("equal" if suite["correct"] == resnet["correct"] else "above")
             assert cells[6][1] == f"#record-{suite['records'][-1]}"
         else:
             paper, clean = block["paper"], block["rows"][0]
