@@ -80,6 +80,10 @@ class Split(Protocol):
         """
         ...
 
+    def part(self, first: int, last: int) -> Split:
+        """The images from position ``first`` up to ``last``, which is left out; they keep their names."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -154,7 +158,13 @@ class InMemory:
 
     def first(self, count: int | None) -> InMemory:
         """See `Split`."""
-        keep = _fixed_choice(len(self), count)
+        return self._only(_fixed_choice(len(self), count))
+
+    def part(self, first: int, last: int) -> InMemory:
+        """See `Split`."""
+        return self._only(torch.arange(first, last, device="cpu"))
+
+    def _only(self, keep: Tensor) -> InMemory:
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         return replace(self, pixels=self.pixels[keep], labels=self.labels[keep], names=names[keep])
 
@@ -215,7 +225,13 @@ class Streamed:
 
     def first(self, count: int | None) -> Streamed:
         """See `Split`."""
-        keep = _fixed_choice(len(self), count)
+        return self._only(_fixed_choice(len(self), count))
+
+    def part(self, first: int, last: int) -> Streamed:
+        """See `Split`."""
+        return self._only(torch.arange(first, last, device="cpu"))
+
+    def _only(self, keep: Tensor) -> Streamed:
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         files = tuple(self.files[i] for i in keep.tolist())
         return replace(self, files=files, labels=self.labels[keep], names=names[keep])
