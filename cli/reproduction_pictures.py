@@ -84,7 +84,8 @@ def draw(figure: dict[str, Any], folder: Path, images: Sequence[ArrayLike] | Non
             - ``gallery``: ``images`` with ``index``, ``truth``, ``answers`` (an answer and its share) and ``members``
               (an answer, "none" without a majority, and how many members give it).
         folder: is made if it is missing.
-        images: pixels of a gallery, for each of its images ``(H, W)`` or ``(H, W, C)``, uint8 or from 0 to 1.
+        images: pixels of a gallery, for each of its images ``(H, W)``, ``(H, W, 1)`` or ``(H, W, 3)``, uint8 or from 0
+            to 1.
 
     Returns:
         The names of the files in ``folder``, by format.
@@ -276,7 +277,7 @@ def _gallery(figure: dict[str, Any], images: Sequence[ArrayLike] | None) -> Figu
 def _draw_card(panel: Any, card: dict[str, Any], image: np.ndarray) -> None:
     """One image, the shares of all inferences as bars, and what the members say."""
     left, right = panel.subplots(1, 2, width_ratios=[1, 1.6])
-    left.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="none")
+    left.imshow(_small(image), cmap="gray", vmin=0, vmax=255, interpolation="none")
     left.set_xticks([])
     left.set_yticks([])
     left.spines[:].set_visible(True)
@@ -297,7 +298,18 @@ def _draw_card(panel: Any, card: dict[str, Any], image: np.ndarray) -> None:
     panel.supxlabel(textwrap.fill(f"members: {says}", 46), fontsize=_TEXT)
 
 
-# --- files and helpers --------------------------------------------------------------------------------------------
+def _small(image: np.ndarray) -> np.ndarray:
+    """The image as uint8, at most 80 pixels wide and high: the file holds it as it is, and it is drawn that small."""
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
+        raise ItoError(f"The pixels of an image must be (H, W), (H, W, 1) or (H, W, 3), got {image.shape}.")
+    if image.dtype != np.uint8:
+        image = np.rint(255 * image).astype(np.uint8)
+    picture = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    picture.thumbnail((80, 80))
+    return np.asarray(picture)
+
+
+# --- files and helpers ----------------------------------------------------------------------------------
 
 
 def _write_svg(canvas: Figure, path: Path, title: str) -> None:

@@ -221,22 +221,32 @@ def test_equal_values_are_not_spread_over_all_shades(tmp_path, canvas):
     draw(heatmap([[None, None]]), tmp_path)
 
 
-@pytest.mark.parametrize("pixels", [np.zeros((8, 8)), np.zeros((8, 8, 3), np.uint8), [[0.0, 1.0], [0.5, 0.2]]])
-def test_a_gallery_shows_shares_and_members(pixels, tmp_path, canvas):
+@pytest.mark.parametrize(
+    ("pixels", "shown"),
+    [
+        (np.full((8, 8), 100, np.uint8), np.full((8, 8), 100)),
+        (np.full((8, 8, 1), 0.4), np.full((8, 8), 102)),
+        (np.full((8, 8, 3), 7, np.uint8), np.full((8, 8, 3), 7)),
+        ([[0.0, 1.0], [0.5, 0.2]], [[0, 255], [128, 51]]),
+        (np.full((224, 112, 3), 0.2), np.full((80, 40, 3), 51)),
+    ],
+)
+def test_a_gallery_shows_shares_and_members(pixels, shown, tmp_path, canvas):
     texts = drawn(gallery(1), tmp_path, [pixels])
     assert {"image 17", "true: 8", "3: 45 %", "8: 35 %", "5: 15 %"} <= set(texts)
     assert "1: 5 %" not in texts  # the fourth
     assert any("abstains" in text for text in texts)
     assert "members: 2 say 3, 1 says 8, 2 without a label" in texts
     left, right = canvas().axes
-    assert np.array_equal(left.images[0].get_array(), np.asarray(pixels))
+    assert np.array_equal(left.images[0].get_array(), shown)
+    assert left.images[0].get_clim() == (0, 255)  # grey levels are not stretched
     assert [bool(bar.get_hatch()) for bar in right.patches] == [True, False, True]  # the true class is not hatched
 
 
-def test_grey_levels_are_shown_as_they_are(tmp_path, canvas):
-    for pixels, most in ((np.full((8, 8), 100, np.uint8), 255), (np.full((8, 8), 0.4), 1)):
-        draw(gallery(1), tmp_path, [pixels])
-        assert canvas().axes[0].images[0].get_clim() == (0, most)
+def test_a_gallery_of_large_images_is_small_enough(tmp_path):
+    ramp = np.linspace(0, 0.8, 224)
+    noise = np.random.default_rng(0).uniform(0, 0.2, (8, 224, 224, 3))
+    drawn(gallery(8), tmp_path, list(noise + ramp[:, None] * np.ones(3)))
 
 
 def test_an_empty_gallery_is_a_sentence(tmp_path):
@@ -272,6 +282,7 @@ def test_names_that_are_long_or_hold_signs(tmp_path):
         (heatmap([[0.1], [0.2, 0.3]]), None, r"rows of \[1, 2\]"),
         (gallery(2), None, "describes 2 images, and the pixels of 0"),
         (gallery(2), [np.zeros((8, 8))], "describes 2 images, and the pixels of 1"),
+        (gallery(1), [np.zeros((3, 8, 8))], r"\(H, W, 1\) or \(H, W, 3\), got \(3, 8, 8\)"),
         ({**curves(line()), "name": "../figure2"}, None, "name of its file, and cannot be '../figure2'"),
     ],
 )
