@@ -80,6 +80,10 @@ class Split(Protocol):
         """
         ...
 
+    def part(self, first: int, stop: int) -> Split:
+        """The images at positions ``first`` to ``stop - 1``; they keep their names."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -158,6 +162,12 @@ class InMemory:
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         return replace(self, pixels=self.pixels[keep], labels=self.labels[keep], names=names[keep])
 
+    def part(self, first: int, stop: int) -> InMemory:
+        """See `Split`."""
+        names = torch.arange(len(self), device="cpu") if self.names is None else self.names
+        rows = slice(first, stop)
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows], names=names[rows])
+
     def batches(
         self,
         size: int,
@@ -219,6 +229,12 @@ class Streamed:
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         files = tuple(self.files[i] for i in keep.tolist())
         return replace(self, files=files, labels=self.labels[keep], names=names[keep])
+
+    def part(self, first: int, stop: int) -> Streamed:
+        """See `Split`."""
+        names = torch.arange(len(self), device="cpu") if self.names is None else self.names
+        rows = slice(first, stop)
+        return replace(self, files=self.files[rows], labels=self.labels[rows], names=names[rows])
 
     def batches(
         self,
