@@ -20,6 +20,7 @@ VERBS = {
     "suite": "Attack after attack on the images that the last ones left, for the ensemble and for the ResNet.",
     "audit": "Check whether a robustness figure is the model's strength or the attack's weakness.",
     "verify": "Recompute the figures of an evidence bundle on fresh noise, and say which claims stand.",
+    "reproduce": "Reproduce the paper's tables and figures, each number beside weak and the strongest attacks.",
     "predict": "Label pictures, or abstain.",
     "compare": "Compare SDE solvers with a fine reference on the same paths.",
     "orders": "Measure strong and weak orders of solvers on problems with known solutions, beside theory.",

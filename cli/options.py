@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
@@ -105,6 +106,16 @@ def without_effect(names: Collection[str], when: str, mend: str = "leave it out"
     ]
     if typed:
         raise click.UsageError(f"{when}, {' and '.join(typed)} would do nothing: {mend}.", context)
+
+
+def data_keys(data: str) -> dict[str, Any]:
+    """The keys of the configuration for the value of ``--data``: the name of a data set, or a folder."""
+    from neuralsde_ito.data import DATASETS
+
+    is_path = os.path.exists(data) or "/" in data or os.sep in data
+    if is_path and data not in DATASETS:
+        return {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}
+    return {"data.name": data}
 
 
 def check_file(path: Path) -> Path:

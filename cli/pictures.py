@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from neuralsde_ito.studies.compare import SolverComparison
     from neuralsde_ito.studies.depth import Reading
 
-_GREY, _BLUE, _ORANGE, _RED = "#9a9a9a", "#1f5fa8", "#e39b2d", "#b8352a"
+GREY, BLUE, ORANGE, RED = "#9a9a9a", "#1f5fa8", "#e39b2d", "#b8352a"
 
 
 def evaluation_picture(path: Path, result: Evaluation, data: Dataset) -> None:
@@ -34,7 +34,7 @@ def evaluation_picture(path: Path, result: Evaluation, data: Dataset) -> None:
     figure = plt.figure(figsize=(9, 4.6), layout="constrained")
     top, bottom = _stack(figure, 2, 1, height_ratios=[1, 1.25])
     axes = top.subplots(1, 2)
-    parts = (("wrong", _RED, "xx"), ("abstained", _ORANGE, "//"))
+    parts = (("wrong", RED, "xx"), ("abstained", ORANGE, "//"))
     for axis, (name, colour, hatch) in zip(axes, parts, strict=True):
         for row, outcomes in enumerate((result.ito, result.resnet)):
             rate = outcomes.rate(name)
@@ -76,19 +76,17 @@ def attack_picture(path: Path, sweep: Sweep, names: dict[float, str], norm: str,
         (
             "original ResNet",
             [sweep.clean["resnet"], *(sweep.worst_resnet(i) for i in levels)],
-            {"color": _GREY, "ls": "--", "marker": "s"},
+            {"color": GREY, "ls": "--", "marker": "s"},
         ),
         (
             "Itô ensemble, strongest attack",
             [sweep.clean["ito"], *(sweep.worst(i) for i in levels)],
-            {"color": _BLUE, "ls": "-", "marker": "o", "lw": 2},
+            {"color": BLUE, "ls": "-", "marker": "o", "lw": 2},
         ),
     ]
     if "noise-free" in sweep.labels[0]:
         labels = [sweep.clean["ito"], *(level["noise-free"] for level in sweep.labels)]
-        curves.append(
-            ("Itô ensemble, gradient without its noise", labels, {"color": _ORANGE, "ls": ":", "marker": "^"})
-        )
+        curves.append(("Itô ensemble, gradient without its noise", labels, {"color": ORANGE, "ls": ":", "marker": "^"}))
     for name, decisions, style in curves:
         rates = [Outcomes.of(labels, sweep.truth).rate("correct") for labels in decisions]
         axis.plot(eps, [100 * r.value for r in rates], label=name, **style)
@@ -174,7 +172,7 @@ def bench_picture(rows: list[Row], path: Path) -> None:
         bars = [row for row in rows if row.part == part]
         for position, row in enumerate(bars):
             reference = row.ratio == 1
-            axis.barh(position, row.ratio, color=_GREY if reference else _BLUE, hatch="" if reference else "//",
+            axis.barh(position, row.ratio, color=GREY if reference else BLUE, hatch="" if reference else "//",
                       edgecolor="white", height=0.6)  # fmt: skip
             axis.text(row.ratio, position, f" {row.ratio:.2f}", va="center", fontsize=8)
         axis.axvline(1, color="black", lw=0.8, ls=":")
@@ -198,7 +196,7 @@ def compare_picture(report: SolverComparison, path: Path) -> None:
             continue
         marker, line = styles[i % len(styles)]
         x, y = [row.evaluations for row in rows], [row.state_error for row in rows]
-        colour = (_BLUE, _RED, _ORANGE, "black", _GREY)[i % 5]
+        colour = (BLUE, RED, ORANGE, "black", GREY)[i % 5]
         axis.loglog(x, y, marker=marker, ls=line, color=colour, label=name, ms=6, lw=1.3, mfc="white")
         drawn += rows
     if drawn:
@@ -237,7 +235,7 @@ def depth_picture(readings: list[Reading], path: Path) -> None:
     styles = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--")]
     for i, (name, of_line) in enumerate(lines.items()):
         marker, line = styles[i % len(styles)]
-        colour = (_BLUE, _RED, _ORANGE, "black", _GREY)[i % 5]
+        colour = (BLUE, RED, ORANGE, "black", GREY)[i % 5]
         values = np.array([[100 * v for v in (r.correct.low, r.correct.value, r.correct.high)] for r in of_line])
         steps = [r.steps for r in of_line]
         axis.plot(steps, values[:, 1], ls=line, marker=marker, color=colour, mfc="white", label=name)

@@ -80,12 +80,7 @@ class Typed:
         overrides = {key: getattr(self, flag) for flag, keys in KEYS.items() for key in keys}
         if self.data is None:
             return overrides
-        from neuralsde_ito.data import DATASETS
-
-        is_path = os.path.exists(self.data) or "/" in self.data or os.sep in self.data
-        if is_path and self.data not in DATASETS:
-            return overrides | {"data.name": "imagefolder", "data.path": str(Path(self.data).resolve())}
-        return overrides | {"data.name": self.data}
+        return overrides | options.data_keys(self.data)
 
 
 @click.command("train")

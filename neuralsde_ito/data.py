@@ -80,8 +80,8 @@ class Split(Protocol):
         """
         ...
 
-    def part(self, first: int, last: int) -> Split:
-        """The images from position ``first`` up to ``last``, which is left out; they keep their names."""
+    def part(self, first: int, stop: int) -> Split:
+        """The images at positions ``first`` to ``stop - 1``; they keep their names."""
         ...
 
 
@@ -158,15 +158,15 @@ class InMemory:
 
     def first(self, count: int | None) -> InMemory:
         """See `Split`."""
-        return self._only(_fixed_choice(len(self), count))
-
-    def part(self, first: int, last: int) -> InMemory:
-        """See `Split`."""
-        return self._only(torch.arange(first, last, device="cpu"))
-
-    def _only(self, keep: Tensor) -> InMemory:
+        keep = _fixed_choice(len(self), count)
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         return replace(self, pixels=self.pixels[keep], labels=self.labels[keep], names=names[keep])
+
+    def part(self, first: int, stop: int) -> InMemory:
+        """See `Split`."""
+        names = torch.arange(len(self), device="cpu") if self.names is None else self.names
+        rows = slice(first, stop)
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows], names=names[rows])
 
     def batches(
         self,
@@ -225,16 +225,16 @@ class Streamed:
 
     def first(self, count: int | None) -> Streamed:
         """See `Split`."""
-        return self._only(_fixed_choice(len(self), count))
-
-    def part(self, first: int, last: int) -> Streamed:
-        """See `Split`."""
-        return self._only(torch.arange(first, last, device="cpu"))
-
-    def _only(self, keep: Tensor) -> Streamed:
+        keep = _fixed_choice(len(self), count)
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         files = tuple(self.files[i] for i in keep.tolist())
         return replace(self, files=files, labels=self.labels[keep], names=names[keep])
+
+    def part(self, first: int, stop: int) -> Streamed:
+        """See `Split`."""
+        names = torch.arange(len(self), device="cpu") if self.names is None else self.names
+        rows = slice(first, stop)
+        return replace(self, files=self.files[rows], labels=self.labels[rows], names=names[rows])
 
     def batches(
         self,

@@ -174,11 +174,7 @@ def load_config(
     for name, text in (environ or {}).items():
         if name.startswith(ENVIRONMENT):
             changes[name.removeprefix(ENVIRONMENT).lower().replace("__", ".")] = _value(name, text)
-    for assignment in assignments:
-        key, mark, text = assignment.partition("=")
-        if not mark or not key.strip():
-            raise ItoError(f"An assignment looks like sde.omega=0.4, got {shown(assignment)}.")
-        changes[key.strip()] = _value(key, text)
+    changes |= assigned(assignments)
     changes.update({key: value for key, value in (overrides or {}).items() if value is not None})
     for key, value in changes.items():
         node = tree
@@ -189,6 +185,21 @@ def load_config(
                 raise ItoError(f"Unknown key {shown(key)}: {shown(section)} is a value, not a section.")
         node[leaf] = value
     return parse_config(tree)
+
+
+def assigned(assignments: Iterable[str]) -> dict[str, Any]:
+    """Dotted keys and values of assignments such as ``"sde.omega=0.4"``; the values are YAML.
+
+    Raises:
+        ItoError: one is no assignment, or its value is not YAML.
+    """
+    changes = {}
+    for assignment in assignments:
+        key, mark, text = assignment.partition("=")
+        if not mark or not key.strip():
+            raise ItoError(f"An assignment looks like sde.omega=0.4, got {shown(assignment)}.")
+        changes[key.strip()] = _value(key, text)
+    return changes
 
 
 def parse_config(tree: object) -> Config:
