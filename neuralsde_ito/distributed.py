@@ -144,13 +144,6 @@ class World:
                 f"there are {len(names)}."
             )
 
-    def is_first_to_fail(self) -> bool:
-        """Tell the others that this process has failed; whether it is the first one, which says why."""
-        try:
-            return self._store is None or self._store.add(_FAILED, 1) == 1
-        except RuntimeError:  # nobody is left to be told
-            return True
-
 
 ALONE = World()
 _world = ALONE
@@ -171,6 +164,14 @@ def world() -> World:
     if _world is ALONE and launched() > 1:
         _world = _meet(int(_first_set(_RANKS, "0")), launched())
     return _world
+
+
+def is_first_to_fail() -> bool:
+    """Tell the others that this process has failed; whether it is the first one, which says why."""
+    try:
+        return _world._store is None or _world._store.add(_FAILED, 1) == 1
+    except RuntimeError:  # nobody is left to be told
+        return True
 
 
 def local_rank() -> int:

@@ -70,8 +70,8 @@ def evaluate(
         columns = (index, y, classify(resnet, x), prediction.labels, prediction.drawn, prediction.invalid)
         parts.append(tuple(column.cpu() for column in (*columns, prediction.votes)))
         tick(len(y))
-    columns = list(zip(*among.gather_lists(parts), strict=True))
-    index, truth, resnet_labels, labels, drawn, invalid = (torch.cat(column) for column in columns[:-1])
+    *gathered, votes = zip(*among.gather_lists(parts), strict=True)
+    index, truth, resnet_labels, labels, drawn, invalid = (torch.cat(column) for column in gathered)
     among.check_complete(index, data)
     return Evaluation(
         resnet=Outcomes.of(resnet_labels, truth),
@@ -81,7 +81,7 @@ def evaluate(
         truth=truth,
         resnet_labels=resnet_labels,
         labels=labels,
-        votes=torch.cat(columns[-1], 1),
+        votes=torch.cat(votes, 1),
         drawn=drawn,
         invalid=invalid,
     )
