@@ -189,8 +189,9 @@ def _meet_the_others() -> None:
                 err=True,
             )
         return
+    among = world()
     signal.signal(signal.SIGTERM, _end)
-    if not world().first:
+    if not among.first:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
 
 
