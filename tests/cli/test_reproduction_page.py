@@ -285,6 +285,9 @@ def test_the_terminal_is_aligned_and_110_columns_wide(results, capsys) -> None:
     words = re.split(r"\s{2,}", re.sub(r"\[\s*([\d.]+),\s+", r"[\1, ", lines[2]))
     numbers = [interval(row["correct"]), interval(row["correct_abstained"]), output.p_value(row["p"])]
     assert words == ["", "* transfer-stops", "200", *numbers]
+    table = text[text.index("Table 3: CIFAR-10") :].split("\n\n")[1]
+    brackets = {re.sub(r"[^\[]", " ", line).rstrip() for line in table.splitlines()[2:]}
+    assert len(brackets) == 2  # the row of the ResNet has one interval, the others two
     assert "This item needs ImageNet" in text
     assert "Quoted: Madry toolbox, L2 eps 2.0: 18.6" in text
 
