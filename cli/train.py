@@ -219,7 +219,14 @@ def _train(run: Run, images: Dataset, device: torch.device) -> None:
 
     show = _Progress()
     try:
-        run.train(images, device, show.phase, show.step, show.epoch, show.should_stop)
+        run.train(
+            images,
+            device,
+            on_phase=show.phase,
+            on_step=show.step,
+            on_epoch=show.epoch,
+            should_stop=show.should_stop,
+        )
     except Interrupted:
         show.close()
         click.echo(f"Interrupted; everything is saved. To go on: ito-sde train --run {run.folder} --resume", err=True)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .sde.schedules import SCHEDULES, Schedule
     from .sde.solvers import SOLVERS, Solver
     from .studies.compare import SolverComparison, compare_solvers
+    from .studies.density import DensityShift, density_shift
     from .studies.depth import Reading, read_depths
     from .validation import ItoError
 
@@ -46,6 +47,7 @@ _HOMES = {
     "studies.compare": ("SolverComparison", "compare_solvers"),
     "runs.config": ("Config", "load_config"),
     "data": ("load_data",),
+    "studies.density": ("DensityShift", "density_shift"),
     "studies.depth": ("Reading", "read_depths"),
     "models.ensemble": ("ItoEnsemble", "Prediction"),
     "noise.brownian": ("BrownianPath",),
@@ -74,7 +76,8 @@ __all__ = [  # noqa: RUF022  (in the order of reading)
     "SuiteSettings", "run_suite", "Suite", "SuiteResult", "standard", "least_norm", "audit", "Audit", "Check",
     "Evidence", "evidence_of", "save_bundle", "load_bundle", "suite_of", "verify_bundle", "Verification",
     "load_data", "Config", "load_config", "Run", "save_ensemble", "load_ensemble", "compare_solvers",
-    "SolverComparison", "read_depths", "Reading", "ItoError",
+    "SolverComparison", "read_depths", "Reading", "density_shift", "DensityShift",
+    "ItoError",
 ]  # fmt: skip
 
 

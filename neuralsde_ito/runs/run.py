@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -19,13 +19,15 @@ from ..data import Dataset
 from ..files import write_atomically
 from ..models.ensemble import ItoEnsemble
 from ..models.recast import ItoResNet
-from ..validation import ItoError, nearest, shown
+from ..validation import ItoError, nearest, shown, whole_number
 from .build import build_resnet, recast_as
-from .config import Config, differing_keys, load_config
-from .training import Trainer
+from .config import Config, Fit, differing_keys, load_config
+from .training import Callbacks, Trainer
 from .weights import read_resnet, save_weights, to_resnet
 
 CONFIG = "config.yaml"  # a folder that holds this file is a run
+_STATE = ".state.pt"  # the ending of a training's state, beside the weights to come
+_OLD_STATE = "state.pt"  # of earlier versions, one for all trainings of a run
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Run:
     =============================  ================================================================================
     ``config.yaml``                the resolved configuration
     ``environment.json``           versions and machine at the start of the training
-    ``metrics.jsonl``              one row of training metrics for each epoch
-    ``state.pt``                   the training state; deleted when the training ends
+    ``metrics.jsonl``              one row of training metrics for each epoch, of all trainings
+    ``metrics/*.jsonl``            the same rows, one file for each training: ``resnet``, ``00``, ``01``, ...
     ``resnet.safetensors``         the ResNet from which all members began
     ``members/NN.safetensors``     the fine-tuned members, from 00; weights of plain ResNets
+    ``*.state.pt``                 beside the weights to come, the state of their training; deleted when it ends
     ``evaluation.json``, ``.png``  the clean table after training
     ``VERB-NORM-DATE.*``           results of ``ito-sde attack`` and ``ito-sde suite``
     ``suite-DIGEST/``              the state of a suite that has not ended
@@ -121,10 +124,13 @@ class Run:
         if folder.exists() and any(folder.iterdir()):
             if not overwrite:
                 raise ItoError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
-            for file in (run.state_file, run.metrics_file, run.resnet_file):
-                file.unlink(missing_ok=True)
-            for member in run.member_file(0).parent.glob("*.safetensors"):
-                member.unlink()
+            (folder / _OLD_STATE).unlink(missing_ok=True)
+            run.metrics_file.unlink(missing_ok=True)
+            run.resnet_file.unlink(missing_ok=True)
+            run.resnet_file.with_suffix(_STATE).unlink(missing_ok=True)
+            for pattern in ("members/*.safetensors", f"members/*{_STATE}", "metrics/*.jsonl"):
+                for file in folder.glob(pattern):
+                    file.unlink()
         run.write_config()
         write_atomically(folder / "environment.json", json.dumps(environment(), indent=2).encode())
         return run
@@ -152,11 +158,6 @@ class Run:
     def metrics_file(self) -> Path:
         """``metrics.jsonl``."""
         return self.folder / "metrics.jsonl"
-
-    @property
-    def state_file(self) -> Path:
-        """``state.pt``."""
-        return self.folder / "state.pt"
 
     @property
     def resnet_file(self) -> Path:
@@ -227,73 +228,144 @@ class Run:
 
     # --- its training ------------------------------------------------------------------------------------
 
-    def train(
-        self,
-        data: Dataset,
-        device: torch.device,
-        on_phase: Callable[[str, int], None] = lambda phase, epochs: None,
-        on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
-        on_epoch: Callable[[dict[str, object]], None] = lambda row: None,
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def train(self, data: Dataset, device: torch.device, **callbacks: Unpack[Callbacks]) -> None:
         """Train what the run does not have yet: the ResNet (unless the configuration gives weights), then each member.
 
         Args:
             data: the images of `load_dataset`.
             device: where the networks train.
-            on_phase: called with the name of a training and its number of epochs, before it begins.
-            on_step, on_epoch, should_stop: see `Trainer`.
+            callbacks: see `Callbacks`.
 
         Raises:
             Interrupted: ``should_stop`` returned true; the state is saved.
             Diverged: a loss or a weight is not finite.
             ItoError: a file of the run is damaged or missing.
         """
-        config = self.config
+        self.train_resnet(data, device, **callbacks)
+        for m in range(self.config.ensemble.members):
+            self.train_member(m, data, device, **callbacks)
+        self.merge_metrics()
 
-        def write_metrics() -> None:
-            # Written again from the state's rows: a killed run leaves no row of an epoch that it will train again.
-            write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in trainer.rows).encode())
+    def train_resnet(self, data: Dataset, device: torch.device, **callbacks: Unpack[Callbacks]) -> None:
+        """Train the ResNet, or take the configuration's weights; nothing if the run has it.
 
-        def record(row: dict[str, object]) -> None:
-            write_metrics()
-            on_epoch(row)
-
-        trainer = Trainer(self.state_file, on_step, record, should_stop, rows=self._read_metrics())
-        if not self.resnet_file.is_file():
-            if any(file.is_file() for file in self.member_files):
+        Args and errors are those of `train`.
+        """
+        config, file = self.config, self.resnet_file
+        if not file.is_file():
+            if any(self.folder.glob("members/*.safetensors")):
                 raise ItoError(
-                    f"The run {str(self.folder)!r} has members, but not the {self.resnet_file.name} that they began "
+                    f"The run {str(self.folder)!r} has members, but not the {file.name} that they began "
                     "as; put it back, or train anew with --overwrite."
                 )
             net = build_resnet(config, data).to(device)
             if config.network.weights is None:
-                on_phase("resnet", config.resnet.epochs)
-                trainer.fit(net, data.train, config.resnet, config.seed, "resnet")
-            save_weights(self.resnet_file, net[-1])
-        for m, file in enumerate(self.member_files):
-            if file.is_file():
-                continue
-            on_phase(f"member {m}", config.finetune.epochs)
-            model = recast_as(config, self.resnet()).to(device)
-            trainer.fit(model, data.train, config.finetune, config.seed, f"member {m}", member=m + 1)
-            save_weights(file, to_resnet(model, self.resnet(device))[-1])
-        write_metrics()
-        self.state_file.unlink(missing_ok=True)
+                self._fit(net, data, config.resnet, file, 0, callbacks)
+            save_weights(file, net[-1])
+        file.with_suffix(_STATE).unlink(missing_ok=True)
 
-    def _read_metrics(self) -> list[dict[str, object]]:
-        """The rows of ``metrics.jsonl``; none if there is no such file."""
-        if not self.metrics_file.is_file():
-            return []
-        try:
-            rows = [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
-        except ValueError:  # not JSON, or not text
-            rows = [None]
-        if not all(isinstance(row, dict) and "phase" in row for row in rows):
+    def train_member(self, member: int, data: Dataset, device: torch.device, **callbacks: Unpack[Callbacks]) -> None:
+        """Fine-tune one member, from the run's ResNet; nothing if the run has it.
+
+        Members do not depend on each other: several processes may train different members of a run at the same time,
+        in any order.
+
+        Args:
+            member: counts from 0; it may be beyond the members of the configuration.
+            data, device, callbacks: as in `train`, which also says what is raised; the ResNet must exist.
+        """
+        file = self.member_file(whole_number("member", member, 0))
+        if not file.is_file():
+            model = recast_as(self.config, self.resnet()).to(device)
+            self._fit(model, data, self.config.finetune, file, member + 1, callbacks)
+            save_weights(file, to_resnet(model, self.resnet(device))[-1])
+        file.with_suffix(_STATE).unlink(missing_ok=True)
+
+    def _fit(
+        self, model: nn.Module, data: Dataset, settings: Fit, file: Path, number: int, callbacks: Callbacks
+    ) -> None:
+        """Train a network in place, with a state and a file of metrics of its own.
+
+        Args:
+            model, data, settings: what is trained, on what, and how.
+            file: of the weights to come.
+            number: of order and noise: 0 for the ResNet, members count from 1.
+            callbacks: of the caller.
+        """
+        if (old := self.folder / _OLD_STATE).is_file():
             raise ItoError(
-                f"{str(self.metrics_file)!r} is damaged: its lines are not rows of metrics; delete it, and resume."
+                f"{str(old)!r} is the training state of an earlier version, with which this one cannot go on; delete "
+                "it, and resume: what is finished stays, the training that was interrupted begins anew."
             )
-        return rows
+
+        def write_rows() -> None:
+            # Written again from the state's rows: a killed run leaves no row of an epoch that it will train again.
+            write_atomically(metrics, _lines(trainer.rows))
+            self.merge_metrics()
+
+        def on_epoch(row: dict[str, object]) -> None:
+            write_rows()
+            callbacks.get("on_epoch", _nothing)(row)
+
+        metrics = self.folder / "metrics" / f"{file.stem}.jsonl"
+        callbacks.get("on_phase", _nothing)(_phase(file), settings.epochs)
+        on_step, should_stop = callbacks.get("on_step", _nothing), callbacks.get("should_stop", _nothing)
+        trainer = Trainer(file.with_suffix(_STATE), on_step, on_epoch, should_stop)
+        trainer.fit(model, data.train, settings, self.config.seed, _phase(file), number)
+        write_rows()  # also if the last epoch had ended before a kill
+
+    def merge_metrics(self) -> None:
+        """Write ``metrics.jsonl`` from the metrics of each training: the ResNet's first, then the members' in order.
+
+        Several processes may do this at the same time: each reads again after it has written, and writes again if
+        another one had written metrics of its training meanwhile. So the last writer has seen them all.
+
+        Raises:
+            ItoError: a file of metrics is damaged.
+        """
+        while True:
+            rows = self._all_metrics()
+            write_atomically(self.metrics_file, _lines(rows))
+            if self._all_metrics() == rows:
+                return
+
+    def _all_metrics(self) -> list[dict[str, object]]:
+        """The rows of each training. Of one that an earlier version made, they are in ``metrics.jsonl`` alone."""
+        trainings: dict[str, list[dict[str, object]]] = {}
+        for row in _read_metrics(self.metrics_file):
+            trainings.setdefault(str(row["phase"]), []).append(row)
+        for file in self.folder.glob("metrics/*.jsonl"):
+            trainings[_phase(file)] = _read_metrics(file)
+        order = sorted(trainings, key=lambda phase: (phase != "resnet", len(phase), phase))  # member 2 before member 10
+        return [row for phase in order for row in trainings[phase]]
+
+
+def _nothing(*_: object) -> Any:
+    """The callback that a caller leaves out."""
+    return False
+
+
+def _phase(file: Path) -> str:
+    """What metrics call the training whose files have this name: ``resnet``, or ``member 3``."""
+    return f"member {int(file.stem)}" if file.stem.isdecimal() else file.stem
+
+
+def _lines(rows: list[dict[str, object]]) -> bytes:
+    """Rows of metrics as the lines of a file."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _read_metrics(file: Path) -> list[dict[str, object]]:
+    """The rows of a file of metrics; none if there is no such file."""
+    if not file.is_file():
+        return []
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError:  # not JSON, or not text
+        rows = [None]
+    if not all(isinstance(row, dict) and "phase" in row for row in rows):
+        raise ItoError(f"{str(file)!r} is damaged: its lines are not rows of metrics; delete it, and resume.")
+    return rows
 
 
 def load_ensemble(path: str | Path, device: torch.device | str = "cpu") -> tuple[ItoEnsemble, Config]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +29,20 @@ from .config import Fit
 
 class Interrupted(Exception):
     """The caller asked the training to stop; its state is saved."""
+
+
+class Callbacks(TypedDict, total=False):
+    """What a training of a run calls; each may be left out.
+
+    Attributes:
+        on_phase: with the name of a training and its number of epochs, before it begins.
+        on_step, on_epoch, should_stop: see `Trainer`.
+    """
+
+    on_phase: Callable[[str, int], None]
+    on_step: Callable[[int, int, int], None]
+    on_epoch: Callable[[dict[str, object]], None]
+    should_stop: Callable[[], bool]
 
 
 class Diverged(RuntimeError):
@@ -100,7 +114,7 @@ class _Training:
 
 @dataclass
 class Trainer:
-    """Trains one network after another, and saves its state so that a later call goes on from there.
+    """Trains one network, and saves its state so that a later call goes on from there.
 
     Attributes:
         state_file: the training state, replaced as a whole after every epoch and every ``save_every`` seconds.
@@ -108,7 +122,7 @@ class Trainer:
         on_epoch: called with one row of metrics after each epoch.
         should_stop: called after each step; if it returns true, the state is saved and `Interrupted` raised.
         save_every: seconds.
-        rows: the rows of metrics of all trainings so far.
+        rows: the rows of metrics of the training so far.
     """
 
     state_file: Path
@@ -119,7 +133,7 @@ class Trainer:
     rows: list[dict[str, object]] = field(default_factory=list)
 
     def fit(self, model: nn.Module, data: Split, settings: Fit, seed: int, phase: str, member: int = 0) -> None:
-        """Train in place. Goes on from ``state_file`` if that holds a state of this phase.
+        """Train in place. Goes on from ``state_file`` if there is one.
 
         Everything random is a pure function of (seed, member, epoch, image): the order, the augmentation and
         the noise. So the state is weights, optimizer and position, and a run that was killed ends with the
@@ -134,7 +148,8 @@ class Trainer:
 
         Raises:
             Interrupted: ``should_stop`` returned true.
-            ItoError: ``state_file`` is damaged, or BatchNorm cannot normalise a batch of one image.
+            ItoError: ``state_file`` is damaged or of another training, or BatchNorm cannot normalise a batch of one
+                image.
             Diverged: the loss or a weight is not finite.
         """
         device = next(model.parameters()).device
@@ -165,7 +180,7 @@ class Trainer:
         model.eval()
 
     def _save(self, training: _Training) -> None:
-        """Write the state of a training, with the rows of all."""
+        """Write the state of a training, with its rows."""
         buffer = io.BytesIO()
         state = {
             "phase": training.name,
@@ -180,41 +195,34 @@ class Trainer:
         write_atomically(self.state_file, buffer.getvalue())
 
     def _restore(self, training: _Training, steps: int) -> None:
-        """Read the rows of all trainings so far and, if this training had begun, its weights, optimizer and position.
+        """If the training had begun, read its rows, weights, optimizer and position.
 
         Args:
             training: the training, as it begins; changed in place.
             steps: steps of an epoch.
         """
-        if not (state := self._read_state(training)):
-            # An attempt whose state was lost may have written rows.
-            self.rows[:] = [row for row in self.rows if row["phase"] != training.name]
-            return
-        training.epoch, training.step = state["epoch"], state["step"]
-        training.totals = state["totals"].to(training.totals.device)
-        if training.step >= steps:
-            raise ItoError(
-                f"The training state {str(self.state_file)!r} is {training.step} batches into an epoch of {steps}: "
-                "the data have changed since; delete it, and resume."
-            )
-
-    def _read_state(self, training: _Training) -> dict[str, Any]:
-        """The saved position of this training, empty if there is none; loads rows, weights and optimizer."""
+        self.rows.clear()
         if not self.state_file.is_file():
-            return {}
+            return
         try:
             state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-            self.rows[:] = state["rows"]
             if state["phase"] != training.name:
-                return {}
+                raise ValueError(f"a state of {state['phase']}")
             training.model.load_state_dict(state["model"])
             training.optimizer.load_state_dict(state["optimizer"])
-            return {name: state[name] for name in ("epoch", "step", "totals")}
+            self.rows.extend(state["rows"])
+            training.epoch, training.step = state["epoch"], state["step"]
+            training.totals = state["totals"].to(training.totals.device)
         except Exception as error:  # a damaged file can fail in any way
             raise ItoError(
                 f"The training state {str(self.state_file)!r} cannot be read, or is of another network; delete it, and "
                 f"resume: what is finished stays, {training.name!r} begins anew."
             ) from error
+        if training.step >= steps:
+            raise ItoError(
+                f"The training state {str(self.state_file)!r} is {training.step} batches into an epoch of {steps}: "
+                "the data have changed since; delete it, and resume."
+            )
 
 
 def learning_rate(settings: Fit, step: int, total: int) -> float:

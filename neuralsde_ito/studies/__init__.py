@@ -1,1 +1,1 @@
-"""Comparisons of solvers, orders and grids."""
+"""Comparisons of solvers, orders, grids and the laws of outputs."""

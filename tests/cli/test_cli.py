@@ -61,7 +61,7 @@ def test_train_prints_the_table_and_leaves_the_run(trained: Path) -> None:
         *((f"member {m}", e) for m in (0, 1) for e in (1, 2)),
     ]
     assert (run / "evaluation.png").stat().st_size > 10_000
-    assert not (run / "state.pt").exists()
+    assert not list(run.rglob("*.state.pt"))
     members = [load_file(run / "members" / f"0{m}.safetensors") for m in (0, 1)]
     base = load_file(run / "resnet.safetensors")
     assert all(set(member) == set(base) for member in members)
@@ -239,7 +239,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "ito-sde train --run runs/long --resume" in errors
-    assert (run / "state.pt").exists()
+    assert (run / "resnet.state.pt").exists()
     assert "Traceback" not in errors
 
 

@@ -1,6 +1,7 @@
 """Training, configuration and files of a run, in this process."""
 
 import io
+import json
 import math
 import os
 import re
@@ -62,13 +63,82 @@ def test_a_run_that_is_left_at_any_step_ends_like_one_that_was_not(tmp_path: Pat
             run(tmp_path / "left", config, should_stop=stop_now_and_then)
             break
         except Interrupted:
-            assert (tmp_path / "left" / "state.pt").exists()
+            assert len(list((tmp_path / "left").rglob("*.state.pt"))) == 1
     else:
         pytest.fail("the run never ended")
+    assert_same_trainings(tmp_path / "alone", tmp_path / "left")
+    assert not list((tmp_path / "left").rglob("*.state.pt"))
+
+
+def assert_same_trainings(alone: Path, other: Path) -> None:
+    """The same weights, bit for bit, and the same rows of metrics."""
     for name in ("resnet.safetensors", "members/00.safetensors", "members/01.safetensors"):
-        one, two = load_file(tmp_path / "alone" / name), load_file(tmp_path / "left" / name)
+        one, two = load_file(alone / name), load_file(other / name)
         assert all(torch.equal(one[key], two[key]) for key in one), name
-    assert (tmp_path / "alone/metrics.jsonl").read_text() == (tmp_path / "left/metrics.jsonl").read_text()
+    assert (alone / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+
+def test_members_train_in_any_order_each_interrupted_on_its_own(tmp_path: Path) -> None:
+    config, cpu = tiny(), torch.device("cpu")
+    data = load_dataset(config)
+    run(tmp_path / "alone", config)
+    left = Run.create(tmp_path / "left", config)
+    with pytest.raises(ito.ItoError, match=r"has no resnet\.safetensors"):
+        left.train_member(0, data, cpu)
+    left.train_resnet(data, cpu)
+    rows = []
+    for m in (1, 0, 2, 1, 0):  # by turns, as if each had a process; member 2 is beyond the configuration's
+        with pytest.raises(Interrupted):
+            Run.open(left.folder).train_member(m, data, cpu, on_epoch=rows.append, should_stop=lambda: bool(rows))
+        rows.clear()
+    assert len(list(left.folder.rglob("*.state.pt"))) == 3
+    seen: list[str] = []
+    for m in (1, 2, 0):
+        left.train_member(m, data, cpu, on_phase=lambda phase, epochs: seen.append(phase))
+    left.train_member(2, data, cpu, on_step=lambda *_: pytest.fail("it is trained"))
+    assert seen == ["member 1", "member 2", "member 0"]
+    assert left.is_complete
+    assert not list(left.folder.rglob("*.state.pt"))
+    phases = [json.loads(line)["phase"] for line in left.metrics_file.read_text().splitlines()]
+    assert phases == ["resnet"] * 2 + ["member 0"] * 2 + ["member 1"] * 2 + ["member 2"] * 2
+    beyond = load_file(left.member_file(2))
+    assert not any(torch.equal(beyond["fc.weight"], load_file(left.member_file(m))["fc.weight"]) for m in (0, 1))
+    lines = left.metrics_file.read_text().splitlines(keepends=True)
+    left.metrics_file.write_text("".join(lines[:-2]))  # those of member 2
+    assert_same_trainings(tmp_path / "alone", left.folder)
+
+
+def test_processes_that_write_metrics_at_the_same_time_lose_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Run.create(tmp_path / "a", tiny())
+    names = [f"{m:02d}" for m in (10, 2, 0)]
+
+    def another_training_ends_first(path: Path, content: bytes) -> None:
+        """Between reading and writing ``metrics.jsonl``, another process writes its rows, and merges them."""
+        if names:
+            name = names.pop()
+            write_atomically(made.folder / f"metrics/{name}.jsonl", f'{{"phase": "member {int(name)}"}}\n'.encode())
+            made.merge_metrics()
+        write_atomically(path, content)
+
+    monkeypatch.setattr("neuralsde_ito.runs.run.write_atomically", another_training_ends_first)
+    made.merge_metrics()
+    phases = [json.loads(line)["phase"] for line in made.metrics_file.read_text().splitlines()]
+    assert phases == ["member 0", "member 2", "member 10"]
+
+
+def test_rows_of_an_earlier_version_stay_and_its_state_is_refused(alone_and_left: Path, tmp_path: Path) -> None:
+    """Earlier versions wrote one state and one file of metrics for all trainings."""
+    old = tmp_path / "old"
+    shutil.copytree(alone_and_left / "left", old)
+    shutil.rmtree(old / "metrics")
+    (old / "members/01.state.pt").rename(old / "state.pt")
+    with pytest.raises(ito.ItoError, match=r"state\.pt.*earlier version.*delete it, and resume"):
+        run(old, tiny(resnet__epochs=1))
+    (old / "state.pt").unlink()
+    run(old, tiny(resnet__epochs=1))
+    assert_same_trainings(alone_and_left / "alone", old)
 
 
 def test_training_through_the_sde_is_the_stated_recipe(tmp_path: Path) -> None:
@@ -434,9 +504,11 @@ def test_unfinished_missing_and_foreign_runs_are_refused(tmp_path: Path) -> None
 
 def test_overwrite_begins_anew(tmp_path: Path) -> None:
     run(tmp_path / "a", tiny())
+    for state in ("state.pt", "resnet.state.pt", "members/01.state.pt"):  # of trainings that were interrupted
+        (tmp_path / "a" / state).write_bytes(b"")
     Run.create(tmp_path / "a", tiny(ensemble__members=1), overwrite=True)
-    assert not (tmp_path / "a" / "resnet.safetensors").exists()
-    assert not list((tmp_path / "a" / "members").glob("*"))
+    left = {file.name for file in (tmp_path / "a").rglob("*") if file.is_file()}
+    assert left == {"config.yaml", "environment.json"}
 
 
 def test_names_of_new_runs_are_unique(tmp_path: Path) -> None:
@@ -519,6 +591,7 @@ TORN = {
     "something else": lambda content: _saved({"model": 1}),
     "no mapping": lambda content: _saved([1, 2]),
     "another network": lambda content: _saved({**_loaded(content), "model": one_pixel_net().state_dict()}),
+    "another training": lambda content: _saved({**_loaded(content), "phase": "member 0"}),
     "another optimiser": lambda content: _saved({**_loaded(content), "optimizer": {}}),
 }
 
@@ -550,19 +623,16 @@ def test_a_torn_training_state_is_one_sentence_and_its_mend_works(
 ) -> None:
     config, alone, left = tiny(resnet__epochs=1), alone_and_left / "alone", tmp_path / "left"
     shutil.copytree(alone_and_left / "left", left)
-    state = left / "state.pt"
+    state = left / "members/01.state.pt"
     state.write_bytes(TORN[how](state.read_bytes()))
-    with pytest.raises(ito.ItoError, match=r"state\.pt.*cannot be.*delete it") as caught:
+    with pytest.raises(ito.ItoError, match=r"01\.state\.pt.*cannot be.*delete it") as caught:
         run(left, config)
     assert "\n" not in str(caught.value)
     assert "miniz" not in str(caught.value)
     assert len(str(caught.value)) <= 400
     state.unlink()  # as it says
     run(left, config)
-    for name in ("resnet.safetensors", "members/00.safetensors", "members/01.safetensors"):
-        one, two = load_file(alone / name), load_file(left / name)
-        assert all(torch.equal(one[key], two[key]) for key in one), name
-    assert (alone / "metrics.jsonl").read_text() == (left / "metrics.jsonl").read_text()
+    assert_same_trainings(alone, left)
 
 
 def test_a_training_state_of_more_images_is_refused(tmp_path: Path) -> None:
