@@ -179,6 +179,7 @@ class Laboratory:
             def make() -> dict[str, Tensor]:
                 self._begin(run, base)
                 run.train_member(number, images, self.device)
+                run.merge_metrics()
                 return {}
 
             return make

@@ -73,7 +73,7 @@ class Maker:
 
         vote = {"inferences": ensemble.inferences, "rule": ensemble.rule}
         size = lab.size(block) * len(self.members) * ensemble.inferences
-        title = "vote on clean images" if attacked is None else f"vote after {attacked.title}"
+        title = "vote on clean images" if attacked is None else f"vote after {_short(attacked)}"
         needs = () if attacked is None else (attacked,)
         return self._piece("vote", title, vote, block, make, Work(queries=0.4 * size), needs)
 
@@ -93,11 +93,11 @@ class Maker:
         work = Work(queries=0.4 * size)
         return self._piece("untrained", "vote before fine-tuning", inputs, block, make, work, networks=False)
 
-    def sweep(self, kind: str, norm: Norm, block: Block) -> Piece:
+    def sweep(self, norm: Norm, block: Block) -> Piece:
         """The default attack at all radii: for radius ``i`` ``denial-i``, ``evasion-i`` and ``resnet-i``."""
         lab = self.lab
         radii = [check_eps(norm, parse_eps(eps)) for eps in lab.scale.radii[norm]]
-        attacks = [self._default(kind, norm, eps) for eps in radii]
+        attacks = [PGD(norm, eps, STEPS, eot=lab.scale.eot) for eps in radii]
 
         def make() -> Tensors:
             resnet = self.system.resnet_network()
@@ -114,7 +114,7 @@ class Maker:
         size, members, first = lab.size(block) * len(radii), len(self.members), attacks[0]
         gradients = first.steps * (2 * first.eot + members + 5)
         queries = 2.5 * 4 * members * self.system.config.ensemble.inferences
-        title = f"{kind.upper()}, default attack, {norm}, {len(radii)} radii"
+        title = f"PGD, default attack, {norm}, {len(radii)} radii"
         inputs = {"attacks": [asdict(attack) for attack in attacks]}
         return self._piece("sweep", title, inputs, block, make, Work(0.5 * size * gradients, size * queries))
 
@@ -180,7 +180,7 @@ class Maker:
             return {name: value for name, value in vars(shift).items() if isinstance(value, Tensor)}
 
         work = Work(queries=2 * lab.size(block) * count)
-        title = f"density after {attacked.title}"
+        title = f"density after {_short(attacked)}"
         return self._piece("density", title, {"paths": count}, block, make, work, (attacked,))
 
     # --- on the whole split ------------------------------------------------------------------------------------
@@ -215,13 +215,6 @@ class Maker:
 
     # --- what they share -------------------------------------------------------------------------------------
 
-    def _default(self, kind: str, norm: str, eps: float) -> PGD:
-        """The default attack at one radius, with as many paths a gradient as the scale says."""
-        eot = self.lab.scale.eot
-        if kind == "fgsm":
-            return PGD(norm, eps, 1, eot=eot, random_start=False, keep="last", step_size=eps)
-        return PGD(norm, eps, STEPS, eot=eot)
-
     def _ensemble(self) -> ItoEnsemble:
         return self.system.ensemble(len(self.members))
 
@@ -254,6 +247,11 @@ class Maker:
         needs = (self.system.resnet, *(self.members if networks else ()), *needs)
         title = f"{title}, images {block.number * self.lab.scale.block} on, {self.system.title}"
         return Piece(kind, title, inputs, needs, with_names, work, self.system.config.network.arch)
+
+
+def _short(piece: Piece) -> str:
+    """The title of a piece without its images and networks."""
+    return piece.title.partition(", images ")[0]
 
 
 def _columns(level: int, result: SuiteResult) -> Tensors:
