@@ -351,8 +351,8 @@ class VotesAndOmega(Reproduction):
             "kind": "heatmap",
             "title": "Figure 4, left: members against inferences",
             "caption": f"Correct + abstention on {len(index)} test images; all sizes are from one set of votes, "
-            "each the mean over random choices of members and inferences. The paper: 5.1 points more at 20 x 20 than at "
-            "3 x 3.",
+            "each the mean over random choices of members and inferences. The paper: 5.1 points more at 20 x 20 "
+            "than at 3 x 3.",
             "panels": maps,
         }
         omegas = list(self.lab.scale.omegas)
