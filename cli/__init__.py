@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 import warnings
 
 import click
 
+from neuralsde_ito.distributed import Lost, is_first_to_fail, launched, world
 from neuralsde_ito.validation import ItoError, nearest, shown
 
 VERBS = {
@@ -26,6 +28,16 @@ VERBS = {
     "orders": "Measure strong and weak orders of solvers on problems with known solutions, beside theory.",
     "depth": "Read networks on finer grids: an SDE, or a ResNet in disguise?",
     "bench": "Measure what inferences, votes, attacks and training cost beside the plain network.",
+}
+
+
+# The verbs that several processes share, and how each goes on after one of them was lost.
+SHARED = {
+    "train": "What is trained is saved; go on: ito-sde train --resume, with any number of processes.",
+    "evaluate": "Give the command again.",
+    "attack": "Give the command again.",
+    "suite": "Finished attacks are kept; go on: the same command with --resume, with any number of processes.",
+    "reproduce": "Finished work is kept; go on: the same command, with any number of processes.",
 }
 
 
@@ -83,7 +95,13 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The verb and its words, of a command line in today's form or an older one."""
-        return super().resolve_command(ctx, args if ctx.resilient_parsing else forwarded(args))
+        words = args if ctx.resilient_parsing else forwarded(args)
+        if words[0] in VERBS and words[0] not in SHARED and launched() > 1:
+            raise click.UsageError(
+                f"'ito-sde {words[0]}' has no work for {launched()} processes: start it alone, without torchrun or "
+                "accelerate launch."
+            )
+        return super().resolve_command(ctx, words)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The verbs in the order in which a user needs them."""
@@ -117,8 +135,19 @@ def _sentence(text: str, width: int = 390) -> str:
     return text if len(text) <= width else f"{text[: width // 2 - 3]} ... {text[2 - width // 2 :]}"
 
 
+class _Ended(BaseException):
+    """The launcher ends this process: another one was lost, or the user ends the command."""
+
+
+def _end(*_: object) -> None:
+    raise _Ended
+
+
 def main() -> None:
-    """Entry point. Exit codes: 0 success, 1 failure, 2 wrong usage or configuration, 130 interrupted."""
+    """Entry point. Exit codes: 0 success, 1 failure, 2 wrong usage or configuration, 130 interrupted.
+
+    Of several processes (`neuralsde_ito.distributed`), process 0 speaks; of those that fail, the first one.
+    """
     # By default a thread that waits keeps its core busy, and the threads that it waits for get less: on two cores with
     # a third process, a small network's step took 25 times as long. This must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -132,24 +161,63 @@ def main() -> None:
         warnings.simplefilter("ignore", category=FutureWarning)
     # A user may write --debug behind the verb; click takes it only before.
     sys.argv[1:] = [*(["--debug"] if debug else []), *(word for word in sys.argv[1:] if word != "--debug")]
+    errors = sys.stderr
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        if context is not None:
-            click.echo(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n", err=True)
-        click.echo(f"Error: {_sentence(error.format_message())}", err=True)
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
+        _meet_the_others()
+        if code := cli.main(standalone_mode=False):
+            is_first_to_fail()  # the others do not wait for this process
+            _exit(code)
+        sys.exit(0)
     except BrokenPipeError:
         sys.stderr.close()
-        sys.exit(1)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"Error: {_sentence(str(error)) or type(error).__name__}", err=True)
-        if not isinstance(error, ItoError) and not debug:
-            click.echo("This was not foreseen; --debug shows where it happened.", err=True)
-        sys.exit(2 if isinstance(error, ItoError) else 1)
+        _exit(1)
+    except (Exception, KeyboardInterrupt, _Ended) as error:
+        code, lines = _said(error, debug)
+        if is_first_to_fail():
+            for line in lines:
+                click.echo(line, errors)
+        _exit(code)
+
+
+def _meet_the_others() -> None:
+    """If this is one of several processes, find the others; all but process 0 become silent."""
+    if launched() == 1:
+        if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ:
+            click.echo(
+                "Warning: accelerate launch --cpu starts one process, whatever --num_processes says; accelerate launch "
+                "--multi_gpu starts as many as it says, also without a GPU, and so does torchrun.",
+                err=True,
+            )
+        return
+    among = world()
+    signal.signal(signal.SIGTERM, _end)
+    if not among.first:
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+
+
+def _said(error: BaseException, debug: bool) -> tuple[int, list[str]]:
+    """The exit code for an exception that ended the program, and what stderr says of it."""
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        usage = [f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n"] if context else []
+        return error.exit_code, [*usage, f"Error: {_sentence(error.format_message())}"]
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return 130, ["Interrupted."]
+    if isinstance(error, Lost | _Ended):
+        how = next((SHARED[word] for word in sys.argv[1:] if word in SHARED), "")
+        return 1, [f"Error: One of {launched()} processes was lost, or the command was ended from outside. {how}"]
+    lines = [traceback.format_exc()] if debug else []
+    lines.append(f"Error: {_sentence(str(error)) or type(error).__name__}")
+    if not isinstance(error, ItoError) and not debug:
+        lines.append("This was not foreseen; --debug shows where it happened.")
+    return 2 if isinstance(error, ItoError) else 1, lines
+
+
+def _exit(code: int) -> None:
+    """End this process; one of several does not wait at its exit for processes that may be lost."""
+    if launched() > 1:
+        for stream in (sys.__stdout__, sys.__stderr__):
+            if stream is not None and not stream.closed:
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

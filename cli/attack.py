@@ -123,6 +123,7 @@ def command(
     """
     from neuralsde_ito.attacks import parse_eps
     from neuralsde_ito.attacks.sweep import SURROGATES, attack_sweep
+    from neuralsde_ito.distributed import world
     from neuralsde_ito.files import write_atomically
     from neuralsde_ito.runs.build import load_dataset
     from neuralsde_ito.validation import ItoError
@@ -145,11 +146,15 @@ def command(
         for text in labels.values():
             options.check_file(save / f"{output.radius_name(norm, text)}.safetensors")
 
-    batches = -(-len(images.test) // batch_size)
+    among = world()
+    batches = -(-len(among.share(images.test)) // batch_size)
     begun = time.monotonic()
     with output.progress(batches * len(attacks) * len(names), "attack", "runs") as bar:
-        sweep = attack_sweep(opened.ensemble, opened.resnet, images.test, attacks, names, seed, batch_size, bar.update)
+        defenders = (opened.ensemble, opened.resnet)
+        sweep = attack_sweep(*defenders, images.test, attacks, names, seed, batch_size, bar.update, among)
     seconds = time.monotonic() - begun
+    if not among.first:
+        return
 
     report = _report(sweep, attacks, labels, opened, images.name, seed, seconds)
     record = opened.run.result_file("attack", norm)

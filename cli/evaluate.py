@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from . import options, output
@@ -28,22 +30,26 @@ def command(
     """Let a run's ensemble vote on test images, beside the original ResNet."""
     if full:
         options.without_effect({"confidence"}, "With --full")
+    from neuralsde_ito.distributed import world
     from neuralsde_ito.models.ensemble import ItoEnsemble
     from neuralsde_ito.outcomes import Paired
     from neuralsde_ito.runs.build import load_dataset, recast_as
     from neuralsde_ito.runs.evaluate import evaluate
 
-    opened = chosen.open()
+    opened, among = chosen.open(), world()
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)
     seed = opened.config.seed if seed is None else seed
     ensemble, before, paired = opened.ensemble, None, None
-    with output.progress(len(images.test) * (1 + untrained), "vote", "images") as bar:
-        result = evaluate(ensemble, opened.resnet, images.test, seed, batch_size, bar.update, full, confidence)
+    settings: tuple[Any, ...] = (full, confidence, among)
+    with output.progress(len(among.share(images.test)) * (1 + untrained), "vote", "images") as bar:
+        result = evaluate(ensemble, opened.resnet, images.test, seed, batch_size, bar.update, *settings)
         if untrained:
             member = recast_as(opened.config, opened.resnet)
             same = ItoEnsemble([member] * len(ensemble.members), ensemble.inferences, ensemble.rule)
-            before = evaluate(same, opened.resnet, images.test, seed, batch_size, bar.update, full, confidence)
+            before = evaluate(same, opened.resnet, images.test, seed, batch_size, bar.update, *settings)
             paired = Paired.of(before.labels == before.truth, result.labels == result.truth)
+    if not among.first:
+        return
     if as_json:
         vote = {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule}
         head = {"command": "evaluate", "run": str(opened.folder), "data": images.name, "seed": seed, **vote}

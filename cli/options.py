@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from neuralsde_ito.distributed import world
 from neuralsde_ito.sde.schedules import SCHEDULES
 from neuralsde_ito.sde.solvers import SOLVERS
 from neuralsde_ito.validation import ItoError, shown
@@ -126,6 +127,8 @@ def check_file(path: Path) -> Path:
     Raises:
         ItoError: the path is a folder, is no regular file, or cannot be made.
     """
+    if not world().first:  # process 0 writes; of several, one would remove the folder that another one tries
+        return path
     made: list[Path] = []
     try:
         if path.is_dir():
@@ -162,6 +165,8 @@ def check_folder(path: Path, new: bool = False) -> Path:
     Raises:
         ItoError: the path is a file, or nothing can be written into it.
     """
+    if not world().first:
+        return path
     try:
         if new and path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ItoError(f"The folder {shown(str(path))} is not empty: name another.")

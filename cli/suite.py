@@ -105,6 +105,7 @@ def command(
     from neuralsde_ito.attacks.norms import parse_eps
     from neuralsde_ito.attacks.other_libraries import check_peer
     from neuralsde_ito.attacks.suite_run import run_suite
+    from neuralsde_ito.distributed import world
     from neuralsde_ito.files import write_atomically
     from neuralsde_ito.runs.build import load_dataset
     from neuralsde_ito.validation import ItoError
@@ -127,16 +128,19 @@ def command(
         if bundle is not None:
             options.check_folder(bundle / output.radius_name(norm, text), new=True)
 
-    begun = time.monotonic()
-    with output.progress(settings.attacks(opened.ensemble, len(data.test)), "suite", "attacks") as bar:
+    begun, among = time.monotonic(), world()
+    with output.progress(settings.attacks(opened.ensemble, len(among.share(data.test))), "suite", "attacks") as bar:
 
         def on_attack(defender: str, step: Step, result: SuiteResult) -> None:
             fooled = f"{sum(result.fooled)} fooled"
             bar.set_postfix_str(f"{NAMES[defender]}, eps {labels[result.eps]}, {step.name}: {fooled}")
             bar.update()
 
-        both = run_suite(opened.ensemble, opened.resnet, data.test, settings, opened.folder, resume, on_attack)
+        defenders = (opened.ensemble, opened.resnet)
+        both = run_suite(*defenders, data.test, settings, opened.folder, resume, on_attack, among)
     seconds = time.monotonic() - begun
+    if not among.first:
+        return
 
     report = _report(both, settings, opened, data.name, labels, seconds)
     report["peers"] = [

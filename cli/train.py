@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from neuralsde_ito.distributed import Lost
+
 from . import options, output
 
 if TYPE_CHECKING:
     import torch
 
     from neuralsde_ito.data import Dataset
+    from neuralsde_ito.distributed import World
     from neuralsde_ito.runs.config import Config
     from neuralsde_ito.runs.evaluate import Evaluation
     from neuralsde_ito.runs.run import Run
@@ -152,29 +155,38 @@ def command(
         idle = {"overwrite", "device", "as_json"} | (set() if resume else {"name", "root"})
         options.without_effect(idle, "With --print-config")
 
+    from neuralsde_ito.distributed import world
     from neuralsde_ito.runs.build import load_dataset, pick_device
     from neuralsde_ito.runs.run import Run, new_run_name
 
+    among = world()
     run = Run.find(root, name, complete=False) if resume else None
     config = typed.config(run.config if run else None)
     if print_config:
         click.echo(config.to_yaml(), nl=False)
         return
     torch_device = pick_device(device)
-    if run is None:
-        name = name or new_run_name(root, config)
-        folder = Path(name) if Path(name).parent != Path() else root / name
-        run, images = _created(folder, config, overwrite)
+    if not among.first:  # process 0 names the run, and makes its folder
+        run = Run.open(among.gather("")[0])
+        images = load_dataset(run.config)
     else:
-        if name is None:
-            click.echo(f"Run {run.folder} (the newest unfinished one; --run names another).", err=True)
-        images = load_dataset(config)
-        run.check_config(config)
-    options.check_folder(run.folder)
+        if run is None:
+            name = name or new_run_name(root, config)
+            folder = Path(name) if Path(name).parent != Path() else root / name
+            run, images = _created(folder, config, overwrite)
+        else:
+            if name is None:
+                click.echo(f"Run {run.folder} (the newest unfinished one; --run names another).", err=True)
+            images = load_dataset(config)
+            run.check_config(config)
+        options.check_folder(run.folder)
+        among.gather(str(run.folder))
 
     begun = time.monotonic()
-    _train(run, images, torch_device)
-    result = _evaluate(run, images, torch_device)
+    _train(run, images, torch_device, among)
+    result = _evaluate(run, images, torch_device, among)
+    if not among.first:
+        return
     report = {
         "command": "train",
         "run": str(run.folder),
@@ -208,21 +220,32 @@ def _created(folder: Path, config: Config, overwrite: bool) -> tuple[Run, Datase
     return Run.create(folder, config, overwrite), images
 
 
-def _train(run: Run, images: Dataset, device: torch.device) -> None:
-    """Train what the run does not have yet; an interrupt ends the program with the command that goes on."""
-    from neuralsde_ito.runs.training import Diverged, Interrupted
+def _train(run: Run, images: Dataset, device: torch.device, among: World) -> None:
+    """Train what the run does not have yet; an interrupt ends the program with the command that goes on.
+
+    Of several processes, the first one trains the ResNet, and then each trains members of its own.
+    """
+    from neuralsde_ito.runs.training import Callbacks, Diverged, Interrupted
 
     show = _Progress()
+    callbacks: Callbacks = {
+        "on_phase": show.phase,
+        "on_step": show.step,
+        "on_epoch": show.epoch,
+        "should_stop": show.should_stop,
+    }
     try:
-        run.train(
-            images,
-            device,
-            on_phase=show.phase,
-            on_step=show.step,
-            on_epoch=show.epoch,
-            should_stop=show.should_stop,
-        )
-    except Interrupted:
+        if among.first:
+            run.train_resnet(images, device, **callbacks)
+        among.barrier()
+        for member in among.own(range(run.config.ensemble.members)):
+            run.train_member(member, images, device, **callbacks)
+        among.barrier()
+        if among.first:
+            run.merge_metrics()
+    except (Interrupted, Lost) as error:
+        if isinstance(error, Lost) and not show.should_stop():
+            raise
         show.close()
         click.echo(f"Interrupted; everything is saved. To go on: ito-sde train --run {run.folder} --resume", err=True)
         raise click.exceptions.Exit(130) from None
@@ -232,12 +255,13 @@ def _train(run: Run, images: Dataset, device: torch.device) -> None:
         show.close()
 
 
-def _evaluate(run: Run, images: Dataset, device: torch.device) -> Evaluation:
+def _evaluate(run: Run, images: Dataset, device: torch.device, among: World) -> Evaluation:
     """The clean table of a run that is trained."""
     from neuralsde_ito.runs.evaluate import evaluate
 
-    with output.progress(len(images.test), "vote", "images") as bar:
-        return evaluate(run.ensemble(device), run.resnet(device), images.test, run.config.seed, tick=bar.update)
+    with output.progress(len(among.share(images.test)), "vote", "images") as bar:
+        networks = (run.ensemble(device), run.resnet(device))
+        return evaluate(*networks, images.test, run.config.seed, tick=bar.update, among=among)
 
 
 def _save(run: Run, result: Evaluation, report: dict[str, Any], images: Dataset) -> Path:

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Split
+from ..distributed import ALONE, World
+from ..files import write_atomically
 from ..models.ensemble import ItoEnsemble, NoiseFree
 from ..models.recast import recast
 from ..outcomes import Outcomes, Paired
@@ -148,6 +150,7 @@ def attack_images(
     radii: Sequence[float],
     batch_size: int = 250,
     on_attack: Callable[[Step, SuiteResult], object] = lambda step, result: None,
+    among: World = ALONE,
 ) -> SuiteRun:
     """Run a suite against one defender on all images, batch after batch; each batch passes through all radii.
 
@@ -158,22 +161,26 @@ def attack_images(
         radii: rising, in pixel units.
         batch_size: images at a time.
         on_attack: called after every attack with its step and the result of its batch so far.
+        among: the processes that share the batches; each gets the whole result.
 
     Raises:
         ItoError: radii that do not rise; an unknown surrogate.
     """
     device = next(ensemble.parameters()).device
-    votes, batches = [], []
-    for number, batch in enumerate(images.batches(batch_size)):
+    done: list[tuple[Tensor, Tensor, list[SuiteResult]]] = []
+    for number, batch in among.own(list(enumerate(images.batches(batch_size)))):
         batch = batch.to(device)
-        votes.append(suite.report.votes(ensemble, batch.x, batch.index).cpu())
+        votes = suite.report.votes(ensemble, batch.x, batch.index).cpu()
         last: dict[float, SuiteResult] = {}
         for step, result in suite.run(ensemble, batch, radii, str(number)):
             last[result.eps] = result
             on_attack(step, result)
-        batches.append([last[eps] for eps in radii])
+        done.append((batch.index.cpu(), votes, [join_results([last[eps]]) for eps in radii]))
+    index, clean_votes, batches = zip(*among.dealt(done), strict=True)
+    if not torch.equal(torch.cat(index), images.index):
+        raise RuntimeError("The results of the processes are not those of each image exactly once.")
     results = tuple(join_results(parts) for parts in zip(*batches, strict=True))
-    return SuiteRun(ensemble, suite, images, torch.cat(votes, -2), results)
+    return SuiteRun(ensemble, suite, images, torch.cat(clean_votes, -2), results)
 
 
 @dataclass(frozen=True)
@@ -256,6 +263,7 @@ def run_suite(
     state: str | Path | None = None,
     resume: bool = False,
     on_attack: OnAttack = lambda defender, step, result: None,
+    among: World = ALONE,
 ) -> SuiteComparison:
     """Attack an ensemble and its ResNet by the suite ``standard``, at every radius.
 
@@ -267,6 +275,8 @@ def run_suite(
             and images, keeps every finished attack.
         resume: take what is finished from there; otherwise it is deleted and the run begins anew.
         on_attack: called after every attack with ``ito`` or ``resnet``, the step, and the result so far of its batch.
+        among: the processes that share the images, in pieces of a batch at most; each gets the whole result. A resumed
+            run keeps its pieces, so that another number of processes takes all that is finished.
 
     Raises:
         ItoError: there is nothing to resume.
@@ -274,22 +284,45 @@ def run_suite(
     device = next(ensemble.parameters()).device
     images = Images.of(split, settings.batch_size, device)
     folder = None if state is None else Path(state) / f"suite-{_digest(ensemble, images, settings)}"
-    if folder is not None and not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    if resume and (folder is None or not folder.is_dir()):
-        raise ItoError(
-            "There is nothing to resume: no suite with these settings, weights and images was interrupted here; "
-            "leave --resume out."
-        )
+    pieces = (settings.batch_size, among.pieces(len(images), settings.batch_size))
+    piece = among.gather(_begin(folder, resume, *pieces) if among.first else 0)[0]
     plain = ItoEnsemble([recast(resnet, 0.0, image_shape=_shape(images))], 1)
     defenders = {"ito": (ensemble, settings.suite(ensemble, resnet)), "resnet": (plain, settings.suite(plain))}
     description = {"name": "standard", "effort": settings.effort, "batch_size": settings.batch_size}
     runs: dict[str, SuiteRun] = {}
     for name, (defender, suite) in defenders.items():
         suite.state = None if folder is None else folder / name
-        run = attack_images(suite, defender, images, settings.radii, settings.batch_size, partial(on_attack, name))
+        run = attack_images(suite, defender, images, settings.radii, piece, partial(on_attack, name), among)
         runs[name] = replace(run, description=description)
     return SuiteComparison(runs["ito"], runs["resnet"], folder)
+
+
+def _begin(folder: Path | None, resume: bool, batch_size: int, piece: int) -> int:
+    """Make a state's folder ready, and remember in it how many images a piece has; gives that number.
+
+    Args:
+        folder: of the state, or None.
+        resume: take what is finished, with its pieces; else it is deleted.
+        batch_size: images of a piece in the states of earlier versions.
+        piece: images of a piece, if the run begins anew.
+
+    Raises:
+        ItoError: there is nothing to resume.
+    """
+    if resume and (folder is None or not folder.is_dir()):
+        raise ItoError(
+            "There is nothing to resume: no suite with these settings, weights and images was interrupted here; "
+            "leave --resume out."
+        )
+    if folder is None:
+        return piece
+    file = folder / "piece.json"
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        return json.loads(file.read_text()) if file.is_file() else batch_size
+    write_atomically(file, json.dumps(piece).encode())
+    return piece
 
 
 def _shape(images: Images) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Split
+from ..distributed import ALONE, World
 from ..models.ensemble import ItoEnsemble, NoiseFree
 from ..outcomes import WorstCase
 from ..validation import image_names, one_of
@@ -120,6 +121,7 @@ def attack_sweep(
     seed: int = 0,
     batch_size: int = 100,
     tick: Tick = lambda n: None,
+    among: World = ALONE,
 ) -> Sweep:
     """Attack the ensemble through each surrogate, and the ResNet as often, at each radius.
 
@@ -138,6 +140,7 @@ def attack_sweep(
         seed: of gradient, selection and report panels.
         batch_size: images at a time.
         tick: called with 1 whenever one attack on one batch is done.
+        among: the processes that share the images; each gets the whole result.
 
     Raises:
         ItoError: an unknown surrogate.
@@ -146,12 +149,14 @@ def attack_sweep(
     models = surrogate_models(ensemble, resnet, surrogates)
     device = next(ensemble.parameters()).device
     parts = []
-    for index, x, y in data.batches(batch_size, device):
+    for index, x, y in among.share(data).batches(batch_size, device):
         batch = _Batch(ensemble, resnet, Images(x, y, index), models, seed)
         for attack in attacks:
             batch.attack(attack, tick)
         parts.append(batch.finished())
+    parts = among.gather_lists(parts)
     whole = {column.name: _joined([getattr(part, column.name) for part in parts]) for column in fields(Sweep)}
+    among.check_complete(whole["index"], data)
     return Sweep(**whole | {"eps": parts[0].eps})
 
 

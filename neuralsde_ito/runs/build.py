@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..data import IMAGE_SIZES, Dataset, load_data
+from ..distributed import launched, local_rank
 from ..models.recast import ItoResNet, recast
 from ..models.resnets import load_resnet
 from ..validation import ItoError, shown
@@ -15,11 +16,15 @@ from .config import Config
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name: ``auto`` (CUDA, else MPS, else CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
+    If this is one of several processes (`neuralsde_ito.distributed`), ``auto`` and ``cuda`` deal the GPUs out to them.
+
     Raises:
         ItoError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and launched() > 1 and torch.cuda.is_available():
+        name = f"cuda:{local_rank() % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError:

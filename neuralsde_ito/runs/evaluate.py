@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..attacks.sweep import Tick
 from ..attacks.targets import classify
 from ..data import Split
+from ..distributed import ALONE, World
 from ..models.ensemble import ItoEnsemble
 from ..outcomes import Outcomes, Paired
 
@@ -49,6 +50,7 @@ def evaluate(
     tick: Tick = lambda n: None,
     full: bool = False,
     confidence: float | None = None,
+    among: World = ALONE,
 ) -> Evaluation:
     """Let the ensemble vote on every image, and classify it with the ResNet, too.
 
@@ -59,17 +61,18 @@ def evaluate(
         batch_size: images at a time; the result does not depend on it.
         tick: called after each batch with its number of images.
         full, confidence: see `ItoEnsemble.predict`.
+        among: the processes that share the images; each gets the whole result.
     """
     device = next(ensemble.parameters()).device
     parts: list[tuple[Tensor, ...]] = []
-    votes = []
-    for index, x, y in data.batches(batch_size, device):
+    for index, x, y in among.share(data).batches(batch_size, device):
         prediction = ensemble.predict(x, seed, index, full=full, confidence=confidence)
         columns = (index, y, classify(resnet, x), prediction.labels, prediction.drawn, prediction.invalid)
-        parts.append(tuple(column.cpu() for column in columns))
-        votes.append(prediction.votes.cpu())
+        parts.append(tuple(column.cpu() for column in (*columns, prediction.votes)))
         tick(len(y))
-    index, truth, resnet_labels, labels, drawn, invalid = (torch.cat(column) for column in zip(*parts, strict=True))
+    *gathered, votes = zip(*among.gather_lists(parts), strict=True)
+    index, truth, resnet_labels, labels, drawn, invalid = (torch.cat(column) for column in gathered)
+    among.check_complete(index, data)
     return Evaluation(
         resnet=Outcomes.of(resnet_labels, truth),
         ito=Outcomes.of(labels, truth),
