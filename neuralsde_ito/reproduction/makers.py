@@ -45,8 +45,9 @@ class Maker:
         attack = protocol.attack(kind, norm, radius, system.std, lab.scale.eot)
 
         def make() -> Tensors:
-            images, resnet = lab.images(block), system.resnet_network()
-            model = surrogate_models(self._ensemble(), resnet, [protocol.through])[protocol.through]
+            images, model = lab.images(block), system.resnet_network()
+            if protocol.through != "resnet":
+                model = surrogate_models(self._ensemble(), model, [protocol.through])[protocol.through]
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="A randomised model is attacked with one path")
                 result = attack.run(model, images.x, images.y, self.seed, images.index)
@@ -57,7 +58,9 @@ class Maker:
         paths = attack.eot if protocol.through in ("ensemble", "member") else networks
         title = f"{kind.upper()}, {protocol.title}, {norm} {eps}"
         inputs = {"attack": asdict(attack), "through": protocol.through}
-        return self._piece("attack", title, inputs, block, make, Work(size * attack.steps * paths))
+        through = {"resnet": 0, "member": 1}.get(protocol.through, len(self.members))  # members that it runs
+        work = Work(size * attack.steps * paths)
+        return self._piece("attack", title, inputs, block, make, work, members=through)
 
     def vote(self, block: Block, attacked: Piece | None = None) -> Piece:
         """The decisions on attacked images, or on clean ones: ``labels``, ``votes``; on clean ones also ``resnet``."""
@@ -91,7 +94,7 @@ class Maker:
         inputs = {**ensemble.model_dump(mode="json"), "sde": system.config.sde.model_dump(mode="json")}
         size = lab.size(block) * ensemble.members * ensemble.inferences
         work = Work(queries=0.4 * size)
-        return self._piece("untrained", "vote before fine-tuning", inputs, block, make, work, networks=False)
+        return self._piece("untrained", "vote before fine-tuning", inputs, block, make, work, members=0)
 
     def sweep(self, norm: Norm, block: Block) -> Piece:
         """The default attack at all radii: for radius ``i`` ``denial-i``, ``evasion-i`` and ``resnet-i``."""
@@ -141,7 +144,7 @@ class Maker:
         inputs = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
         title = f"suite on the {'ResNet' if resnet else 'ensemble'}, {norm}, {len(radii)} radii"
         inputs |= {} if resnet else self._vote_inputs()
-        piece = self._piece("suite", title, inputs, block, make, work, networks=not resnet)
+        piece = self._piece("suite", title, inputs, block, make, work, members=0 if resnet else None)
         return piece
 
     def paths(self, block: Block, attacked: Piece | None = None) -> Piece:
@@ -159,11 +162,10 @@ class Maker:
             return {"winners": said.to(torch.int16).unflatten(0, (inferences, voters))}
 
         title = f"{voters} x {inferences} inferences " + ("on clean images" if attacked is None else "under attack")
-        needs = (*system.members[: system.config.ensemble.members], *([] if attacked is None else [attacked]))
-        needs = (*needs, *system.members[len(self.members) : voters])
+        needs = () if attacked is None else (attacked,)
         work = Work(queries=lab.size(block) * voters * inferences)
         inputs = {"voters": voters, "inferences": inferences}
-        return self._piece("paths", title, inputs, block, make, work, needs, networks=False)
+        return self._piece("paths", title, inputs, block, make, work, needs, members=voters)
 
     def density(self, block: Block, attacked: Piece) -> Piece:
         """How far the attack moves the law of the output, see `density_shift`: a column for each statistic."""
@@ -231,9 +233,9 @@ class Maker:
         make: Callable[[], Tensors],
         work: Work,
         needs: tuple[Piece, ...] = (),
-        networks: bool = True,
+        members: int | None = None,
     ) -> Piece:
-        """A piece on a block. ``networks``: whether it runs the members; the ResNet is always there."""
+        """A piece on a block that needs the ResNet and the first ``members`` members; None: those of the ensemble."""
 
         def with_names() -> Tensors:
             images = self.lab.images(block)
@@ -244,7 +246,8 @@ class Maker:
         # A data set that stands for two of the paper has one name here, so that its work is done once.
         images = {"of": self.lab.fingerprint(block.data), "count": block.count, "block": self.lab.scale.block}
         inputs = {**inputs, "seed": self.seed, "images": {**images, "number": block.number}}
-        needs = (self.system.resnet, *(self.members if networks else ()), *needs)
+        count = len(self.members) if members is None else members
+        needs = (self.system.resnet, *self.system.members[:count], *needs)
         title = f"{title}, images {block.number * self.lab.scale.block} on, {self.system.title}"
         return Piece(kind, title, inputs, needs, with_names, work, self.system.config.network.arch)
 
