@@ -185,7 +185,7 @@ class Laboratory:
             return make
 
         work = Work(trained=0 if config.network.weights else epochs * count / 2)
-        system.resnet = Piece("resnet", f"train {arch}", start, (), make_resnet, work, arch, base.resnet_file)
+        system.resnet = Piece("resnet", f"train {arch}", start, (), make_resnet, work, arch, arch, base.resnet_file)
         work = Work(trained=config.finetune.epochs * count)
         system.members = tuple(
             Piece(
@@ -196,6 +196,7 @@ class Laboratory:
                 make_member(number),
                 work,
                 arch,
+                system.title,
                 run.member_file(number),
             )
             for number in range(max(config.ensemble.members, self.scale.voters))

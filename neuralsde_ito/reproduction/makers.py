@@ -42,25 +42,24 @@ class Maker:
         """The images of one attack: ``images``, ``index``, ``truth``."""
         lab, system = self.lab, self.system
         radius = check_eps(norm, parse_eps(eps))
+        members = {"resnet": 0, "member": 1}.get(protocol.through, len(self.members))  # that it runs
         attack = protocol.attack(kind, norm, radius, system.std, lab.scale.eot)
 
         def make() -> Tensors:
             images, model = lab.images(block), system.resnet_network()
-            if protocol.through != "resnet":
-                model = surrogate_models(self._ensemble(), model, [protocol.through])[protocol.through]
+            if members:
+                model = surrogate_models(system.ensemble(members), model, [protocol.through])[protocol.through]
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="A randomised model is attacked with one path")
                 result = attack.run(model, images.x, images.y, self.seed, images.index)
             return {"images": result.images, "cost": torch.tensor([result.gradients, result.queries])}
 
-        networks = {"noise-free": len(self.members)}.get(protocol.through, 1)
         size = lab.size(block)
-        paths = attack.eot if protocol.through in ("ensemble", "member") else networks
+        paths = attack.eot if protocol.through in ("ensemble", "member") else max(1, members)
         title = f"{kind.upper()}, {protocol.title}, {norm} {eps}"
         inputs = {"attack": asdict(attack), "through": protocol.through}
-        through = {"resnet": 0, "member": 1}.get(protocol.through, len(self.members))  # members that it runs
         work = Work(size * attack.steps * paths)
-        return self._piece("attack", title, inputs, block, make, work, members=through)
+        return self._piece("attack", title, inputs, block, make, work, members=members)
 
     def vote(self, block: Block, attacked: Piece | None = None) -> Piece:
         """The decisions on attacked images, or on clean ones: ``labels``, ``votes``; on clean ones also ``resnet``."""
@@ -213,7 +212,7 @@ class Maker:
         needs = (system.resnet, *self.members, *votes)
         inputs = {**self._vote_inputs(), "seed": self.seed, "most": most}
         title = f"full votes on the least certain images, {system.title}"
-        return Piece("gallery", title, inputs, needs, make, work, system.config.network.arch)
+        return Piece("gallery", title, inputs, needs, make, work, system.config.network.arch, system.title)
 
     # --- what they share -------------------------------------------------------------------------------------
 
@@ -249,7 +248,7 @@ class Maker:
         count = len(self.members) if members is None else members
         needs = (self.system.resnet, *self.system.members[:count], *needs)
         title = f"{title}, images {block.number * self.lab.scale.block} on, {self.system.title}"
-        return Piece(kind, title, inputs, needs, with_names, work, self.system.config.network.arch)
+        return Piece(kind, title, inputs, needs, with_names, work, self.system.config.network.arch, self.system.title)
 
 
 def _short(piece: Piece) -> str:
