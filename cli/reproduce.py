@@ -194,7 +194,7 @@ def _costs(plan: Plan, pending: list[Piece]) -> Costs:
     """What the work costs on this machine: every network that is still to run is timed."""
     from neuralsde_ito.reproduction.costs import Costs
 
-    archs = {piece.system for piece in pending}
+    archs = {piece.network for piece in pending}
     systems = [(data, config) for data, config in plan.lab.configs() if config.network.arch in archs]
     return Costs.measured(plan.lab, systems)
 

@@ -35,6 +35,7 @@ KINDS = {  # what a record is, in the order of the page's last section
     "sweep": "Sweeps over eps",
     "suite": "Suites of attacks",
     "density": "Laws of the output",
+    "gallery": "Galleries",
 }
 GROUPS = {  # what kind of protocol a row has
     "clean": "no attack",
@@ -159,6 +160,13 @@ def listed(settings: dict[str, Any]) -> str:
     return ", ".join(filter(None, words))
 
 
+def versions(results: dict[str, Any]) -> str:
+    """Versions of software, and the machine, as far as they are known."""
+    environment = results["environment"]
+    packages = {"ito-sde": results["version"], **environment.get("packages", {})}
+    return listed({**packages, **{key: environment[key] for key in environment if key not in ("packages", "date")}})
+
+
 def headline(blocks: Iterable[Situation]) -> str:
     """What the blocks under attack say together; nothing where the paper gives no number."""
     judged = [block for block in blocks if block.attacked and block.paper is not None and block.nearest]
@@ -223,6 +231,7 @@ def html_page(results: dict[str, Any], folder: Path) -> str:
             for figure in item["figures"]
         },
         uses=_uses(results, blocks),
+        versions=versions(results),
         groups=GROUPS,
         kinds=KINDS | {record["kind"]: record["kind"] for record in records.values() if record["kind"] not in KINDS},
     )
@@ -284,7 +293,7 @@ def markdown_page(results: dict[str, Any]) -> str:
         f"**Scale {_plain(results['scale'])}: {_plain(results['stand_in'])}**",
         f"{_code(results['command'])}: seed {results['seed']}, {_plain(results['device'])}, {moment(results['date'])}, "
         f"{spent(results['hours'])} of work; {_plain(listed(results['settings']))}; "
-        f"{_plain(listed({'ito-sde': results['version']} | results['environment']))}. Rates are in per cent, with 95 % "
+        f"{_plain(versions(results))}. Rates are in per cent, with 95 % "
         "Wilson intervals. [results.json](results.json) has every number with the records that it comes from: their "
         "commands, seeds and inputs.",
         *_markdown_summary(blocks),

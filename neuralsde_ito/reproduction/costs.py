@@ -58,7 +58,7 @@ class Costs:
         return raw * self.spent[piece.kind] / before if before > 0 else raw
 
     def _raw(self, piece: Piece) -> float:
-        gradient, query, trained = self.each.get(piece.system, (0.0, 0.0, 0.0))
+        gradient, query, trained = self.each.get(piece.network, (0.0, 0.0, 0.0))
         work: Work = piece.work
         return 0.02 + work.gradients * gradient + work.queries * query + work.trained * trained
 

@@ -56,7 +56,7 @@ def density_figure(
         )
     n = len(next(iter(measured.values()))[0]["votes"])
     caption = (
-        f"How far PGD with gradients that average over the noise moves the law of the output, on {n} test images: the "
+        f"How far PGD with one path a gradient moves the law of the output, on {n} test images: the "
         "mean of each statistic over images, against omega, at each L-inf eps. A shift below the null's 95 % is none "
         "that these paths can see."
     )

@@ -26,6 +26,9 @@ RESNET = Protocol("resnet", "original ResNet", "the network from which the membe
 RESNET_SUITE = Protocol("resnet-suite", "original ResNet, its own suite", "the strongest attack on the ResNet itself")
 
 
+NORMS: dict[Norm, str] = {"linf": "L-inf", "l2": "L2"}  # as people write them
+
+
 class Reproduction:
     """One item at one scale.
 
@@ -140,13 +143,14 @@ class Attacked(Reproduction):
         maker, blocks = Maker(self.lab, system), self.attacked_blocks(cell.data)
         protocols = [protocol for protocol in PROTOCOLS.values() if kind == "pgd" or protocol.one_step]
         rows = [self.weak(maker, protocol, kind, norm, eps, blocks) for protocol in protocols]
-        sweeps, level = tuple(maker.sweep(kind, norm, block) for block in blocks), self.level(norm, eps)
+        # The strong rows of an FGSM table are the same: the ball is.
+        sweeps, level = tuple(maker.sweep(norm, block) for block in blocks), self.level(norm, eps)
         denial, evasion = f"denial-{level}", f"evasion-{level}"
         rows.append(Judged(ABSTENTIONS, "weak", sweeps, denial, denial, abstentions_right=True))
         rows.append(Judged(DEFAULT, "default", sweeps, denial, evasion))
         rows.append(self.suite(maker, norm, eps, blocks))
         place = "ImageNet, " if cell.data == "imagenet" else ""
-        title = f"{place}{cell.network}, {norm}, eps {eps}, omega {cell.omega:g}, {kind.upper()}"
+        title = f"{place}{cell.network}, {NORMS[norm]}, eps {eps}, omega {cell.omega:g}, {kind.upper()}"
         return Situation(title, cell, tuple(rows), self.suite(maker, norm, eps, blocks, True), self.index(blocks))
 
     @property
@@ -228,8 +232,8 @@ class Curves(Reproduction):
         lines += _points("the paper", "paper", [p for p in self.item.points if (p.norm, p.omega) == (norm, omega)])
         lines += _points("Madry toolbox, quoted", "quoted", [p for p in self.item.quoted if p.norm == norm])
         return {
-            "title": f"{norm}, omega {omega:g}",
-            "x_label": f"eps ({norm}, pixel units)",
+            "title": f"{NORMS[norm]}, omega {omega:g}",
+            "x_label": f"eps ({NORMS[norm]}, pixel units)",
             "y_label": "correct (%)",
             "x_ticks": ["0", *radii],
             "lines": lines,
@@ -347,8 +351,8 @@ class VotesAndOmega(Reproduction):
             "kind": "heatmap",
             "title": "Figure 4, left: members against inferences",
             "caption": f"Correct + abstention on {len(index)} test images; all sizes are from one set of votes, "
-            "each the mean over random choices of members and inferences. The paper: 5.1 points more at 20 x 20 than at "
-            "3 x 3.",
+            "each the mean over random choices of members and inferences. The paper: 5.1 points more at 20 x 20 "
+            "than at 3 x 3.",
             "panels": maps,
         }
         omegas = list(self.lab.scale.omegas)
@@ -358,7 +362,7 @@ class VotesAndOmega(Reproduction):
             lines.append(self.line("Itô, suite", "strong", omegas, rows["suite"], index))
             lines.append(self.line("Itô, no attack", "clean", omegas, rows["clean"], index))
             axes = {"x_label": "omega", "y_label": "correct (%)", "x_ticks": [f"{omega:g}" for omega in omegas]}
-            panels.append({"title": f"linf, eps {eps}", **axes, "lines": lines})
+            panels.append({"title": f"L-inf, eps {eps}", **axes, "lines": lines})
         right = {
             "kind": "curves",
             "title": "Figure 4, right: accuracy against omega",
@@ -394,7 +398,7 @@ class Density(Reproduction):
         for eps in scale.density.eps:
             shifts[eps] = [
                 [
-                    maker.density(block, maker.attack(PROTOCOLS["no-start"], "pgd", "linf", eps, block))
+                    maker.density(block, maker.attack(PROTOCOLS["one-path"], "pgd", "linf", eps, block))
                     for block in blocks
                 ]
                 for maker in makers

@@ -179,12 +179,13 @@ class Laboratory:
             def make() -> dict[str, Tensor]:
                 self._begin(run, base)
                 run.train_member(number, images, self.device)
+                run.merge_metrics()
                 return {}
 
             return make
 
         work = Work(trained=0 if config.network.weights else epochs * count / 2)
-        system.resnet = Piece("resnet", f"train {arch}", start, (), make_resnet, work, arch, base.resnet_file)
+        system.resnet = Piece("resnet", f"train {arch}", start, (), make_resnet, work, arch, arch, base.resnet_file)
         work = Work(trained=config.finetune.epochs * count)
         system.members = tuple(
             Piece(
@@ -195,6 +196,7 @@ class Laboratory:
                 make_member(number),
                 work,
                 arch,
+                system.title,
                 run.member_file(number),
             )
             for number in range(max(config.ensemble.members, self.scale.voters))

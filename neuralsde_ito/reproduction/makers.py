@@ -42,22 +42,24 @@ class Maker:
         """The images of one attack: ``images``, ``index``, ``truth``."""
         lab, system = self.lab, self.system
         radius = check_eps(norm, parse_eps(eps))
+        members = {"resnet": 0, "member": 1}.get(protocol.through, len(self.members))  # that it runs
         attack = protocol.attack(kind, norm, radius, system.std, lab.scale.eot)
 
         def make() -> Tensors:
-            images, resnet = lab.images(block), system.resnet_network()
-            model = surrogate_models(self._ensemble(), resnet, [protocol.through])[protocol.through]
+            images, model = lab.images(block), system.resnet_network()
+            if members:
+                model = surrogate_models(system.ensemble(members), model, [protocol.through])[protocol.through]
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="A randomised model is attacked with one path")
                 result = attack.run(model, images.x, images.y, self.seed, images.index)
             return {"images": result.images, "cost": torch.tensor([result.gradients, result.queries])}
 
-        networks = {"noise-free": len(self.members)}.get(protocol.through, 1)
         size = lab.size(block)
-        paths = attack.eot if protocol.through in ("ensemble", "member") else networks
+        paths = attack.eot if protocol.through in ("ensemble", "member") else max(1, members)
         title = f"{kind.upper()}, {protocol.title}, {norm} {eps}"
         inputs = {"attack": asdict(attack), "through": protocol.through}
-        return self._piece("attack", title, inputs, block, make, Work(size * attack.steps * paths))
+        work = Work(size * attack.steps * paths)
+        return self._piece("attack", title, inputs, block, make, work, members=members)
 
     def vote(self, block: Block, attacked: Piece | None = None) -> Piece:
         """The decisions on attacked images, or on clean ones: ``labels``, ``votes``; on clean ones also ``resnet``."""
@@ -73,7 +75,7 @@ class Maker:
 
         vote = {"inferences": ensemble.inferences, "rule": ensemble.rule}
         size = lab.size(block) * len(self.members) * ensemble.inferences
-        title = "vote on clean images" if attacked is None else f"vote after {attacked.title}"
+        title = "vote on clean images" if attacked is None else f"vote after {_short(attacked)}"
         needs = () if attacked is None else (attacked,)
         return self._piece("vote", title, vote, block, make, Work(queries=0.4 * size), needs)
 
@@ -91,13 +93,13 @@ class Maker:
         inputs = {**ensemble.model_dump(mode="json"), "sde": system.config.sde.model_dump(mode="json")}
         size = lab.size(block) * ensemble.members * ensemble.inferences
         work = Work(queries=0.4 * size)
-        return self._piece("untrained", "vote before fine-tuning", inputs, block, make, work, networks=False)
+        return self._piece("untrained", "vote before fine-tuning", inputs, block, make, work, members=0)
 
-    def sweep(self, kind: str, norm: Norm, block: Block) -> Piece:
+    def sweep(self, norm: Norm, block: Block) -> Piece:
         """The default attack at all radii: for radius ``i`` ``denial-i``, ``evasion-i`` and ``resnet-i``."""
         lab = self.lab
         radii = [check_eps(norm, parse_eps(eps)) for eps in lab.scale.radii[norm]]
-        attacks = [self._default(kind, norm, eps) for eps in radii]
+        attacks = [PGD(norm, eps, STEPS, eot=lab.scale.eot) for eps in radii]
 
         def make() -> Tensors:
             resnet = self.system.resnet_network()
@@ -114,7 +116,7 @@ class Maker:
         size, members, first = lab.size(block) * len(radii), len(self.members), attacks[0]
         gradients = first.steps * (2 * first.eot + members + 5)
         queries = 2.5 * 4 * members * self.system.config.ensemble.inferences
-        title = f"{kind.upper()}, default attack, {norm}, {len(radii)} radii"
+        title = f"PGD, default attack, {norm}, {len(radii)} radii"
         inputs = {"attacks": [asdict(attack) for attack in attacks]}
         return self._piece("sweep", title, inputs, block, make, Work(0.5 * size * gradients, size * queries))
 
@@ -141,7 +143,7 @@ class Maker:
         inputs = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
         title = f"suite on the {'ResNet' if resnet else 'ensemble'}, {norm}, {len(radii)} radii"
         inputs |= {} if resnet else self._vote_inputs()
-        piece = self._piece("suite", title, inputs, block, make, work, networks=not resnet)
+        piece = self._piece("suite", title, inputs, block, make, work, members=0 if resnet else None)
         return piece
 
     def paths(self, block: Block, attacked: Piece | None = None) -> Piece:
@@ -159,11 +161,10 @@ class Maker:
             return {"winners": said.to(torch.int16).unflatten(0, (inferences, voters))}
 
         title = f"{voters} x {inferences} inferences " + ("on clean images" if attacked is None else "under attack")
-        needs = (*system.members[: system.config.ensemble.members], *([] if attacked is None else [attacked]))
-        needs = (*needs, *system.members[len(self.members) : voters])
+        needs = () if attacked is None else (attacked,)
         work = Work(queries=lab.size(block) * voters * inferences)
         inputs = {"voters": voters, "inferences": inferences}
-        return self._piece("paths", title, inputs, block, make, work, needs, networks=False)
+        return self._piece("paths", title, inputs, block, make, work, needs, members=voters)
 
     def density(self, block: Block, attacked: Piece) -> Piece:
         """How far the attack moves the law of the output, see `density_shift`: a column for each statistic."""
@@ -180,7 +181,7 @@ class Maker:
             return {name: value for name, value in vars(shift).items() if isinstance(value, Tensor)}
 
         work = Work(queries=2 * lab.size(block) * count)
-        title = f"density after {attacked.title}"
+        title = f"density after {_short(attacked)}"
         return self._piece("density", title, {"paths": count}, block, make, work, (attacked,))
 
     # --- on the whole split ------------------------------------------------------------------------------------
@@ -211,16 +212,9 @@ class Maker:
         needs = (system.resnet, *self.members, *votes)
         inputs = {**self._vote_inputs(), "seed": self.seed, "most": most}
         title = f"full votes on the least certain images, {system.title}"
-        return Piece("gallery", title, inputs, needs, make, work, system.config.network.arch)
+        return Piece("gallery", title, inputs, needs, make, work, system.config.network.arch, system.title)
 
     # --- what they share -------------------------------------------------------------------------------------
-
-    def _default(self, kind: str, norm: str, eps: float) -> PGD:
-        """The default attack at one radius, with as many paths a gradient as the scale says."""
-        eot = self.lab.scale.eot
-        if kind == "fgsm":
-            return PGD(norm, eps, 1, eot=eot, random_start=False, keep="last", step_size=eps)
-        return PGD(norm, eps, STEPS, eot=eot)
 
     def _ensemble(self) -> ItoEnsemble:
         return self.system.ensemble(len(self.members))
@@ -238,9 +232,9 @@ class Maker:
         make: Callable[[], Tensors],
         work: Work,
         needs: tuple[Piece, ...] = (),
-        networks: bool = True,
+        members: int | None = None,
     ) -> Piece:
-        """A piece on a block. ``networks``: whether it runs the members; the ResNet is always there."""
+        """A piece on a block that needs the ResNet and the first ``members`` members; None: those of the ensemble."""
 
         def with_names() -> Tensors:
             images = self.lab.images(block)
@@ -251,9 +245,15 @@ class Maker:
         # A data set that stands for two of the paper has one name here, so that its work is done once.
         images = {"of": self.lab.fingerprint(block.data), "count": block.count, "block": self.lab.scale.block}
         inputs = {**inputs, "seed": self.seed, "images": {**images, "number": block.number}}
-        needs = (self.system.resnet, *(self.members if networks else ()), *needs)
+        count = len(self.members) if members is None else members
+        needs = (self.system.resnet, *self.system.members[:count], *needs)
         title = f"{title}, images {block.number * self.lab.scale.block} on, {self.system.title}"
-        return Piece(kind, title, inputs, needs, with_names, work, self.system.config.network.arch)
+        return Piece(kind, title, inputs, needs, with_names, work, self.system.config.network.arch, self.system.title)
+
+
+def _short(piece: Piece) -> str:
+    """The title of a piece without its images and networks."""
+    return piece.title.partition(", images ")[0]
 
 
 def _columns(level: int, result: SuiteResult) -> Tensors:

@@ -48,7 +48,8 @@ class Piece:
         needs: the pieces whose results it uses.
         make: does the work.
         work: what it costs.
-        system: the networks that it runs, by name.
+        network: the architecture that it runs, by name.
+        system: the networks that it runs, by name: the architecture and omega.
         file: a file that it makes beside its tensors: trained weights.
     """
 
@@ -58,6 +59,7 @@ class Piece:
     needs: tuple[Piece, ...]
     make: Callable[[], Tensors] = field(repr=False)
     work: Work
+    network: str
     system: str
     file: Path | None = None
 
@@ -84,14 +86,18 @@ def in_order(pieces: Iterable[Piece]) -> list[list[Piece]]:
 
 
 def dealt(pieces: Sequence[Piece], seconds: Callable[[Piece], float], rank: int, size: int) -> list[Piece]:
-    """The pieces of one stage that process ``rank`` of ``size`` does: the dearest first, each by the least busy one."""
+    """The pieces of one stage that process ``rank`` of ``size`` does.
+
+    The dearest are dealt out first, each to the least busy process. A process does those of one system one after the
+    other, so that it reads each network once.
+    """
     busy, mine = [0.0] * size, []
     for piece in sorted(pieces, key=seconds, reverse=True):
         least = busy.index(min(busy))
         busy[least] += seconds(piece)
         if least == rank:
             mine.append(piece)
-    return mine
+    return sorted(mine, key=lambda piece: piece.system)
 
 
 def joined(parts: Sequence[Tensors], index: Tensor, column: str, dim: int = 0) -> Tensor:

@@ -2,7 +2,7 @@
 
 The paper states no steps, no step size, no expectation over the noise, nor what is differentiated. Each protocol below
 is a choice that a careful author can make without noticing, and that may leave more images right than an honest attack.
-Only `transfer-stops` stops where an image is fooled: an image that is fooled on one draw may not be on another.
+Where an attack averages over the noise, an image leaves it when it is fooled beyond luck, as in the default attack.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "gradient of one member",
             "gradients through 20 networks are dear, and the vote itself has none",
             through="member",
+            stop=True,
         ),
         Protocol(
             "transfer-stops",
@@ -92,24 +93,28 @@ PROTOCOLS: dict[str, Protocol] = {
             "the Madry toolbox's tables have none",
             random_start=False,
             one_step=False,
+            stop=True,
         ),
         Protocol(
             "eps-normalised",
             "eps in normalised units",
             "an attack behind the normalisation that does not convert eps: the ball is std times as large",
             radius=lambda eps, std: eps * std,
+            stop=True,
         ),
         Protocol(
             "eps-wrong-way",
             "eps converted the wrong way round",
             "behind the normalisation eps must be divided by std; multiplied, the ball is std^2 times as large",
             radius=lambda eps, std: eps * std**2,
+            stop=True,
         ),
         Protocol(
             "eps-divided",
             "eps divided by std, in pixels",
             "eps is converted, but the attack acts before the normalisation: a ball 1/std times as large",
             radius=lambda eps, std: eps / std,
+            stop=True,
         ),
         Protocol(
             "noise-off",

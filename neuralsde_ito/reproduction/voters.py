@@ -94,5 +94,6 @@ def _claim(title: str, winners: Tensor, truth: Tensor, rule: str, rows: list[lis
         f"{title}: correct + abstention gains {gains[0]:+.1f} points from {_LEAST} x {_LEAST} to {members} x "
         f"{inferences}; {gains[1]:+.1f} by members alone ({members} x {_LEAST}), {gains[2]:+.1f} by inferences alone "
         f"({_LEAST} x {inferences}). That members help more {holds} (right or abstained on "
-        f"{paired.only_second} images by members alone, on {paired.only_first} by inferences alone; McNemar p = {paired.p:.2g})."
+        f"{paired.only_second} images by members alone, on {paired.only_first} by inferences alone; "
+        f"McNemar p = {paired.p:.2g})."
     )

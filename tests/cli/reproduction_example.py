@@ -116,7 +116,12 @@ def example() -> dict[str, Any]:
         "seed": 0,
         "date": "2026-11-24T15:00:00+00:00",
         "hours": 0.21,
-        "environment": {"python": "3.11.2", "cuda": None, "packages": {"torch": "2.9.0", "numpy": "2.1.0"}},
+        "environment": {
+            "date": "2026-11-24T15:00:00+00:00",
+            "python": "3.11.2",
+            "cuda": None,
+            "packages": {"ito-sde": "0.1.0", "torch": "2.9.0"},
+        },
         "stand_in": "scikit-learn's digits and a ResNet-20 stand in for CIFAR-10, ImageNet and ResNet-50: the numbers "
         "below are not those of the paper's networks.",
         "settings": {"members": 5, "inferences": 20, "images": 200},

@@ -97,6 +97,8 @@ def test_each_number_of_a_row_stands_once_in_its_row_and_links_to_its_record(res
         for row, cells in zip(block["rows"], measured, strict=True):
             assert cells[0][0].startswith(row["title"])
             assert row["why"] in cells[0][0]
+            if len(row["records"]) > 1:  # its images were attacked in several pieces of work
+                assert cells[0][0].endswith(f"from {len(row['records'])} records " + ", ".join(row["records"]))
             link = f"#record-{row['records'][-1]}"
             expected = [(written(row[name]), link) for name, written in SHOWN if row[name] is not None]
             if row["p"] is not None:
@@ -172,6 +174,7 @@ def test_a_stranger_sees_first_what_the_scale_is(results, tmp_path) -> None:
         assert text.index("stand in for") < text.index("Summary")
         assert "13 minutes of work" in text
         assert "members 5, inferences 20, images 200" in text
+        assert "ito-sde 0.1.0, torch 2.9.0, python 3.11.2" in text
 
 
 def test_an_item_that_was_not_measured_and_quoted_numbers_say_so(results, tmp_path) -> None:
@@ -285,6 +288,9 @@ def test_the_terminal_is_aligned_and_110_columns_wide(results, capsys) -> None:
     words = re.split(r"\s{2,}", re.sub(r"\[\s*([\d.]+),\s+", r"[\1, ", lines[2]))
     numbers = [interval(row["correct"]), interval(row["correct_abstained"]), output.p_value(row["p"])]
     assert words == ["", "* transfer-stops", "200", *numbers]
+    table = text[text.index("Table 3: CIFAR-10") :].split("\n\n")[1]
+    brackets = {re.sub(r"[^\[]", " ", line).rstrip() for line in table.splitlines()[2:]}
+    assert len(brackets) == 2  # the row of the ResNet has one interval, the others two
     assert "This item needs ImageNet" in text
     assert "Quoted: Madry toolbox, L2 eps 2.0: 18.6" in text
 
