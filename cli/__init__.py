@@ -166,8 +166,9 @@ def main() -> None:
         _meet_the_others()
         if code := cli.main(standalone_mode=False):
             is_first_to_fail()  # the others do not wait for this process
-            _exit(code)
-        sys.exit(0)
+        else:
+            world().leave()  # a process that ends early must not end process 0 before it has written the results
+        _exit(code or 0)
     except BrokenPipeError:
         sys.stderr.close()
         _exit(1)
@@ -214,7 +215,7 @@ def _said(error: BaseException, debug: bool) -> tuple[int, list[str]]:
 
 
 def _exit(code: int) -> None:
-    """End this process; one of several does not wait at its exit for processes that may be lost."""
+    """End this process. One of several leaves out Python's own end, where threads of gloo have aborted it."""
     if launched() > 1:
         for stream in (sys.__stdout__, sys.__stderr__):
             if stream is not None and not stream.closed:

@@ -76,6 +76,20 @@ class World:
         except RuntimeError as error:  # the process that holds the store has ended
             raise Lost("Process 0 of this command has ended.") from error
 
+    def leave(self) -> None:
+        """Wait until all processes are done; process 0, which may hold the store in which they meet, leaves last.
+
+        Raises:
+            Lost: another process has failed.
+        """
+        self.barrier()
+        if self._store is None:
+            return
+        self._store.add("left", int(not self.first))
+        deadline = time.monotonic() + 10
+        while self.first and self._store.add("left", 0) < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def gather(self, thing: Thing) -> list[Thing]:
         """What each process gives, in the order of their ranks, in all processes.
 

@@ -84,7 +84,7 @@ def here(user: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- the same as one process -----------------------------------------------------------------------------
 
 WORK = """
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, {tests!r})
 from test_distributed import work
 from neuralsde_ito.distributed import world
@@ -96,7 +96,9 @@ assert seen == [(rank, among.size) for rank in range(among.size)], seen
 assert all(again[0].keys() == done[0].keys() for again in among.gather(done))  # each process has the whole
 if among.first:
     torch.save(done, "of-{size}.pt")
-    print(among.size)
+    print(among.size, flush=True)
+among.leave()
+os._exit(0)
 """
 
 
