@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neuralsde_ito.outcomes import ABSTAIN
-from neuralsde_ito.reproduction import makers, protocols, reproduce
+from neuralsde_ito.reproduction import items, makers, protocols, reproduce
 from neuralsde_ito.reproduction.declared import ITEMS, SCALES, Item, Scale, load_item, load_scale
 from neuralsde_ito.reproduction.pieces import Piece, Work, dealt, in_order, joined
 from neuralsde_ito.reproduction.protocols import PROTOCOLS, STEPS
@@ -230,6 +230,7 @@ def tiny(monkeypatch) -> None:
     }
     monkeypatch.setattr(reproduce, "load_scale", lambda name: scale.model_copy(update=changes))
     monkeypatch.setattr(reproduce, "load_item", _few_cells)
+    monkeypatch.setattr(items, "load_item", _few_cells)
     for module in (protocols, makers):
         monkeypatch.setattr(module, "STEPS", 3)
 
