@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -311,8 +313,27 @@ class Run:
         callbacks.get("on_phase", _nothing)(_phase(file), settings.epochs)
         on_step, should_stop = callbacks.get("on_step", _nothing), callbacks.get("should_stop", _nothing)
         trainer = Trainer(file.with_suffix(_STATE), on_step, on_epoch, should_stop)
-        trainer.fit(model, data.train, settings, self.config.seed, _phase(file), number)
+        with self._threads():
+            trainer.fit(model, data.train, settings, self.config.seed, _phase(file), number)
         write_rows()  # also if the last epoch had ended before a kill
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """As many threads as the process had that made the run.
+
+        On a CPU the last bits of a gradient of weights depend on that number. A run that is resumed with more processes
+        has fewer threads in each (torchrun sets ``OMP_NUM_THREADS``), and must end with the same weights.
+        """
+        file, before = self.folder / "environment.json", torch.get_num_threads()
+        try:
+            threads = whole_number("threads", json.loads(file.read_bytes())["threads"]) if file.is_file() else before
+        except (ValueError, KeyError, TypeError):  # not JSON, or of something else
+            raise ItoError(f"{str(file)!r} is damaged: it has no number of threads; delete it, and resume.") from None
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def merge_metrics(self) -> None:
         """Write ``metrics.jsonl`` from the metrics of each training: the ResNet's first, then the members' in order.
