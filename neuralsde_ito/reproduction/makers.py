@@ -248,7 +248,8 @@ class Maker:
         count = len(self.members) if members is None else members
         needs = (self.system.resnet, *self.system.members[:count], *needs)
         title = f"{title}, images {block.number * self.lab.scale.block} on, {self.system.title}"
-        return Piece(kind, title, inputs, needs, with_names, work, self.system.config.network.arch, self.system.title)
+        arch, title_of = self.system.config.network.arch, self.system.title
+        return Piece(kind, title, inputs, needs, with_names, work, arch, title_of, block=block.number)
 
 
 def _short(piece: Piece) -> str:
