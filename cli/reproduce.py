@@ -112,6 +112,7 @@ def command(asked: Asked, device: str, dry_run: bool, as_json: bool) -> None:
     """
     from neuralsde_ito.distributed import world
     from neuralsde_ito.reproduction.reproduce import carry_out, make_plan, results_of
+    from neuralsde_ito.runs.training import Diverged
 
     request = asked.request(device)
     plan = make_plan(request)
@@ -126,6 +127,8 @@ def command(asked: Asked, device: str, dry_run: bool, as_json: bool) -> None:
         show = _Progress(plan, pending, processes.first)
         try:
             carry_out(plan, show.begin, show.done, processes)
+        except Diverged as error:
+            raise click.ClickException(str(error)) from None  # exit code 1: foreseen, but no wrong usage
         except KeyboardInterrupt:
             show.close()
             click.echo(f"Interrupted; finished work is kept. To go on: {output.command_line()}", err=True)

@@ -31,10 +31,12 @@ KINDS = {  # what a record is, in the order of the page's last section
     "resnet": "Original ResNets",
     "member": "Members",
     "vote": "Votes",
+    "untrained": "Votes before fine-tuning",
     "attack": "Attacks",
     "sweep": "Sweeps over eps",
     "suite": "Suites of attacks",
     "density": "Laws of the output",
+    "paths": "Votes of single inferences",
     "gallery": "Galleries",
 }
 GROUPS = {  # what kind of protocol a row has

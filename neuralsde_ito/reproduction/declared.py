@@ -119,7 +119,7 @@ class Scale(_Declared):
         effort: of the suite.
         voters: members of the left part of Figure 4; other items use the first ``ensemble.members``.
         density: of the item of that name.
-        radii: by norm, in pixel units as texts, rising: those of the default attack and of the suite.
+        radii: by norm, in pixel units as texts, rising: those of the suite, and of figures.
         omegas: of the right part of Figure 4, and of the density.
         seed: of everything random.
     """

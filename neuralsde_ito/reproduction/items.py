@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attacks.norms import parse_eps
 from ..outcomes import ABSTAIN, Outcomes, Rate
 from ..validation import ItoError
-from .declared import Cell, DataName, Item, Norm, Point
+from .declared import ITEMS, Cell, DataName, Item, Norm, Point, load_item
 from .density import density_figure
 from .laboratory import Laboratory, System
 from .makers import Maker
@@ -143,8 +143,9 @@ class Attacked(Reproduction):
         maker, blocks = Maker(self.lab, system), self.attacked_blocks(cell.data)
         protocols = [protocol for protocol in PROTOCOLS.values() if kind == "pgd" or protocol.one_step]
         rows = [self.weak(maker, protocol, kind, norm, eps, blocks) for protocol in protocols]
-        # The strong rows of an FGSM table are the same: the ball is.
-        sweeps, level = tuple(maker.sweep(norm, block) for block in blocks), self.level(norm, eps)
+        # The strong rows of an FGSM table are those of PGD: the ball is the same.
+        radii = self.swept(cell, norm)
+        sweeps, level = tuple(maker.sweep(norm, radii, block) for block in blocks), radii.index(eps)
         denial, evasion = f"denial-{level}", f"evasion-{level}"
         rows.append(Judged(ABSTENTIONS, "weak", sweeps, denial, denial, abstentions_right=True))
         rows.append(Judged(DEFAULT, "default", sweeps, denial, evasion))
@@ -152,6 +153,22 @@ class Attacked(Reproduction):
         place = "ImageNet, " if cell.data == "imagenet" else ""
         title = f"{place}{cell.network}, {NORMS[norm]}, eps {eps}, omega {cell.omega:g}, {kind.upper()}"
         return Situation(title, cell, tuple(rows), self.suite(maker, norm, eps, blocks, True), self.index(blocks))
+
+    def swept(self, cell: Cell, norm: Norm) -> tuple[str, ...]:
+        """The radii of the default attack on the cell's system: those of all tables, so that tables share it."""
+        scale = self.lab.scale
+        stand_in = scale.data[cell.data].presets[cell.network]
+        found = {
+            other.eps
+            for name in ITEMS
+            for other in load_item(name).cells
+            if other.norm == norm
+            and other.eps is not None
+            and other.omega == cell.omega
+            and other.data in scale.data
+            and scale.data[other.data].presets[other.network] == stand_in
+        }
+        return tuple(sorted(found, key=parse_eps))
 
     @property
     def pieces(self) -> list[Piece]:

@@ -58,7 +58,8 @@ class System:
 
     def ensemble(self, members: int) -> ItoEnsemble:
         """The first ``members`` members, on the device, with the configuration's vote."""
-        return _ensemble(self.run.folder, members, self.lab.device)
+        voting = self.config.ensemble  # and not the run's, which may be of an earlier call with another vote
+        return _ensemble(self.run.folder, members, voting.inferences, voting.rule, self.lab.device)
 
 
 @lru_cache(maxsize=4)
@@ -67,11 +68,9 @@ def _resnet(folder: Path, device: torch.device) -> nn.Module:
 
 
 @lru_cache(maxsize=2)
-def _ensemble(folder: Path, members: int, device: torch.device) -> ItoEnsemble:
+def _ensemble(folder: Path, members: int, inferences: int, rule: str, device: torch.device) -> ItoEnsemble:
     run = Run.open(folder)
-    voting = run.config.ensemble
-    networks = [run.member(m, device) for m in range(members)]
-    return ItoEnsemble(networks, voting.inferences, voting.rule, voting.paths_per_call).eval()
+    return ItoEnsemble([run.member(m, device) for m in range(members)], inferences, rule).eval()
 
 
 class Laboratory:
@@ -209,7 +208,7 @@ class Laboratory:
         """Make the run of a system, which begins with the ResNet of ``base``."""
         if not run.resnet_file.is_file():
             write_atomically(run.resnet_file, base.resnet_file.read_bytes())
-        if not run.config_file.is_file():
+        if not run.config_file.is_file() or Run.open(run.folder).config != run.config:
             run.write_config()
 
     # --- results ---------------------------------------------------------------------------------------------

@@ -95,10 +95,10 @@ class Maker:
         work = Work(queries=0.4 * size)
         return self._piece("untrained", "vote before fine-tuning", inputs, block, make, work, members=0)
 
-    def sweep(self, norm: Norm, block: Block) -> Piece:
-        """The default attack at all radii: for radius ``i`` ``denial-i``, ``evasion-i`` and ``resnet-i``."""
+    def sweep(self, norm: Norm, texts: Sequence[str], block: Block) -> Piece:
+        """The default attack at rising radii: for radius ``i`` ``denial-i``, ``evasion-i`` and ``resnet-i``."""
         lab = self.lab
-        radii = [check_eps(norm, parse_eps(eps)) for eps in lab.scale.radii[norm]]
+        radii = [check_eps(norm, parse_eps(eps)) for eps in texts]
         attacks = [PGD(norm, eps, STEPS, eot=lab.scale.eot) for eps in radii]
 
         def make() -> Tensors:
@@ -248,7 +248,8 @@ class Maker:
         count = len(self.members) if members is None else members
         needs = (self.system.resnet, *self.system.members[:count], *needs)
         title = f"{title}, images {block.number * self.lab.scale.block} on, {self.system.title}"
-        return Piece(kind, title, inputs, needs, with_names, work, self.system.config.network.arch, self.system.title)
+        arch, title_of = self.system.config.network.arch, self.system.title
+        return Piece(kind, title, inputs, needs, with_names, work, arch, title_of, block=block.number)
 
 
 def _short(piece: Piece) -> str:

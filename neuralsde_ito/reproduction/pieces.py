@@ -51,6 +51,7 @@ class Piece:
         network: the architecture that it runs, by name.
         system: the networks that it runs, by name: the architecture and omega.
         file: a file that it makes beside its tensors: trained weights.
+        block: the number of its block of images.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Piece:
     network: str
     system: str
     file: Path | None = None
+    block: int = -1
 
     @cached_property
     def name(self) -> str:
@@ -88,8 +90,8 @@ def in_order(pieces: Iterable[Piece]) -> list[list[Piece]]:
 def dealt(pieces: Sequence[Piece], seconds: Callable[[Piece], float], rank: int, size: int) -> list[Piece]:
     """The pieces of one stage that process ``rank`` of ``size`` does.
 
-    The dearest are dealt out first, each to the least busy process. A process does those of one system one after the
-    other, so that it reads each network once.
+    The dearest are dealt out first, each to the least busy process. A process does those of one system and one block of
+    images one after the other, so that it reads them once.
     """
     busy, mine = [0.0] * size, []
     for piece in sorted(pieces, key=seconds, reverse=True):
@@ -97,7 +99,7 @@ def dealt(pieces: Sequence[Piece], seconds: Callable[[Piece], float], rank: int,
         busy[least] += seconds(piece)
         if least == rank:
             mine.append(piece)
-    return sorted(mine, key=lambda piece: piece.system)
+    return sorted(mine, key=lambda piece: (piece.system, piece.block))
 
 
 def joined(parts: Sequence[Tensors], index: Tensor, column: str, dim: int = 0) -> Tensor:

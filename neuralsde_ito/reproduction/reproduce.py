@@ -21,6 +21,13 @@ from .laboratory import Laboratory
 from .pieces import Piece, dealt, in_order
 
 FORMAT = 1  # of results.json
+_IDLE = {  # beginnings of keys of the configuration that do nothing here, and why
+    "attack.": "items and scales say what is attacked",
+    "name": "a reproduction has no run name",
+    "seed": "--seed sets it",
+    "sde.omega": "items say which omega",
+    "ensemble.paths_per_call": "no other library's attack is made",
+}
 IMAGENET = "ito-sde reproduce {item} --scale paper --imagenet FOLDER"
 
 
@@ -68,6 +75,7 @@ class Request:
                 f"The scale {self.scale} needs {' and '.join('--' + name for name in missing)}: ito-sde reproduce "
                 f"{' '.join(self.items) or 'all'} --scale {self.scale} --data FOLDER --weights FILE."
             )
+        self._check_changes()
         update: dict[str, Any] = {}
         if self.scale == "paper" and self.imagenet is None:
             update["data"] = {name: source for name, source in scale.data.items() if name != "imagenet"}
@@ -79,6 +87,16 @@ class Request:
             images = min(scale.density.images, self.limit)
             update["density"] = scale.density.model_copy(update={"images": images})
         return scale.model_copy(update=update)
+
+    def _check_changes(self) -> None:
+        """Refuse what would do nothing."""
+        if self.imagenet is not None and self.scale != "paper":
+            raise ItoError(f"--imagenet is for the scale paper; at the scale {self.scale} it would do nothing.")
+        idle = {key: why for key in self.changes for start, why in _IDLE.items() if key.startswith(start)}
+        if "network.weights" in self.changes:
+            idle |= {key: "weights are given" for key in self.changes if key.startswith("resnet.")}
+        for key, why in idle.items():
+            raise ItoError(f"--set {key} would do nothing: {why}; leave it out.")
 
 
 @dataclass(frozen=True)

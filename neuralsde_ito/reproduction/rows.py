@@ -84,7 +84,7 @@ class Situation:
             "network": cell.network,
             "paper": {name: value / 100 for name, value in paper.items() if value is not None},
             "rows": rows,
-            "nearest": nearest_row(rows, cell.correct),
+            "nearest": nearest_row(rows, cell.correct) if cell.norm else None,
         }
 
     def _row(self, lab: Laboratory, row: Judged, compared: Tensor) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 LINES, SEED = int(os.environ.get("RANDOM_LINES", "120")), int(os.environ.get("RANDOM_LINES_SEED", "0"))
 LONG = "x" * 3000
+REPRODUCE = ["--limit", "8", "--set", "ensemble.members=1", "--set", "resnet.epochs=1", "--set", "finetune.epochs=1"]
 TINY = ["--limit", "60", "--set", "resnet.epochs=1", "--epochs", "1", "--members", "2", "--inferences", "3"]
 
 
@@ -84,6 +85,65 @@ def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(home, folder)
     monkeypatch.chdir(folder)
     return folder
+
+
+# --- the paper's tables and figures ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("tabel4", "did you mean 'table4'"),
+        ("table4 --scale smal", "did you mean 'small'"),
+        ("table4 --scale small", "--scale small --data FOLDER --weights FILE"),
+        ("table4 --scale small --data folder", "needs --weights"),
+        ("table6 --scale paper", "needs ImageNet: ito-sde reproduce table6 --scale paper --imagenet FOLDER"),
+        ("table6 --imagenet folder", "--imagenet is for the scale paper"),
+        ("table2 --set sde.omega=1", "items say which omega"),
+        ("table2 --set attack.images=5", "items and scales say what is attacked"),
+        ("table2 --weights runs/tiny/resnet.safetensors --set resnet.lr=1", "weights are given"),
+        ("table2 --set ensemble.member=1", "ensemble.members"),
+        ("table2 --set ensemble.members=0", "ensemble.members"),
+        ("table2 --scale small --data folder --weights runs/tiny/resnet.safetensors", "resnet.safetensors"),
+        ("table2 --out runs/tiny/config.yaml", "config.yaml"),
+    ],
+)
+def test_a_reproduction_that_cannot_be_is_refused_before_any_work(words: str, said: str, here: Path, capfd) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog", "emu"):  # three classes: the weights have ten
+            Path("folder", split, name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(f"folder/{split}/{name}/0.png")
+    code, out, err = ito_sde(f"reproduce {words}", capfd)
+    assert code == 2
+    assert said in complaint(code, err)
+    assert out == ""
+    assert not list(Path("reproduction").rglob("*.safetensors"))
+
+
+def test_a_reproduction_writes_its_page_goes_on_and_names_what_it_does_not_use(here: Path, capfd) -> None:
+    line = ["reproduce", "table2", "figure1", "table5", *REPRODUCE]
+    code, out, err = ito_sde([*line, "--dry-run"], capfd)
+    assert (code, "Leave --dry-run out" in out) == (0, True), err
+    assert not Path("reproduction").exists()
+    code, out, err = ito_sde(line, capfd)
+    assert code == 0, err
+    assert "Table 2: CIFAR-10 without attack" in out
+    folder = Path("reproduction/smoke")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert list(results["items"]) == ["table2", "table5", "figure1"]
+    for name in ("report.html", "report.md", *results["items"]["figure1"]["figures"][0]["files"].values()):
+        assert (folder / name).stat().st_size > 500
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    first, *_ = sorted((folder / "cache").glob("vote-*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-5])
+    code, out, err = ito_sde([*line, "--json"], capfd)
+    assert code == 0, err
+    assert f"1 kept result in {folder / 'cache'} of another version, or damaged" in err
+    assert first.stem in err
+    again = json.loads(out)
+    assert again["items"] == results["items"]
+    changed = {file for file, time in before.items() if file.stat().st_mtime_ns != time}
+    assert changed == {first}
 
 
 # --- options that do nothing ----------------------------------------------------------------------------
@@ -340,6 +400,7 @@ def test_a_check_leaves_what_is_there_as_it_is(here: Path, capfd: pytest.Capture
         "compare --limit 2 --steps 1 --solver euler --csv c.csv",
         "attack --limit 2 --steps 1 --eot 2 --eps 0.1 --surrogate resnet",
         "train --limit 20 --run new",
+        f"reproduce table2 {' '.join(REPRODUCE)}",
     ],
 )
 def test_a_disk_that_fills_up_meanwhile_is_told(line: str, here: Path, capfd, monkeypatch) -> None:
@@ -723,6 +784,12 @@ VERBS = {
         ["--limit", "2", "--steps", "1", "--eot", "2", "--queries", "2", "--draws", "4"],
         {**RUN, **VOTE, "--norm": ["linf", "l2"], "--eps": ["0.1"], "--step-size": ["0.1"], "--restarts": ["1"],
          "--html": ["audit.html"], "--strict": None, "--json": None},
+    ),
+    "reproduce": (
+        ["table2", "--limit", "6", "--dry-run"],
+        {"--scale": ["smoke", "small", "paper"], "--data": ["folder"], "--weights": ["runs/tiny/resnet.safetensors"],
+         "--imagenet": ["folder"], "--set": ["ensemble.members=1", "sde.omega=1"], "--seed": ["1"], "--out": ["made"],
+         "--device": ["cpu"], "--json": None, "ITEM": ["density", "table4", "all"]},
     ),
     "predict picture.png": (
         [],

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from neuralsde_ito.models.ensemble import ItoEnsemble
 from neuralsde_ito.outcomes import ABSTAIN
-from neuralsde_ito.reproduction import makers, protocols, reproduce
+from neuralsde_ito.reproduction import items, makers, protocols, reproduce
 from neuralsde_ito.reproduction.declared import ITEMS, SCALES, Item, Scale, load_item, load_scale
 from neuralsde_ito.reproduction.pieces import Piece, Work, dealt, in_order, joined
 from neuralsde_ito.reproduction.protocols import PROTOCOLS, STEPS
@@ -230,6 +231,7 @@ def tiny(monkeypatch) -> None:
     }
     monkeypatch.setattr(reproduce, "load_scale", lambda name: scale.model_copy(update=changes))
     monkeypatch.setattr(reproduce, "load_item", _few_cells)
+    monkeypatch.setattr(items, "load_item", _few_cells)
     for module in (protocols, makers):
         monkeypatch.setattr(module, "STEPS", 3)
 
@@ -303,6 +305,14 @@ def test_a_second_call_does_nothing_and_a_changed_setting_only_what_depends_on_i
     assert not make_plan(_request(tmp_path, "density")).pending()
     changed = make_plan(_request(tmp_path, "table4", "density", ensemble__rule="flat")).pending()
     assert {piece.kind for piece in changed} == {"vote", "sweep", "suite"}
+    flat = make_plan(_request(tmp_path, "table2", ensemble__rule="flat", ensemble__inferences=4))
+    carry_out(flat)
+    system = flat.lab.system("cifar10", "ResNet-50", 0.2)
+    (vote, *_) = (piece for stage in flat.stages for piece in stage if piece.kind == "vote")
+    images = flat.lab.images(flat.lab.blocks("cifar10", 12)[0])
+    again = ItoEnsemble(system.ensemble(2).members, 4, "flat").predict(images.x, 0, images.index)
+    assert torch.equal(flat.lab.read(vote)["votes"], again.votes)
+    assert torch.equal(flat.lab.read(vote)["labels"], again.labels)
     changed = make_plan(_request(tmp_path, "table4", "density", finetune__lr=1e-3 / 2)).pending()
     assert "resnet" not in {piece.kind for piece in changed}
     assert {"member", "attack", "vote"} <= {piece.kind for piece in changed}
