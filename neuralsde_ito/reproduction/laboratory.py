@@ -170,13 +170,15 @@ class Laboratory:
         epochs, count = config.resnet.epochs, len(images.train)
 
         def make_resnet() -> dict[str, Tensor]:
-            base.write_config()
+            self._begin(base)
             base.train_resnet(images, self.device)
             return {}
 
         def make_member(number: int) -> Callable[[], dict[str, Tensor]]:
             def make() -> dict[str, Tensor]:
-                self._begin(run, base)
+                self._begin(run)
+                if not run.resnet_file.is_file():
+                    write_atomically(run.resnet_file, base.resnet_file.read_bytes())
                 run.train_member(number, images, self.device)
                 run.merge_metrics()
                 return {}
@@ -204,12 +206,13 @@ class Laboratory:
         system.std = float(normalize.std.mean())
         return system
 
-    def _begin(self, run: Run, base: Run) -> None:
-        """Make the run of a system, which begins with the ResNet of ``base``."""
-        if not run.resnet_file.is_file():
-            write_atomically(run.resnet_file, base.resnet_file.read_bytes())
+    @staticmethod
+    def _begin(run: Run) -> None:
+        """Make a run's folder; its configuration follows the last call's, which may have another vote."""
         if not run.config_file.is_file() or Run.open(run.folder).config != run.config:
             run.write_config()
+        if not run.environment_file.is_file():
+            run.write_environment()
 
     # --- results ---------------------------------------------------------------------------------------------
 

@@ -134,7 +134,7 @@ class Run:
                 for file in folder.glob(pattern):
                     file.unlink()
         run.write_config()
-        write_atomically(folder / "environment.json", json.dumps(environment(), indent=2).encode())
+        run.write_environment()
         return run
 
     def check_config(self, config: Config) -> None:
@@ -155,6 +155,11 @@ class Run:
     def config_file(self) -> Path:
         """``config.yaml``."""
         return self.folder / CONFIG
+
+    @property
+    def environment_file(self) -> Path:
+        """``environment.json``."""
+        return self.folder / "environment.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -192,6 +197,10 @@ class Run:
     def write_config(self) -> None:
         """Write ``config.yaml``. From then on the folder is a run."""
         write_atomically(self.config_file, self.config.to_yaml().encode())
+
+    def write_environment(self) -> None:
+        """Write ``environment.json``: versions, machine, and the number of threads with which the run trains."""
+        write_atomically(self.environment_file, json.dumps(environment(), indent=2).encode())
 
     # --- its networks ------------------------------------------------------------------------------------
 
@@ -324,7 +333,7 @@ class Run:
         On a CPU the last bits of a gradient of weights depend on that number. A run that is resumed with more processes
         has fewer threads in each (torchrun sets ``OMP_NUM_THREADS``), and must end with the same weights.
         """
-        file, before = self.folder / "environment.json", torch.get_num_threads()
+        file, before = self.environment_file, torch.get_num_threads()
         try:
             threads = whole_number("threads", json.loads(file.read_bytes())["threads"]) if file.is_file() else before
         except (ValueError, KeyError, TypeError):  # not JSON, or of something else
