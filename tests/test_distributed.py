@@ -150,6 +150,26 @@ def test_members_that_are_trained_side_by_side_are_those_of_one_process(here: Pa
     assert Path("runs/one/metrics.jsonl").read_text() == Path("runs/two/metrics.jsonl").read_text()
 
 
+def test_a_reproduction_of_two_processes_is_that_of_one(here: Path) -> None:
+    few = [f"--set={change}" for change in ("ensemble.members=2", "resnet.epochs=1", "finetune.epochs=1")]
+    line = ["reproduce", "table2", "table5", "figure1", "--limit", "8", *few]
+    ito_sde(*line, "--out", "by-one")
+    code, out, own = ended(started("torchrun", 2, ["-m", "neuralsde_ito.cli", *line, "--out", "by-two"], here))
+    assert (code, own) == (0, [])
+    assert "Table 2: CIFAR-10 without attack" in out
+    one, two = (json.loads(Path(folder, "results.json").read_text()) for folder in ("by-one", "by-two"))
+    for results in (one, two):
+        for record in results["records"].values():
+            del record["seconds"], record["date"]
+    assert one["items"] == two["items"]
+    assert one["records"] == two["records"]
+    networks = sorted(file.relative_to("by-one") for file in Path("by-one/models").rglob("*.safetensors"))
+    assert len(networks) == 1 + 4 * (1 + 2)  # the ResNet; at four omegas the ResNet again, and two members
+    for file in networks:
+        first, second = load_file("by-one" / file), load_file("by-two" / file)
+        assert all(torch.equal(first[name], second[name]) for name in first), file
+
+
 def test_a_killed_process_ends_all_and_the_suite_goes_on_with_another_number_of_them(here: Path) -> None:
     alone = json.loads(ito_sde(*SUITE, "--bundle", "one"))
     run = Path("runs/one")
