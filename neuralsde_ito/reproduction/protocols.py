@@ -8,7 +8,7 @@ Where an attack averages over the noise, an image leaves it when it is fooled be
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..attacks.pgd import PGD
 
@@ -53,7 +53,7 @@ class Protocol:
         eps = min(eps, 1.0) if norm == "linf" else eps  # 1 is the whole range of a pixel
         if kind == "fgsm":
             one = PGD(norm, eps, 1, eot=eot if self.averages else 1, random_start=False, keep="last", stop=False)
-            return one if eps == 0 else PGD(**{**vars(one), "step_size": eps})
+            return one if eps == 0 else replace(one, step_size=eps)
         return PGD(norm, eps, STEPS, eot=eot if self.averages else 1, random_start=self.random_start, stop=self.stop)
 
 
