@@ -201,7 +201,17 @@ def _name_axes(axis: Any, panel: dict[str, Any], inches: float) -> None:
     inches /= (x[-1] - x[0]) or 1
     for (a, left), (b, right) in itertools.pairwise(zip(x, labels, strict=True)):
         if (b - a) * inches < 0.035 * len(left + right) + 0.05:  # a character is about 0.07 inches wide
-            axis.set_xticks(x, labels, rotation=45, ha="right", rotation_mode="anchor")
+            axis.set_xticks(x, _apart(x, labels, 0.16 / inches), rotation=45, ha="right", rotation_mode="anchor")
+
+
+def _apart(x: list[float], labels: list[str], least: float) -> list[str]:
+    """The labels, empty where the next one on the right is nearer than ``least``: they would lie on each other."""
+    kept, before = [], math.inf
+    for value, label in zip(reversed(x), reversed(labels), strict=True):
+        near = before - value < least
+        kept.append("" if near else label)
+        before = before if near else value
+    return kept[::-1]
 
 
 # --- heat maps ------------------------------------------------------------------------------------------

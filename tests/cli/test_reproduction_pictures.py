@@ -290,3 +290,11 @@ def test_what_cannot_be_drawn_is_refused(figure, images, words, tmp_path):
     with pytest.raises(ItoError, match=words):
         draw(figure, tmp_path, images)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_that_would_lie_on_each_other_are_left_out_from_the_left() -> None:
+    from neuralsde_ito.cli.reproduction_pictures import _apart
+
+    assert _apart([0.0, 0.1, 1.0, 2.0], ["0", "1/255", "b", "c"], 0.2) == ["", "1/255", "b", "c"]
+    assert _apart([0.0, 0.1, 0.2, 0.3], list("abcd"), 0.15) == ["", "b", "", "d"]
+    assert _apart([0.0], ["a"], 1.0) == ["a"]
