@@ -185,10 +185,13 @@ def _conclusions(blocks: Sequence[dict[str, Any]]) -> list[str]:
     """What the blocks say: which protocols come near, and which leave 80 % at 8/255."""
     said = []
     near = [block for block in blocks if block["nearest"] and block["nearest"]["near"]]
-    said.append(
-        f"In {len(near)} of {len(blocks)} situations the interval of some protocol holds the paper's number; that is "
-        "no evidence that the paper used it."
-    )
+    if near:
+        said.append(
+            f"In {len(near)} of {len(blocks)} situations the interval of some protocol holds the paper's number; that is "
+            "no evidence that the paper used it."
+        )
+    else:
+        said.append(f"In none of {len(blocks)} situations does the interval of any protocol hold the paper's number.")
     for block in blocks:
         if (block["norm"], block["eps"], block["attack"]) == ("linf", "8/255", "PGD"):
             high = [row["title"] for row in block["rows"] if row["group"] == "weak" and row["correct"][0] >= 0.8]
