@@ -187,8 +187,8 @@ def _conclusions(blocks: Sequence[dict[str, Any]]) -> list[str]:
     near = [block for block in blocks if block["nearest"] and block["nearest"]["near"]]
     if near:
         said.append(
-            f"In {len(near)} of {len(blocks)} situations the interval of some protocol holds the paper's number; that is "
-            "no evidence that the paper used it."
+            f"In {len(near)} of {len(blocks)} situations the interval of some protocol holds the paper's number; that "
+            "is no evidence that the paper used it."
         )
     else:
         said.append(f"In none of {len(blocks)} situations does the interval of any protocol hold the paper's number.")
