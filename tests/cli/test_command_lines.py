@@ -233,13 +233,15 @@ def test_the_command_lines_of_the_readme_are_taken(line: str, here: Path, capfd,
     from neuralsde_ito.cli import options
 
     from neuralsde_ito.audits import bundle
+    from neuralsde_ito.reproduction import reproduce
     from neuralsde_ito.studies import orders as convergence
     from neuralsde_ito.validation import ItoError
 
     def reached(*_: object, **__: object) -> None:
         raise ItoError("the work was reached.")
 
-    for module, name in ((options, "open_run"), (bundle, "load_bundle"), (convergence, "measure_order")):
+    begins = ((options, "open_run"), (bundle, "load_bundle"), (convergence, "measure_order"), (reproduce, "make_plan"))
+    for module, name in begins:
         monkeypatch.setattr(module, name, reached)
     if line.startswith("train") and "print-config" not in line:
         # The images, the weights and the run that it names are not here.
