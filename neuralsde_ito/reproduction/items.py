@@ -193,6 +193,14 @@ def _conclusions(blocks: Sequence[dict[str, Any]]) -> list[str]:
     else:
         said.append(f"In none of {len(blocks)} situations does the interval of any protocol hold the paper's number.")
     for block in blocks:
+        strong = next(row["correct"][0] for row in block["rows"] if row["group"] == "suite")
+        in_ball = [row for row in block["rows"] if row["group"] != "resnet" and row["protocol"] != "eps-divided"]
+        least = min(in_ball, key=lambda row: row["correct"][0])
+        if least["correct"][0] < strong:
+            said.append(
+                f"{block['title']}: the suite is not the strongest attack here. It leaves {100 * strong:.1f} %, and "
+                f"'{least['title']}' {100 * least['correct'][0]:.1f} %."
+            )
         if (block["norm"], block["eps"], block["attack"]) == ("linf", "8/255", "PGD"):
             high = [row["title"] for row in block["rows"] if row["group"] == "weak" and row["correct"][0] >= 0.8]
             suite = next(row for row in block["rows"] if row["group"] == "suite")
