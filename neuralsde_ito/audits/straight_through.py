@@ -160,28 +160,29 @@ def _strange(cls: type[Function]) -> Iterator[type[Function]]:
 
 
 @contextmanager
-def derivatives_of_forward() -> Iterator[set[str]]:
-    """Inside, every stranger's ``autograd.Function`` has the gradient of its forward, not the one that it claims.
+def _derivatives_of_forward(changed: set[str]) -> Iterator[None]:
+    """Inside, a stranger's ``autograd.Function`` has the gradient of its forward, not the one that it claims.
 
-    Yields:
-        The names of the functions of which a gradient was taken so far.
+    Args:
+        changed: gets the names of the functions whose gradient is taken.
     """
-    names: set[str] = set()
-    changed = []
+    owns = []
     for cls in set(_strange(Function)):
-        own = {name: vars(cls)[name] for name in ("forward", "backward") if name in vars(cls)}
-        changed.append((cls, own))
-        forward, backward = _derived(cls, names)
+        owns.append((cls, {name: vars(cls)[name] for name in ("forward", "backward") if name in vars(cls)}))
+        forward, backward = _derived(cls, changed)
         cls.forward, cls.backward = staticmethod(forward), staticmethod(backward)
     try:
-        yield names
+        yield
     finally:
-        for cls, own in changed:
+        for cls, own in owns:
             for name in ("forward", "backward"):
-                setattr(cls, name, own[name]) if name in own else delattr(cls, name)
+                if name in own:
+                    setattr(cls, name, own[name])
+                else:
+                    delattr(cls, name)
 
 
-def _derived(cls: type[Function], names: set[str]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _derived(cls: type[Function], changed: set[str]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Forward and backward of a function, with the gradient of the code of its forward."""
     compute, claimed = cls.forward, cls.backward
     with_context = cls.setup_context is Function.setup_context  # torch's older form: forward(ctx, ...)
@@ -195,7 +196,7 @@ def _derived(cls: type[Function], names: set[str]) -> tuple[Callable[..., Any], 
         inputs = getattr(ctx, "inputs_of_forward", None)
         if inputs is None:
             return claimed(ctx, *gradients)
-        names.add(cls.__name__)
+        changed.add(cls.__name__)
         with torch.enable_grad():
             taken = [v.detach().requires_grad_(v.is_floating_point()) if isinstance(v, Tensor) else v for v in inputs]
             with StraightThroughMode():
@@ -219,27 +220,57 @@ class _Context:
         return lambda *args, **kwargs: None
 
 
+class _Relaxed(Function):
+    """A call of a `StraightThrough`, with a graph of its own, so that nothing that changes torch leaves the call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, through: StraightThrough) -> Tensor:
+        """The module's own logits."""
+        mode = StraightThroughMode()
+        own = x.detach().requires_grad_()
+        with torch.enable_grad(), _derivatives_of_forward(through.changed):
+            with mode:
+                logits = through.model(own)
+            torch.set_grad_enabled(True)
+        through.changed |= mode.changed
+        ctx.own, ctx.logits, ctx.through = own, logits, through
+        return logits.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient through the call's own graph; 0 where none comes back."""
+        if not ctx.logits.requires_grad:
+            return torch.zeros_like(ctx.own), None
+        with _derivatives_of_forward(ctx.through.changed):
+            found = torch.autograd.grad(
+                ctx.logits, ctx.own, gradients[0].to(ctx.logits.dtype), allow_unused=True, materialize_grads=True
+            )
+        return found[0].nan_to_num(0, 0, 0), None
+
+
 class StraightThrough(nn.Module):
     """A module with straight-through gradients; its values are the module's own.
 
     Attributes:
         model: the module.
-        changed: the functions that got another slope in any call so far; without any, the gradients are the module's.
+        changed: what got another slope in any call so far; without any, the gradients are the module's.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.training = model, model.training
         self.changed: set[str] = set()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, classes)``."""
         if not torch.is_grad_enabled():
-            return self.model(x)
-        mode = StraightThroughMode()
-        try:
-            with mode:
-                return self.model(x)
-        finally:
-            torch.set_grad_enabled(True)
-            self.changed |= mode.changed
+            logits: Tensor = self.model(x)
+            return logits
+        return _Relaxed.apply(x, self)
+
+    def relaxes(self, x: Tensor) -> bool:
+        """Whether a gradient at images ``(N, C, H, W)`` is another than the module's own."""
+        with torch.enable_grad():
+            images = x.detach().clone().requires_grad_()
+            self(images).sum().backward(inputs=[images])
+        return bool(self.changed)
