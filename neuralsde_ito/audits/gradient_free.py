@@ -12,8 +12,10 @@ from torch import Tensor
 from ..attacks.active import ActiveSet
 from ..attacks.base import Attack
 from ..attacks.norms import BALLS
+from ..attacks.objectives import nan_lowest
 from ..noise.normals import normals
 
+_AT_ONCE = 8  # pairs that go through the model together
 _DIRECTIONS = -4  # the use of this attack's random numbers, see `ActiveSet.keys`
 
 
@@ -49,17 +51,16 @@ class NES(Attack):
 
     def _gradient(self, active: ActiveSet, step: int) -> Tensor:
         """The gradient of the objective at the iterate, smoothed over normals, ``(K, C, H, W)``."""
-        x = active.iterate
-        size = x[0].numel()
+        x, size, labels = active.iterate, active.iterate[0].numel(), active.panels.labels[active.rows]
         sigma = self.reach * self.eps / (1 if self.norm == "linf" else size**0.5)
-        total = torch.zeros_like(x)
-        keys = active.keys(_DIRECTIONS)
-        for pair in range(self.pairs):
-            direction = normals(keys, size, step * self.pairs + pair, dtype=x.dtype).view(x.shape)
-            ahead, behind = (
-                active.loss(active.panels.query((x + sign * sigma * direction).clamp(0, 1), active.rows))
-                for sign in (1, -1)
-            )
-            change = (ahead - behind).nan_to_num(0, 0, 0)
-            total += change[:, None, None, None] * direction
+        keys, total = active.keys(_DIRECTIONS), torch.zeros_like(x)
+        for first in range(0, self.pairs, _AT_ONCE):
+            numbers = range(first, min(first + _AT_ONCE, self.pairs))
+            directions = torch.stack([normals(keys, size, step * self.pairs + n, dtype=x.dtype) for n in numbers])
+            directions = directions.view(len(numbers), *x.shape)
+            points = torch.cat([x + sigma * directions, x - sigma * directions]).clamp(0, 1)  # (2 p, K, C, H, W)
+            logits = active.panels.query(points.flatten(0, 1), active.rows.repeat(len(points)))
+            loss = nan_lowest(active.objective(logits, labels.repeat(len(points)))).view(2, len(numbers), len(x))
+            change = (loss[0] - loss[1]).nan_to_num(0, 0, 0)
+            total += torch.einsum("pk,pkchw->kchw", change, directions)
         return total
