@@ -84,7 +84,7 @@ def _first_norm(name: str) -> bool:
 
 def _radius(judge: Judge, norm: str, aim: float, low: float, high: float) -> float:
     """The radius at which about the share ``aim`` of the images survives, to two digits."""
-    for _ in range(5):
+    for _ in range(4):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if judge.cheap(norm, middle) > aim else (low, middle)
     return float(f"{(low * high) ** 0.5:.2g}")

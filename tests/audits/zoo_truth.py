@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Judge:
 
     def cheap(self, norm: str, eps: float) -> float:
         """The share of images that survive a short attack along honest gradients."""
-        attack = PGD(norm=norm, eps=eps, steps=30, eot=8, momentum=0.9, objective="mean-logits")
+        attack = PGD(norm=norm, eps=eps, steps=20, eot=6, momentum=0.9, objective="mean-logits")
         images = _run(attack, Informed(self.target, self.guide), self.x, self.y, self.index)
         return float(self.right(images).double().mean())
 
@@ -78,15 +79,15 @@ class Judge:
         """Which images survive all attacks along honest gradients and without gradients, bool ``(N,)``."""
         images, share = self.x.clone(), self.share(self.x, self.index)
         informed = Informed(self.target, self.guide)
-        smooth = Informed(self.target, self.guide, 0.3 * eps if norm == "linf" else 0.05 * eps, 4)
-        long = {"norm": norm, "eps": eps, "eot": 20}
+        smooth = Informed(self.target, self.guide, 0.3 * eps if norm == "linf" else 0.05 * eps, 3)
+        settings: dict[str, Any] = {"norm": norm, "eps": eps, "eot": 8}
         attacks: list[tuple[Attack, Target]] = [
-            (PGD(steps=100, momentum=0.9, objective="mean-logits", **long), informed),
-            (PGD(steps=100, objective="dlr", **long), informed),
-            (APGD(steps=100, **long), informed),
-            (PGD(steps=50, momentum=0.9, objective="mean-logits", **long), smooth),
-            (PGD(steps=30, momentum=0.9, objective="targeted-dlr", targets=3, **long), informed),
-            (Square(steps=600, **long), informed),
+            (PGD(steps=60, momentum=0.9, objective="mean-logits", **settings), informed),
+            (PGD(steps=40, objective="dlr", **settings), informed),
+            (APGD(steps=40, **settings), informed),
+            (PGD(steps=20, momentum=0.9, objective="mean-logits", **settings), smooth),
+            (PGD(steps=20, momentum=0.9, objective="targeted-dlr", targets=3, **settings), informed),
+            (Square(steps=300, **settings), informed),
         ]
         for attack, target in attacks:
             rows = (share > 0.3).nonzero()[:, 0]
