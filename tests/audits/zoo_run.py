@@ -13,12 +13,14 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from zoo import ZOO, digits, load
+from zoo_resnet20 import ResNet20
 from zoo_truth import Judge
 
 import neuralsde_ito as ito
@@ -26,37 +28,38 @@ from neuralsde_ito.outcomes import Paired
 from neuralsde_ito.validation import ItoError
 
 Model = tuple[bool, bool, Callable[[], nn.Module]]  # masked, randomised, how to load it
-RANGES = {"linf": (0.01, 0.4), "l2": (0.08, 4.0)}
+NORMS = ("linf", "l2")
 
 
-def subjects(kind: str, cache: Path) -> dict[str, Model]:
-    """The models by name: of the zoo of digits, or ResNet-20 on cifar10-jpeg."""
-    if kind == "resnet20":
-        from zoo_resnet20 import models
+class Digits:
+    """The zoo of digits."""
 
-        return models()
-    return {name: (s.masked, s.randomised, lambda s=s: load(s, cache)) for name, s in ZOO.items()}
+    ranges: ClassVar = {"linf": (0.01, 0.4), "l2": (0.08, 4.0)}  # where radii are looked for
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+
+    def models(self) -> dict[str, Model]:
+        """By name."""
+        return {name: (s.masked, s.randomised, partial(load, s, self.cache)) for name, s in ZOO.items()}
+
+    def images(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first ``n`` test images and their labels."""
+        x, y = digits()
+        return x[:n], y[:n]
 
 
-def images(kind: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first ``n`` test images and their labels."""
-    if kind == "resnet20":
-        from zoo_resnet20 import cifar10
-
-        return cifar10(n)
-    x, y = digits()
-    return x[:n], y[:n]
+Subjects = Digits | ResNet20
 
 
-def measure(kind: str, cache: Path, only: str, n: int) -> None:
-    """Radii, claims and truths of all models, into ``truth-KIND.jsonl``."""
-    file = cache / f"truth-{kind}.jsonl"
+def measure(subjects: Subjects, file: Path, only: str, n: int) -> None:
+    """Radii, claims and truths of all models, into ``file``."""
     done = {(row["name"], row["norm"]) for row in _lines(file)}
-    x, y = images(kind, n)
-    models = subjects(kind, cache)
+    x, y = subjects.images(n)
+    models = subjects.models()
     for second in (False, True):  # each model under one norm, then under the other
         for name, (masked, randomised, make) in sorted(models.items(), key=lambda item: zlib.crc32(item[0].encode())):
-            norm = list(RANGES)[_first_norm(name) ^ second]
+            norm = NORMS[_first_norm(name) ^ second]
             if (name, norm) in done or only not in name:
                 continue
             start, model = time.time(), make()
@@ -65,7 +68,7 @@ def measure(kind: str, cache: Path, only: str, n: int) -> None:
             part = Judge(model, x[:50], y[:50])
             # Another share for each model: what is hard to audit depends on it.
             aim = (0.15, 0.3, 0.45)[zlib.crc32(name.encode()) % 3] if masked else (0.35, 0.5, 0.7)[len(name) % 3]
-            eps = _radius(part, norm, aim, *RANGES[norm])
+            eps = _radius(part, norm, aim, *subjects.ranges[norm])
             claim, truth = judge.claim(norm, eps), judge.truth(norm, eps)
             paired = Paired.of(claim, truth)
             row = {
@@ -90,15 +93,15 @@ def _radius(judge: Judge, norm: str, aim: float, low: float, high: float) -> flo
     return float(f"{(low * high) ** 0.5:.2g}")
 
 
-def plan(kind: str, cache: Path) -> list[dict[str, Any]]:
+def plan(kind: str, file: Path) -> list[dict[str, Any]]:
     """The audits to make, the most telling first: ``n`` 50, 100 and 400, both norms in turn.
 
     A masked model counts where its claim exceeds the truth beyond chance, by 10 points or more.
     """
-    rows = [row for row in _lines(cache / f"truth-{kind}.jsonl") if usable(row)]
+    rows = [row for row in _lines(file) if usable(row)]
     if kind == "resnet20":
         return [row | {"n": 50} for row in rows]
-    first = [row for row in rows if row["norm"] == list(RANGES)[_first_norm(row["name"])]]
+    first = [row for row in rows if row["norm"] == NORMS[_first_norm(row["name"])]]
     second = [row for row in rows if row not in first]
     return [
         *(row | {"n": 100} for row in first),
@@ -115,16 +118,16 @@ def usable(row: dict[str, Any]) -> bool:
     return gap >= 0.1 and row["p"] < 0.01 if row["masked"] else gap <= 0.05
 
 
-def audit(kind: str, cache: Path, out: Path, only: str, hours: float) -> None:
+def audit(subjects: Subjects, kind: str, file: Path, out: Path, only: str, hours: float) -> None:
     """Audit after audit, until all of the plan are done or the time is over."""
     version, end = code(), time.time() + 3600 * hours
     done = {(r["name"], r["norm"], r["n"]) for r in _lines(out) if r["version"] == version and r["kind"] == kind}
-    models = subjects(kind, cache)
-    for row in plan(kind, cache):
+    models = subjects.models()
+    for row in plan(kind, file):
         if (row["name"], row["norm"], row["n"]) in done or only not in row["name"] or time.time() > end:
             continue
         model = models[row["name"]][2]()
-        x, y = images(kind, row["n"])
+        x, y = subjects.images(row["n"])
         torch.manual_seed(0)
         start, result = time.time(), dict[str, Any]()
         try:
@@ -223,15 +226,21 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=100, help="images for measure")
     parser.add_argument("--hours", type=float, default=10.0, help="audit: begin none after so long")
     parser.add_argument("--version", help="table: of this version of the code; default the last of each audit")
+    parser.add_argument("--data", type=Path, help="resnet20: the folder cifar10-jpeg")
+    parser.add_argument("--weights", type=Path, help="resnet20: resnet20-12fca82f.th")
+    parser.add_argument("--run", type=Path, help="resnet20: a run of one member at omega 1")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    out = args.out or args.cache / "results.jsonl"
-    if args.what == "measure":
-        measure(args.kind, args.cache, args.only, args.n)
-    elif args.what == "audit":
-        audit(args.kind, args.cache, out, args.only, args.hours)
-    else:
+    out, file = args.out or args.cache / "results.jsonl", args.cache / f"truth-{args.kind}.jsonl"
+    if args.what == "table":
         print(table(out, args.version))
+        return
+    resnet20 = args.kind == "resnet20"
+    subjects = ResNet20(args.data, args.weights, args.run, args.cache) if resnet20 else Digits(args.cache)
+    if args.what == "measure":
+        measure(subjects, file, args.only, args.n)
+    else:
+        audit(subjects, args.kind, file, out, args.only, args.hours)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from zoo import honest
 
-import neuralsde_ito as ito
 from neuralsde_ito.attacks import APGD, PGD, Attack, Square
 from neuralsde_ito.attacks.objectives import Objective
 from neuralsde_ito.attacks.panels import right_share
 from neuralsde_ito.attacks.targets import Ascent, Target, as_target
+from neuralsde_ito.models.vote import as_voter
 from neuralsde_ito.noise.keys import PathRange
 
 
@@ -50,8 +50,8 @@ class Judge:
     """Votes on a model's images: a selection that chooses the worst image, and a report that has seen none of them."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
-        self.model, self.x, self.y = model, x, y
-        self.target, self.guide = as_target(model, x), as_target(honest(model), x)
+        self.voter, self.x, self.y = as_voter(model), x, y
+        self.target, self.guide = as_target(self.voter, x), as_target(honest(model), x)
         self.index = torch.arange(len(x))
 
     def share(self, x: Tensor, rows: Tensor, purpose: str = "selection", count: int = 60) -> Tensor:
@@ -60,10 +60,8 @@ class Judge:
         return right_share(self.target.path_logits(x, paths), self.y[rows])
 
     def right(self, x: Tensor) -> Tensor:
-        """Whether a vote of 20 (an ensemble's own vote) decides rightly, on fresh noise, bool ``(N,)``."""
-        if isinstance(self.model, ito.ItoEnsemble):
-            return self.model.predict(x, seed=1).labels == self.y
-        return self.share(x, self.index, "report", 20) > 0.5
+        """Whether the vote decides rightly, on fresh noise, bool ``(N,)``."""
+        return self.voter.predict(x, seed=1).labels == self.y
 
     def claim(self, norm: str, eps: float) -> Tensor:
         """Which images survive the default attack, bool ``(N,)``."""
