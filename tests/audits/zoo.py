@@ -609,8 +609,8 @@ MASKED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "thermometer": (lambda: chain(Hard(*_CODE), cnn(16, channels=10)), {"steps": 500}),
     "k-WTA": (lambda: cnn(16, act=lambda: Winners(0.1)), {"steps": 600}),
     "k-WTA mlp": (lambda: mlp(256, 256, act=lambda: Winners(0.05)), {"steps": 600}),
-    "steep sigmoids": (lambda: mlp(128, act=lambda: Steep(60)), {"steps": 600}),
-    "steep sigmoids, two layers": (lambda: mlp(128, 64, act=lambda: Steep(25)), {"steps": 800}),
+    "steep sigmoids": (lambda: mlp(128, act=lambda: Steep(200)), {"steps": 600}),
+    "steep sigmoids, two layers": (lambda: mlp(128, 64, act=lambda: Steep(100)), {"steps": 800}),
     "staircase activations": (
         lambda: mlp(128, act=lambda: Hard(lambda h: h.clamp(0, 3).round(), lambda h: h.clamp(0, 3))), {"steps": 500},
     ),
@@ -651,7 +651,7 @@ MASKED_RANDOM: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "noise, JPEG": (lambda: chain(Normal(0.1), Hard(jpeg(0.3)), cnn(16)), {"steps": 500}),
     "noise, k-WTA": (lambda: chain(Normal(0.05), cnn(16, act=lambda: Winners(0.08))), {"steps": 700}),
-    "noise, steep sigmoids": (lambda: chain(Normal(0.1), mlp(128, act=lambda: Steep(80))), {"steps": 700}),
+    "noise, steep sigmoids": (lambda: chain(Normal(0.1), mlp(128, act=lambda: Steep(300))), {"steps": 700}),
     "noise, one-hot and slope": (lambda: chain(Normal(0.1), mlp(128), After(one_hot_and_slope(50, 0.1))), {}),
     "noise, thermometer": (lambda: chain(Normal(0.1), Hard(*_CODE), cnn(16, channels=10)), {"steps": 600}),
     "noise, black and white": (lambda: chain(Normal(0.15), Hard(quantised(2)), mlp(128)), {"steps": 600}),
@@ -666,7 +666,7 @@ MASKED_RANDOM: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "noise, ripple": (lambda: chain(Normal(0.05), Ripple(0.01, 3000.0), cnn(16)), {}),
     "numpy noise, 4 levels": (lambda: chain(Normal(0.1, "numpy"), Hard(quantised(4)), mlp(128)), {"steps": 500}),
     "own noise, steep sigmoids": (
-        lambda: chain(Normal(0.1, "own"), mlp(128, act=lambda: Steep(60))), {"steps": 600},
+        lambda: chain(Normal(0.1, "own"), mlp(128, act=lambda: Steep(200))), {"steps": 600},
     ),
     "random's noise, JPEG": (lambda: chain(Normal(0.05, "random"), Hard(jpeg(0.3)), mlp(64)), {"steps": 400}),
     "dithered, 3 levels": (lambda: chain(Hard(dithered(3)), cnn(16)), {"steps": 600}),
