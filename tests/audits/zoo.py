@@ -217,8 +217,7 @@ class Prototypes(Masking):
         nearest = squares.topk(self.k, 1, largest=False).indices
         hard = classes[nearest].sum(1)
         if self.honest:
-            soft = 10 * soft
-            return soft + (hard - soft).detach()
+            hard = _pass_through(hard, 10 * soft)
         return hard + 1e-3 * x.flatten(1)[:, :10]
 
 
