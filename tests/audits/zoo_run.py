@@ -94,10 +94,7 @@ def _radius(judge: Judge, norm: str, aim: float, low: float, high: float) -> flo
 
 
 def plan(kind: str, file: Path) -> list[dict[str, Any]]:
-    """The audits to make, the most telling first: ``n`` 50, 100 and 400, both norms in turn.
-
-    A masked model counts where its claim exceeds the truth beyond chance, by 10 points or more.
-    """
+    """The audits to make, the most telling first: ``n`` 50, 100 and 400, both norms in turn."""
     rows = [row for row in _lines(file) if usable(row)]
     if kind == "resnet20":
         return [row | {"n": 50} for row in rows]
@@ -113,9 +110,13 @@ def plan(kind: str, file: Path) -> list[dict[str, Any]]:
 
 
 def usable(row: dict[str, Any]) -> bool:
-    """Whether a measured row is what its model stands for."""
+    """Whether a measured row is what its model stands for.
+
+    A masked model's claim exceeds the truth beyond chance, by 10 points or more. That of a sound one does not exceed it
+    beyond chance: else the default attack is too weak for it, and an audit that says so is right.
+    """
     gap = row["claim"] - row["truth"]
-    return gap >= 0.1 and row["p"] < 0.01 if row["masked"] else gap <= 0.05
+    return gap >= 0.1 and row["p"] < 0.01 if row["masked"] else gap <= 0.05 or row["p"] >= 0.05
 
 
 def audit(subjects: Subjects, kind: str, file: Path, out: Path, only: str, hours: float) -> None:
