@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from .audits.check import Check
     from .audits.verify import Verification, verify_bundle
     from .data import load_data
-    from .models.ensemble import ItoEnsemble, Prediction
+    from .models.ensemble import ItoEnsemble
     from .models.recast import Chain, ItoResNet, recast
     from .models.resnets import ARCHITECTURES, Normalize, load_resnet
+    from .models.vote import Vote
     from .models.votes import decide
+    from .models.voting import Prediction
     from .noise.brownian import BrownianPath
     from .noise.keys import PathRange, make_keys
     from .noise.normals import normals
@@ -49,7 +51,9 @@ _HOMES = {
     "data": ("load_data",),
     "studies.density": ("DensityShift", "density_shift"),
     "studies.depth": ("Reading", "read_depths"),
-    "models.ensemble": ("ItoEnsemble", "Prediction"),
+    "models.ensemble": ("ItoEnsemble",),
+    "models.vote": ("Vote",),
+    "models.voting": ("Prediction",),
     "noise.brownian": ("BrownianPath",),
     "noise.keys": ("PathRange", "make_keys"),
     "noise.normals": ("normals",),
@@ -72,7 +76,7 @@ _MODULE_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [  # noqa: RUF022  (in the order of reading)
     "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule",
     "SCHEDULES", "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "PathRange",
-    "ItoEnsemble", "Prediction", "decide", "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks",
+    "ItoEnsemble", "Vote", "Prediction", "decide", "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks",
     "SuiteSettings", "run_suite", "Suite", "SuiteResult", "standard", "least_norm", "audit", "Audit", "Check",
     "Evidence", "evidence_of", "save_bundle", "load_bundle", "suite_of", "verify_bundle", "Verification",
     "load_data", "Config", "load_config", "Run", "save_ensemble", "load_ensemble", "compare_solvers",

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..models.ensemble import ItoEnsemble, as_ensemble
+from ..models.inspection import as_called
+from ..models.vote import as_voter
+from ..models.voting import Voter
 from ..validation import ItoError, check_images, check_labels, image_names, one_of, recordable, whole_number
 from .active import START, ActiveSet
-from .inspection import as_called
 from .norms import BALLS, check_eps
 from .objectives import OBJECTIVES, TARGETED, nan_lowest, targeted_loss, zero_invalid
 from .panels import AIMED, GOALS, Panels, goal_reached
@@ -105,8 +106,8 @@ class Attack:
         """Attack images.
 
         Args:
-            model: `ItoEnsemble`, `ItoResNet`, attacked in eval mode; any module from images in [0, 1] to logits, in
-                the modes that it has (see `as_called`); or a `Target` that stands for one.
+            model: `ItoEnsemble`, `ItoResNet`, attacked in eval mode; a `Vote`, or any module from images in [0, 1] to
+                logits, in the modes that it has (see `as_called`); or a `Target` that stands for one.
             x, y: images ``(N, C, H, W)`` in [0, 1] and their true labels ``(N,)``.
             seed: of the panels and of random starts.
             index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
@@ -121,8 +122,8 @@ class Attack:
             ItoError: images, labels or a model that cannot be attacked; a target for an objective that aims at none.
         """
         if isinstance(model, nn.Module):
-            model = as_ensemble(model)
-        check_images(x, model.channels if isinstance(model, ItoEnsemble) else None)
+            model = as_voter(model)
+        check_images(x, model.channels if isinstance(model, Voter) else None)
         x, y, index = x.detach(), check_labels(y, len(x)), image_names(index, x)
         if target is not None:
             if self.objective not in TARGETED:

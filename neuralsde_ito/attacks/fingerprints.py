@@ -8,17 +8,24 @@ import torch
 from torch import Tensor
 
 from ..data import Split
-from ..models.ensemble import ItoEnsemble
+from ..models.recast import ItoResNet
+from ..models.voting import Voter
 
 
-def fingerprint(ensemble: ItoEnsemble) -> str:
-    """SHA-256 of all that a member computes with: weights, buffers (normalisation too), noise, solver and steps."""
+def fingerprint(voter: Voter) -> str:
+    """SHA-256 of all that a member computes with: weights, buffers (normalisation too), noise, solver and steps.
+
+    Of a stranger's module it covers weights, buffers, modes and the classes of its parts, but not their code.
+    """
     digest = hashlib.sha256()
-    for member in ensemble.members:
-        schedule = member.schedule
-        times = [(sde.t0, sde.t1, sde.jump) for sde in member.sdes]
+    for member in voter.members:
         kinds = [type(module).__name__ for module in member.modules()]
-        digest.update(repr((schedule.omega, schedule.name, member.solver, member.steps, times, kinds)).encode())
+        if isinstance(member, ItoResNet):
+            schedule, times = member.schedule, [(sde.t0, sde.t1, sde.jump) for sde in member.sdes]
+            about = repr((schedule.omega, schedule.name, member.solver, member.steps, times, kinds))
+        else:
+            about = repr([(kind, module.training) for kind, module in zip(kinds, member.modules(), strict=True)])
+        digest.update(about.encode())
         for name, value in sorted([*member.named_parameters(), *member.named_buffers()], key=lambda pair: pair[0]):
             content = value.detach().cpu().contiguous().view(torch.uint8) if value.dim() else value.detach().cpu()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + content.numpy().tobytes())

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.ensemble import ItoEnsemble
+from ..models.inspection import as_called
+from ..models.vote import Vote
+from ..models.voting import Voter
 from ..noise.keys import fresh_keys
 from ..validation import ItoError, one_of
 from .base import AttackResult
@@ -19,24 +22,30 @@ PEERS = {"foolbox": "foolbox", "torchattacks": "torchattacks", "autoattack": "py
 
 
 class OnePath(nn.Module):
-    """An ensemble as other libraries see it: every call draws one fresh path of the next member, and is counted.
+    """A voter as other libraries see it: every call draws one fresh path of the next member, and is counted.
+
+    A stranger's module keeps its modes: it is no submodule of this one, and a library's ``eval()`` does not reach it.
 
     Attributes:
         inferences: of single images, made so far.
         gradients: how many of these were differentiated.
     """
 
-    def __init__(self, ensemble: ItoEnsemble) -> None:
+    def __init__(self, ensemble: Voter) -> None:
         super().__init__()
-        self.ensemble = ensemble.quick()
         self.noisy = ensemble.noisy
+        self._module = (ensemble.module,) if isinstance(ensemble, Vote) else None
+        if isinstance(ensemble, ItoEnsemble):
+            self.ensemble = ensemble.quick()
         self.inferences = self.gradients = 0
         self._members = itertools.cycle(range(len(ensemble.members)))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, classes)``; without noise the members' mean logits."""
         self.inferences += len(x)
-        if self.noisy:
+        if self._module is not None:
+            logits = self._module[0](x)
+        elif self.noisy:
             logits = self.ensemble.members[next(self._members)](x, fresh_keys(len(x), x.device))
         else:
             logits = torch.stack([m(x, fresh_keys(len(x), x.device)) for m in self.ensemble.members]).mean(0)
@@ -59,7 +68,7 @@ def check_peer(name: str) -> None:
         raise ItoError(f"{PEERS[name]} is not installed: pip install 'ito-sde[peers]'.")
 
 
-def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: str, eps: float) -> AttackResult:
+def peer_attack(name: str, ensemble: Voter, x: Tensor, y: Tensor, norm: str, eps: float) -> AttackResult:
     """Attack by another library; every call of the model draws one fresh path.
 
     ``foolbox``: its PGD (40 or 50 steps; without EOT). ``torchattacks``: EOTPGD with 100 steps of 20 paths (L-inf) or
@@ -67,7 +76,8 @@ def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: st
 
     Args:
         name: of the library, one of `PEERS`.
-        ensemble, x, y: as in `Attack.run`.
+        ensemble: the defender.
+        x, y: as in `Attack.run`.
         norm: ``linf`` or ``l2``.
         eps: radius in pixel units.
 
@@ -76,13 +86,14 @@ def peer_attack(name: str, ensemble: ItoEnsemble, x: Tensor, y: Tensor, norm: st
     """
     check_peer(name)
     attack = {"foolbox": _foolbox, "torchattacks": _torchattacks, "autoattack": _autoattack}[name]
+    ensemble.observe(x)
     model = OnePath(ensemble).eval()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), as_called(ensemble):
         warnings.simplefilter("ignore")
         images = attack(model, x, y, norm, eps).detach()
-    queries, gradients = model.inferences - model.gradients, model.gradients
-    with torch.no_grad():
-        fooled = right_share(torch.stack([model(images) for _ in range(20 if model.noisy else 1)]), y) <= 0.5
+        queries, gradients = model.inferences - model.gradients, model.gradients
+        with torch.no_grad():
+            fooled = right_share(torch.stack([model(images) for _ in range(20 if model.noisy else 1)]), y) <= 0.5
     return AttackResult(images, fooled, queries, gradients, torch.zeros_like(fooled))
 
 

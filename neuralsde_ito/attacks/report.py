@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.ensemble import ItoEnsemble
 from ..models.votes import decide
+from ..models.voting import Voter
 from ..outcomes import ABSTAIN
 from ..validation import one_of, whole_number
 from .images import Images
@@ -39,7 +39,7 @@ class Report:
         one_of("noise model", self.noise, NOISES)
         object.__setattr__(self, "repeat", whole_number("repeat", self.repeat))
 
-    def votes(self, ensemble: ItoEnsemble, x: Tensor, index: Tensor) -> Tensor:
+    def votes(self, ensemble: Voter, x: Tensor, index: Tensor) -> Tensor:
         """All votes, int64 ``(repeat, members, N, classes)``.
 
         Args:
@@ -51,7 +51,7 @@ class Report:
         seeds = range(self.seed, self.seed + self.repeat)
         return torch.stack([ensemble.predict(x, seed, names, full=True).votes for seed in seeds])
 
-    def decide(self, ensemble: ItoEnsemble, images: Images) -> Tensor:
+    def decide(self, ensemble: Voter, images: Images) -> Tensor:
         """The decisions ``(N,)``, see `worst_labels`."""
         votes = self.votes(ensemble, images.x, images.index)
         return worst_labels(votes, images.y, ensemble.rule, ensemble.inferences)

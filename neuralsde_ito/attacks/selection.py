@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.ensemble import ItoEnsemble
+from ..models.voting import Voter
 from ..outcomes import ABSTAIN, WorstCase
 from .images import Images
 from .panels import GOALS
@@ -38,7 +38,7 @@ class SelectionVotes:
     evasion: Tensor
 
 
-def selection_votes(ensemble: ItoEnsemble, candidates: Images, report: Report) -> SelectionVotes:
+def selection_votes(ensemble: Voter, candidates: Images, report: Report) -> SelectionVotes:
     """Vote on candidates, up to three times, on noise of the selection.
 
     Where the ensemble has no noise, or the attacker knows the report's paths, the only vote is the report's.
@@ -117,7 +117,7 @@ class Selection:
         invalid: inferences in the report's votes that voted for no class.
     """
 
-    def __init__(self, ensemble: ItoEnsemble, images: Images, report: Report) -> None:
+    def __init__(self, ensemble: Voter, images: Images, report: Report) -> None:
         self.ensemble, self.images, self.report = ensemble, images, report
         x, y = images.x, images.y
         lowest = torch.full((len(x),), -torch.inf, device=x.device)

@@ -21,7 +21,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..models.ensemble import ItoEnsemble
+from ..models.voting import Voter
 from ..outcomes import WorstCase
 from ..validation import ItoError, one_of, shown
 from .apgd import APGD
@@ -175,15 +175,13 @@ class Suite:
         """How the report votes."""
         return Report(self.seed, self.noise, self.repeat)
 
-    def attack(
-        self, ensemble: ItoEnsemble, images: Images, radii: Sequence[float], name: str = "0"
-    ) -> list[SuiteResult]:
+    def attack(self, ensemble: Voter, images: Images, radii: Sequence[float], name: str = "0") -> list[SuiteResult]:
         """`run` to its end: the result at each radius."""
         last = {result.eps: result for _, result in self.run(ensemble, images, radii, name)}
         return [last[eps] for eps in radii]
 
     def run(
-        self, ensemble: ItoEnsemble, images: Images, radii: Sequence[float], name: str = "0"
+        self, ensemble: Voter, images: Images, radii: Sequence[float], name: str = "0"
     ) -> Iterator[tuple[Step, SuiteResult]]:
         """Attack a batch at rising radii. The best candidates, not labels, are carried to the next radius.
 

@@ -29,6 +29,7 @@ from ..distributed import ALONE, World
 from ..files import write_atomically
 from ..models.ensemble import ItoEnsemble, NoiseFree
 from ..models.recast import recast
+from ..models.voting import Voter
 from ..outcomes import Outcomes, Paired
 from ..validation import ItoError, one_of, shown, whole_number
 from .fingerprints import fingerprint, fingerprint_choice
@@ -79,23 +80,29 @@ class SuiteSettings:
         standard(self.norm, 0.0, True, self.effort)  # checks the effort
         Report(self.seed, self.noise, self.repeat)
 
-    def suite(self, ensemble: ItoEnsemble, resnet: nn.Module | None = None) -> Suite:
-        """The suite against one defender.
+    def suite(self, ensemble: Voter, resnet: nn.Module | None = None) -> Suite:
+        """The suite against one defender; attacks through a network that there is not are left out.
 
         Args:
-            ensemble: the defender.
-            resnet: the network that it came from, a surrogate; only an ensemble without noise is attacked without it.
+            ensemble: the defender; a `Vote` must have seen images, see `Vote.observe`.
+            resnet: the network that it came from, a surrogate; None for a stranger's model.
         """
-        steps = partial(standard, self.norm, noisy=ensemble.noisy, effort=self.effort)
         surrogates: dict[str, nn.Module] = {}
-        if resnet is not None:
+        if resnet is not None and isinstance(ensemble, ItoEnsemble):
             surrogates = {"resnet": resnet, "noise-free": NoiseFree(ensemble)}
+        noisy, known = ensemble.noisy, ("itself", *surrogates)
+
+        def steps(eps: float) -> list[Step]:
+            return [step for step in standard(self.norm, eps, noisy, self.effort) if step.through in known]
+
         return Suite(steps, surrogates, self.noise, self.repeat, self.seed)
 
-    def attacks(self, ensemble: ItoEnsemble, images: int) -> int:
+    def attacks(self, ensemble: Voter, images: int, resnet: bool = True) -> int:
         """How many attacks `run_suite` makes on so many images: each step, goal, radius, batch and defender counts."""
-        steps = sum(len(standard(self.norm, 0.0, noisy, self.effort)) for noisy in (ensemble.noisy, False))
-        return 2 * steps * len(self.radii) * -(-images // self.batch_size)
+        steps = standard(self.norm, 0.0, ensemble.noisy, self.effort)
+        count = len(steps) if resnet else sum(step.through == "itself" for step in steps)
+        count += len(standard(self.norm, 0.0, False, self.effort)) if resnet else 0
+        return 2 * count * len(self.radii) * -(-images // self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class SuiteRun:
         description: what evidence says of the suite, as JSON has it: ``name``, ``effort``, ``batch_size``.
     """
 
-    ensemble: ItoEnsemble
+    ensemble: Voter
     suite: Suite
     images: Images
     clean_votes: Tensor
@@ -145,7 +152,7 @@ class SuiteRun:
 
 def attack_images(
     suite: Suite,
-    ensemble: ItoEnsemble,
+    ensemble: Voter,
     images: Images,
     radii: Sequence[float],
     batch_size: int = 250,
@@ -166,7 +173,7 @@ def attack_images(
     Raises:
         ItoError: radii that do not rise; an unknown surrogate.
     """
-    device = next(ensemble.parameters()).device
+    device = ensemble.device
     done: list[tuple[Tensor, Tensor, list[SuiteResult]]] = []
     for number, batch in among.own(list(enumerate(images.batches(batch_size)))):
         batch = batch.to(device)
@@ -211,7 +218,7 @@ def peer_result(run: SuiteRun, name: str, eps: float, batch_size: int = 250) -> 
     Raises:
         ItoError: the library is unknown or not installed.
     """
-    device = next(run.ensemble.parameters()).device
+    device = run.ensemble.device
     labels, attacked, queries, gradients = [], 0, 0, 0
     for batch in run.images.batches(batch_size):
         batch = batch.to(device)
@@ -231,21 +238,27 @@ class SuiteComparison:
     """The suite against an ensemble and against the ResNet it came from, on the same images.
 
     Attributes:
-        ito, resnet: the two runs; the ResNet is an ensemble of one member without noise.
+        ito, resnet: the two runs; the ResNet is an ensemble of one member without noise. A stranger's model has none.
         state: the folder of what is finished, if it was kept; `discard_state` deletes it.
     """
 
     ito: SuiteRun
-    resnet: SuiteRun
+    resnet: SuiteRun | None
     state: Path | None = field(default=None, repr=False)
 
     @property
     def runs(self) -> dict[str, SuiteRun]:
-        """Both runs by their names."""
-        return {"ito": self.ito, "resnet": self.resnet}
+        """The runs by their names."""
+        return {"ito": self.ito} if self.resnet is None else {"ito": self.ito, "resnet": self.resnet}
 
     def paired(self, level: int) -> Paired:
-        """The paired test of ResNet against ensemble at the radius of number ``level``: who is right under denial."""
+        """The paired test of ResNet against ensemble at the radius of number ``level``: who is right under denial.
+
+        Raises:
+            ItoError: there is no ResNet.
+        """
+        if self.resnet is None:
+            raise ItoError("There is no ResNet to compare with.")
         truth = self.ito.images.y
         return Paired.of(*(run.results[level].denial.labels == truth for run in (self.resnet, self.ito)))
 
@@ -256,8 +269,8 @@ class SuiteComparison:
 
 
 def run_suite(
-    ensemble: ItoEnsemble,
-    resnet: nn.Module,
+    ensemble: Voter,
+    resnet: nn.Module | None,
     split: Split,
     settings: SuiteSettings,
     state: str | Path | None = None,
@@ -268,7 +281,7 @@ def run_suite(
     """Attack an ensemble and its ResNet by the suite ``standard``, at every radius.
 
     Args:
-        ensemble, resnet: on one device.
+        ensemble, resnet: on one device. Without a ResNet the ensemble, or a stranger's `Vote`, is attacked alone.
         split: the images, such as ``load_data("digits").test.first(100)``.
         settings: of the suite.
         state: a folder, such as that of the run. In it a folder of its own, named by the hash of settings, weights
@@ -281,20 +294,23 @@ def run_suite(
     Raises:
         ItoError: there is nothing to resume.
     """
-    device = next(ensemble.parameters()).device
+    device = ensemble.device
     images = Images.of(split, settings.batch_size, device)
     folder = None if state is None else Path(state) / f"suite-{_digest(ensemble, images, settings)}"
     pieces = (settings.batch_size, among.pieces(len(images), settings.batch_size))
     piece = among.gather(_begin(folder, resume, *pieces) if among.first else 0)[0]
-    plain = ItoEnsemble([recast(resnet, 0.0, image_shape=_shape(images))], 1)
-    defenders = {"ito": (ensemble, settings.suite(ensemble, resnet)), "resnet": (plain, settings.suite(plain))}
+    ensemble.observe(images.x[: settings.batch_size].to(device))
+    defenders: dict[str, tuple[Voter, Suite]] = {"ito": (ensemble, settings.suite(ensemble, resnet))}
+    if resnet is not None:
+        plain = ItoEnsemble([recast(resnet, 0.0, image_shape=_shape(images))], 1)
+        defenders["resnet"] = (plain, settings.suite(plain))
     description = {"name": "standard", "effort": settings.effort, "batch_size": settings.batch_size}
     runs: dict[str, SuiteRun] = {}
     for name, (defender, suite) in defenders.items():
         suite.state = None if folder is None else folder / name
         run = attack_images(suite, defender, images, settings.radii, piece, partial(on_attack, name), among)
         runs[name] = replace(run, description=description)
-    return SuiteComparison(runs["ito"], runs["resnet"], folder)
+    return SuiteComparison(runs["ito"], runs.get("resnet"), folder)
 
 
 def _begin(folder: Path | None, resume: bool, batch_size: int, piece: int) -> int:
@@ -330,7 +346,7 @@ def _shape(images: Images) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _digest(ensemble: ItoEnsemble, images: Images, settings: SuiteSettings) -> str:
+def _digest(ensemble: Voter, images: Images, settings: SuiteSettings) -> str:
     """What names the state of a run: another ensemble, other images or other settings have another state."""
     vote = {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule}
     choice = fingerprint_choice(images.index, images.y, images.x)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..data import Split
 from ..distributed import ALONE, World
 from ..models.ensemble import ItoEnsemble, NoiseFree
+from ..models.voting import Voter
 from ..outcomes import WorstCase
-from ..validation import image_names, one_of
+from ..validation import ItoError, image_names, one_of
 from .base import Attack, AttackResult
 from .images import Images
 from .pgd import PGD
@@ -28,22 +29,25 @@ SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 Tick = Callable[[int], object]
 
 
-def surrogate_models(ensemble: ItoEnsemble, resnet: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def surrogate_models(ensemble: Voter, resnet: nn.Module | None, names: Sequence[str]) -> dict[str, nn.Module]:
     """The networks through which gradients may be taken, by name.
 
     ``ensemble`` itself; its first ``member``, with noise; the ``noise-free`` members averaged; the original ``resnet``.
+    A stranger's model has only itself.
 
     Raises:
-        ItoError: an unknown name.
+        ItoError: an unknown name, or a network that there is not.
     """
     models: dict[str, nn.Module] = {}
     for name in names:
         if one_of("surrogate", name, SURROGATES) == "ensemble":
             models[name] = ensemble
-        elif name == "member":
-            models[name] = ItoEnsemble([ensemble.members[0]])
+        elif name == "resnet" and resnet is not None:
+            models[name] = resnet
+        elif name != "resnet" and isinstance(ensemble, ItoEnsemble):
+            models[name] = ItoEnsemble([ensemble.members[0]]) if name == "member" else NoiseFree(ensemble)
         else:
-            models[name] = NoiseFree(ensemble) if name == "noise-free" else resnet
+            raise ItoError(f"There is no network for the surrogate {name!r}: take 'ensemble', the model itself.")
     return models
 
 
@@ -70,9 +74,10 @@ class Sweep:
     Attributes:
         eps: the radii, rising, in pixel units.
         truth, index: int64 ``(N,)``, true labels and names.
-        clean: labels ``(N,)`` without attack, of ``resnet`` and ``ito``.
+        clean: labels ``(N,)`` without attack, of ``resnet`` (where there is one) and ``ito``.
         labels: for every radius, the ensemble's labels by surrogate, each on the images of that attack.
-        resnet: for every radius, the ResNet's worst labels under the attack on itself and the images of all surrogates.
+        resnet: for every radius, the ResNet's worst labels under the attack on itself and the images of all surrogates;
+            empty where there is no ResNet.
         images: for every radius and surrogate, the adversarial images ``(N, C, H, W)``.
         cost: for every radius and surrogate, the cost of the attack.
         denial, evasion: for every radius the worst cases over all surrogates up to it; the report votes on them once.
@@ -113,11 +118,11 @@ def _first_wrong(truth: Tensor, labels: Sequence[Tensor]) -> Tensor:
 
 
 def attack_sweep(
-    ensemble: ItoEnsemble,
-    resnet: nn.Module,
+    ensemble: Voter,
+    resnet: nn.Module | None,
     data: Split,
     attacks: Sequence[PGD],
-    surrogates: Sequence[str] = SURROGATES,
+    surrogates: Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int = 100,
     tick: Tick = lambda n: None,
@@ -133,10 +138,10 @@ def attack_sweep(
     were made for the ensemble.
 
     Args:
-        ensemble, resnet: on one device.
+        ensemble, resnet: on one device. A stranger's model has no ResNet beside it.
         data: the images.
         attacks: one a radius, the same but for ``eps``.
-        surrogates: names in `SURROGATES`.
+        surrogates: names in `SURROGATES`; default all, and without a ResNet the model itself.
         seed: of gradient, selection and report panels.
         batch_size: images at a time.
         tick: called with 1 whenever one attack on one batch is done.
@@ -146,8 +151,9 @@ def attack_sweep(
         ItoError: an unknown surrogate.
     """
     attacks = sorted(attacks, key=lambda attack: attack.eps)
+    surrogates = surrogates or (SURROGATES if resnet is not None else SURROGATES[:1])
     models = surrogate_models(ensemble, resnet, surrogates)
-    device = next(ensemble.parameters()).device
+    device = ensemble.device
     parts = []
     for index, x, y in among.share(data).batches(batch_size, device):
         batch = _Batch(ensemble, resnet, Images(x, y, index), models, seed)
@@ -164,13 +170,14 @@ class _Batch:
     """A sweep of one batch, radius after radius."""
 
     def __init__(
-        self, ensemble: ItoEnsemble, resnet: nn.Module, images: Images, models: dict[str, nn.Module], seed: int
+        self, ensemble: Voter, resnet: nn.Module | None, images: Images, models: dict[str, nn.Module], seed: int
     ) -> None:
         self.ensemble, self.resnet, self.images, self.models, self.seed = ensemble, resnet, images, models, seed
         self.selection = Selection(ensemble, images, Report(seed))
         self.selection.offer_clean()
         clean = ensemble.predict(images.x, seed, images.index)
-        labels = {"resnet": classify(resnet, images.x).cpu(), "ito": clean.labels.cpu()}
+        labels = {} if resnet is None else {"resnet": classify(resnet, images.x).cpu()}
+        labels["ito"] = clean.labels.cpu()
         self.sweep = Sweep([], images.y.cpu(), images.index.cpu(), labels, [], [], [])
         self.sweep.invalid += int(clean.invalid.sum())
 
@@ -182,21 +189,22 @@ class _Batch:
         }
         since = 2 * len(self.models) * len(self.sweep.eps)  # the number of attacks at smaller radii
         self.sweep.eps.append(attack.eps)
-        resnet_labels = [self._attack_resnet(attack)]
+        resnet_labels = [] if self.resnet is None else [self._attack_resnet(self.resnet, attack)]
         resnet_labels += self._deny(through, since, tick)
         resnet_labels += self._evade(through, since)
-        self.sweep.resnet.append(_first_wrong(self.images.y, resnet_labels).cpu())
+        if resnet_labels:
+            self.sweep.resnet.append(_first_wrong(self.images.y, resnet_labels).cpu())
         cases = self.selection.worst_cases(self.selection.vote())
         for column, case in zip((self.sweep.denial, self.sweep.evasion), cases, strict=True):
             column.append(WorstCase(*(value.cpu() for value in vars(case).values())))
 
-    def _attack_resnet(self, attack: PGD) -> Tensor:
+    def _attack_resnet(self, resnet: nn.Module, attack: PGD) -> Tensor:
         """The ResNet's labels under the attack on itself, with as many attempts as the surrogates have together."""
         x, y, index = self.images.x, self.images.y, self.images.index
         attempts = attack.restarts * len(self.models)
-        own = replace(attack, restarts=attempts).run(self.resnet, x, y, self.seed, index)
+        own = replace(attack, restarts=attempts).run(resnet, x, y, self.seed, index)
         self.sweep.resnet_cost.append(Cost.of(own) + Cost(queries=len(self.models) * len(x)))
-        return classify(self.resnet, own.images)
+        return classify(resnet, own.images)
 
     def _deny(self, through: dict[str, PGD], since: int, tick: Tick) -> list[Tensor]:
         """Attack all images through each surrogate; gives the ResNet's labels on what comes out."""
@@ -210,7 +218,8 @@ class _Batch:
             result = through[name].run(model, x, y, self.seed, index)
             self.selection.offer(every, result.images, number, since)
             prediction = self.ensemble.predict(result.images, self.seed, index)
-            resnet_labels.append(classify(self.resnet, result.images))
+            if self.resnet is not None:
+                resnet_labels.append(classify(self.resnet, result.images))
             labels[name], images[name] = prediction.labels.cpu(), result.images.cpu()
             cost[name] = Cost.of(result)
             self.sweep.invalid += int(prediction.invalid.sum())
@@ -232,9 +241,10 @@ class _Batch:
             result = evasion.run(model, some.x, some.y, self.seed, some.index, start)
             self.selection.offer(rows, result.images, number, since)
             cost += Cost.of(result)
-            labels = self.images.y.clone()
-            labels[rows] = classify(self.resnet, result.images)
-            resnet_labels.append(labels)
+            if self.resnet is not None:
+                labels = self.images.y.clone()
+                labels[rows] = classify(self.resnet, result.images)
+                resnet_labels.append(labels)
         self.sweep.evasion_cost.append(cost)
         return resnet_labels
 
@@ -259,7 +269,7 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 
 def least_norm(
-    ensemble: ItoEnsemble,
+    ensemble: Voter,
     x: Tensor,
     y: Tensor,
     attack: Callable[[float], Attack],

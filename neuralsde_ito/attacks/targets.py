@@ -9,16 +9,18 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..models.ensemble import ItoEnsemble, as_ensemble
+from ..models.ensemble import ItoEnsemble
 from ..models.inference import piece_of
+from ..models.inspection import as_called, check_module
 from ..models.recast import ItoResNet
+from ..models.vote import Vote, as_voter
 from ..models.votes import winners
+from ..models.voting import Voter
 from ..modules import well_known
 from ..noise.keys import PathRange
 from ..parallel import in_pieces, out_of_memory
 from ..sde.solvers import find_solver
 from ..validation import ItoError, check_labels, whole_number
-from .inspection import alike, answers, as_called, check_module
 from .objectives import Objective
 
 _GRAPH_BYTES = {"cpu": 1 << 28}  # that one graph of a module may keep; on a GPU 4 GiB
@@ -84,14 +86,13 @@ def _joined(pieces: list[Ascent]) -> Ascent:
 
 
 class ModuleTarget:
-    """Any network from images in [0, 1] to logits. If it is randomised, every call draws fresh noise of its own.
+    """Any network from images in [0, 1] to logits, as a `Vote` makes paths of its random draws.
 
-    A gradient is taken a few images at a time, with all their paths. Without noise, the size of such a piece changes
-    only the last bits; with noise from torch's generator, it changes the order of the draws. Two calls never run at
-    the same time: a module may keep what it computes.
+    A gradient is taken a few images at a time, with all their paths. The size of such a piece changes only the last
+    bits. Two calls never run at the same time: a module may keep what it computes.
 
     Args:
-        model: the network; use it inside `as_called`.
+        model: a `Vote`, or the network; use it inside `as_called`.
         x: images ``(N, C, H, W)``, by which noise is detected.
         batch_size: images at a time. Default: 256 without a gradient; with a gradient, as many as keep a graph within
             256 MiB on a CPU, 4 GiB elsewhere.
@@ -101,25 +102,26 @@ class ModuleTarget:
     """
 
     def __init__(self, model: nn.Module, x: Tensor, batch_size: int | None = None) -> None:
-        self.model, self.x = model, x
+        self.vote, self.x = model if isinstance(model, Vote) else Vote(model), x
         self.batch_size = None if batch_size is None else whole_number("batch_size", batch_size)
+        self.vote.chunk = self.batch_size or self.vote.chunk
         self._image_bytes: int | None = None  # that the graph of one image keeps
-        with torch.no_grad():
-            # Noise may show rarely: like AutoAttack's check, five forwards of the whole batch.
-            first = answers(model, x, self.batch_size or 256)
-            random = any(not alike(answers(model, x, self.batch_size or 256), first) for _ in range(4))
-        self.distinct = None if random else 1
+        self.vote.observe(x)
+        self.distinct = None if self.vote.noisy else 1
 
-    def logits(self, x: Tensor, index: Tensor) -> Tensor:
-        """Logits of one call, ``(N, classes)``; ``index`` ``(N,)`` names the images."""
-        return answers(self.model, x)
+    def readout(self, logits: Tensor, index: Tensor) -> Tensor:
+        """What is attacked of the logits ``(P, N, classes)`` of images named ``index`` ``(N,)``: by default all."""
+        return logits
+
+    def _along(self, paths: PathRange, x: Tensor) -> Tensor:
+        return self.readout(self.vote.path_logits(x, paths).to(x.dtype), paths.index)
 
     @torch.no_grad()
     def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
         """See `Target`."""
 
         def piece(part: slice) -> Tensor:
-            return torch.stack([self.logits(x[part], paths.index[part]) for _ in range(paths.count)])
+            return self._along(paths.of(part), x[part])
 
         return torch.cat(in_pieces(piece, len(x), self.batch_size or 256, x.device, side_by_side=False), 1)
 
@@ -127,12 +129,7 @@ class ModuleTarget:
         """See `Target`."""
 
         def piece(part: slice) -> Ascent:
-            index = paths.index[part]
-
-            def path_logits(x: Tensor) -> Tensor:
-                return torch.stack([self.logits(x, index) for _ in range(paths.count)])
-
-            return _ascend(objective, x[part], y[part], path_logits)
+            return _ascend(objective, x[part], y[part], partial(self._along, paths.of(part)))
 
         return _joined(in_pieces(piece, len(x), self.at_once(paths.count), x.device, side_by_side=False))
 
@@ -142,7 +139,7 @@ class ModuleTarget:
             return self.batch_size
         if self._image_bytes is None:
             few = self.x[:2]
-            self._image_bytes = max(1, graph_bytes(self.model, few) // len(few))
+            self._image_bytes = max(1, graph_bytes(self.vote.module, few) // len(few))
         return max(1, _GRAPH_BYTES.get(self.x.device.type, 1 << 32) // (self._image_bytes * count))
 
 
@@ -225,18 +222,19 @@ def as_target(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Tar
     Raises:
         ItoError: a model that cannot be attacked, see `check_module`.
     """
-    model = as_ensemble(model)
-    if isinstance(model, ItoEnsemble):
-        return EnsembleTarget(model)
-    check_module(model, x, batch_size)
-    return ModuleTarget(model, x, batch_size)
+    voter = as_voter(model)
+    if isinstance(voter, ItoEnsemble):
+        return EnsembleTarget(voter)
+    assert isinstance(voter, Vote)
+    check_module(voter.module, x, batch_size)
+    return ModuleTarget(voter, x, batch_size)
 
 
 class KnownPaths:
-    """An ensemble whose noise the attacker knows: on every panel, all paths are those of the report with this seed."""
+    """A voter whose noise the attacker knows: on every panel, all paths are those of the report with this seed."""
 
-    def __init__(self, ensemble: ItoEnsemble, x: Tensor, seed: int) -> None:
-        self.target, self.seed = EnsembleTarget(ensemble), seed
+    def __init__(self, ensemble: Voter, x: Tensor, seed: int) -> None:
+        self.target, self.seed = as_target(ensemble, x), seed
         self.count = self.target.distinct or len(ensemble.members) * ensemble.inferences
         self.distinct: int | None = self.count
 

@@ -16,7 +16,7 @@ from ..attacks.pgd import PGD
 from ..outcomes import Outcomes, Rate
 from ..validation import recordable
 from . import binarisation, gradients, optimisation, other_attacks, reporting
-from .case import AuditCase, Reseeded, input_gradients_only
+from .case import AuditCase, input_gradients_only
 from .check import FAIL, NOT_APPLICABLE, PASS, Check, RunCheck
 
 CHECKS: tuple[RunCheck, ...] = (  # in the order of their numbers
@@ -215,7 +215,6 @@ def _landscape(case: AuditCase, size: int = 21) -> Landscape | None:
     grid = (reach * case.attack.eps).to(x)
     points = x + grid[:, None, None, None, None] * along + grid[None, :, None, None, None] * aside
     with torch.no_grad():
-        # A module's draws depend on the position in the batch: with one point in each, all points get the same draws.
-        parts = points.flatten(0, 1).split(1 if isinstance(model, Reseeded) else 128)
+        parts = points.flatten(0, 1).split(128)
         losses = [F.cross_entropy(case.logits(model, part), y.expand(len(part)), reduction="none") for part in parts]
     return Landscape(row, reach, torch.cat(losses).view(size, size).cpu())

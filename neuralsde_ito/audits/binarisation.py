@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attacks.norms import BALLS
 from ..attacks.targets import ModuleTarget
 from ..noise.keys import PathRange
-from .case import AuditCase, Reseeded
+from .case import AuditCase
 from .check import NotApplicable, check, percent, require_correct, untargeted_objective
 
 _POINTS = 100  # of each kind around an image
@@ -33,7 +33,7 @@ def binarisation(case: AuditCase) -> tuple[str, bool]:
     At most 20 images take part. The noise of an ensemble is fixed.
     """
     model = case.fixed
-    if model is None or isinstance(model, Reseeded):
+    if model is None:
         raise NotApplicable("A readout needs features that are the same at every call, image by image.")
     rows = require_correct(case)[:20]
     with torch.no_grad():
@@ -133,9 +133,9 @@ class _ReadoutTarget(ModuleTarget):
         self.readouts = readouts
         self._sorted_index, self._order = index.sort()
 
-    def logits(self, x: Tensor, index: Tensor) -> Tensor:
-        """``(N, C, H, W) -> (N, 2)``; ``index`` ``(N,)`` names the images."""
+    def readout(self, logits: Tensor, index: Tensor) -> Tensor:
+        """``(P, N, classes) -> (P, N, 2)``; ``index`` ``(N,)`` names the images."""
         own, readouts = self._order[torch.searchsorted(self._sorted_index, index)], self.readouts
-        features = super().logits(x, index).to(readouts.weight) - readouts.centre[own]
-        score = (features * readouts.weight[own]).sum(1) / readouts.level[own] - 1
-        return torch.stack([torch.zeros_like(score), score], 1).to(x.dtype)
+        features = logits.to(readouts.weight) - readouts.centre[own]
+        score = (features * readouts.weight[own]).sum(-1) / readouts.level[own] - 1
+        return torch.stack([torch.zeros_like(score), score], -1).to(logits.dtype)

@@ -31,8 +31,8 @@ from ..attacks.suite import Suite
 from ..attacks.suite_run import SuiteRun, SuiteSettings
 from ..data import Split
 from ..files import sync_folder, write_atomically
-from ..models.ensemble import ItoEnsemble
 from ..models.votes import check_rule
+from ..models.voting import Voter
 from ..outcomes import ABSTAIN, Outcomes, WorstCase
 from ..validation import ItoError, check_images, one_of, shown
 
@@ -155,13 +155,13 @@ def attack_names(suite: Suite, radii: Sequence[float]) -> tuple[str, ...]:
     )
 
 
-def suite_of(evidence: Evidence, ensemble: ItoEnsemble, resnet: nn.Module) -> Suite:
+def suite_of(evidence: Evidence, ensemble: Voter, resnet: nn.Module | None) -> Suite:
     """The suite that a bundle names, with the verifier's own networks as its surrogates.
 
     Args:
         evidence: as read by `load_bundle`.
         ensemble: the defender.
-        resnet: the network that it came from.
+        resnet: the network that it came from; None for a stranger's model.
 
     Raises:
         ItoError: the bundle names no suite that this version knows.
@@ -174,7 +174,7 @@ def suite_of(evidence: Evidence, ensemble: ItoEnsemble, resnet: nn.Module) -> Su
 
 
 def votes_of(
-    ensemble: ItoEnsemble,
+    ensemble: Voter,
     x: Tensor,
     index: Tensor,
     report: Report,
@@ -182,7 +182,7 @@ def votes_of(
     tick: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
     """`Report.votes` in batches, int64 ``(repeat, members, N, classes)`` on the CPU."""
-    device = next(ensemble.parameters()).device
+    device = ensemble.device
     parts = []
     for images, names in zip(x.split(batch_size), index.split(batch_size), strict=True):
         parts.append(report.votes(ensemble, images.to(device), names.to(device)).cpu())

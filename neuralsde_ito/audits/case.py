@@ -11,24 +11,22 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..attacks.base import Attack, AttackResult
-from ..attacks.inspection import alike, answers, as_called, check_weights, replay
 from ..attacks.norms import BALLS
 from ..attacks.objectives import Objective
 from ..attacks.panels import right_share
 from ..attacks.pgd import PGD
 from ..attacks.targets import NO_GRADIENT, Ascent, Target, as_target
-from ..models.ensemble import ItoEnsemble, NoiseFree, as_ensemble
+from ..models.ensemble import ItoEnsemble, NoiseFree
+from ..models.inspection import answers, as_called, check_weights
 from ..models.recast import ItoResNet
-from ..models.votes import decide, winners
+from ..models.vote import Vote, as_voter
+from ..models.voting import Voter
 from ..noise.keys import PathRange, make_keys
-from ..outcomes import ABSTAIN, Outcomes, Rate
+from ..outcomes import Outcomes, Rate
 from ..sde.solvers import find_solver
 from ..validation import ItoError, check_images, check_labels, image_names, shown, whole_number
-
-MODULE_INFERENCES = 20  # that vote on an image, for a randomised module that is not an ensemble of ours
 
 
 class RecordingTarget:
@@ -85,36 +83,21 @@ class JudgedAttack:
 
 
 class FixedPaths(nn.Module):
-    """An ensemble that always uses the same few paths, for every image: a deterministic network.
+    """A voter that always uses the same few paths, for every image: a deterministic network.
 
     Its logits are the log mean probability over ``count`` paths, those of the report panel of ``seed`` and image 0.
     """
 
-    def __init__(self, ensemble: ItoEnsemble, count: int, seed: int) -> None:
+    def __init__(self, voter: Voter, count: int, seed: int) -> None:
         super().__init__()
-        self.ensemble, self.count, self.seed = ensemble.quick(), count, seed
+        self.voter = voter.quick() if isinstance(voter, ItoEnsemble) else voter
+        self.count, self.seed = count, seed
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W) -> (N, classes)``."""
         same = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        logits = self.ensemble.path_logits(x, PathRange(self.seed, "report", same, 0, self.count))
+        logits = self.voter.path_logits(x, PathRange(self.seed, "report", same, 0, self.count))
         return logits.log_softmax(-1).logsumexp(0) - math.log(self.count)
-
-
-class Reseeded(nn.Module):
-    """A randomised module that makes the same draws from torch's global generator at every call.
-
-    The generator's state outside is not changed. The draws depend on the position in the batch: an image keeps its
-    draws only if the batches are always split at the same positions.
-    """
-
-    def __init__(self, model: nn.Module, seed: int) -> None:
-        super().__init__()
-        self.model, self.seed = model, seed
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W) -> (N, classes)``."""
-        return replay(self.model, x, self.seed)
 
 
 @contextmanager
@@ -172,7 +155,7 @@ class AuditCase:
         for network in (model, *(surrogates or {}).values()):
             if not isinstance(network, nn.Module):
                 raise ItoError(f"A model must be an nn.Module, got {shown(network)}; wrap a function in one.")
-        self.model = as_ensemble(model)
+        self.model = as_voter(model)
         _check_channels(self.model, x)
         if x.dtype not in (torch.float32, torch.float64):
             raise ItoError(
@@ -186,12 +169,19 @@ class AuditCase:
             raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
         self.queries, self.draws = whole_number("queries", queries), whole_number("draws", draws)
         self.batch_size = None if batch_size is None else whole_number("batch_size", batch_size)
+        if isinstance(self.model, Vote):
+            self.model.chunk = self.batch_size or self.model.chunk
         own = {"noise-free": NoiseFree(self.model)} if isinstance(self.model, ItoEnsemble) else {}
         self.surrogates: dict[str, nn.Module] = {**own, **(surrogates or {})}
         for network in self.surrogates.values():
-            _check_channels(as_ensemble(network), x)
+            _check_channels(network, x)
 
     # --- the model ------------------------------------------------------------------------------------------
+
+    @property
+    def network(self) -> nn.Module:
+        """What computes the logits: a stranger's own module, or the ensemble."""
+        return self.model.module if isinstance(self.model, Vote) else self.model
 
     @property
     def adaptive(self) -> bool:
@@ -212,7 +202,7 @@ class AuditCase:
         """
         with torch.enable_grad():
             for count in (1, 2):  # an attack may end with a single image in its batch
-                out = self.logits(self.model, self.x[:count].clone().requires_grad_())
+                out = self.logits(self.network, self.x[:count].clone().requires_grad_())
         if not out.requires_grad:
             raise ItoError(NO_GRADIENT)
         check_labels(self.y, len(self.y), out.shape[1])
@@ -232,14 +222,11 @@ class AuditCase:
     def fixed(self) -> nn.Module | None:
         """The model with its noise fixed, a deterministic network; None where the noise cannot be fixed."""
         if not self.randomised:
-            return self.model
-        if isinstance(self.model, ItoEnsemble):
-            members = len(self.model.members)
-            return FixedPaths(self.model, members * math.ceil(4 / members), self.seed + 1)
-        fixed = Reseeded(self.model, self.seed)
-        with torch.no_grad():
-            first, second = (self.logits(fixed, self.x) for _ in range(2))
-        return fixed if alike(first, second) else None
+            return self.network
+        if isinstance(self.model, Vote) and not self.model.replayable:
+            return None
+        members = len(self.model.members)
+        return FixedPaths(self.model, members * math.ceil(4 / members), self.seed + 1)
 
     def logits(self, network: nn.Module, x: Tensor) -> Tensor:
         """Logits ``(K, classes)`` of the model or of another network, computed batch by batch."""
@@ -269,12 +256,7 @@ class AuditCase:
             rows: their positions ``(K,)``; default all in order.
             vote: the number of the vote; every vote has its own noise.
         """
-        if isinstance(self.model, ItoEnsemble):
-            return self.model.predict(x, self.seed + vote, self.index if rows is None else self.index[rows]).labels
-        inferences = MODULE_INFERENCES if self.randomised else 1
-        labels = torch.stack([winners(self.logits(self.model, x)) for _ in range(inferences)])
-        votes = F.one_hot(labels.clamp_min(0), self.classes) * (labels != ABSTAIN)[..., None]
-        return decide(votes.sum(0)[None], inferences=inferences)
+        return self.model.predict(x, self.seed + vote, self.index if rows is None else self.index[rows]).labels
 
     @cached_property
     def clean(self) -> Tensor:
@@ -363,4 +345,4 @@ class AuditCase:
 
 def _check_channels(network: nn.Module, x: Tensor) -> None:
     """Refuse what is no batch of images, or has not the channels that an ensemble takes."""
-    check_images(x, network.channels if isinstance(network, ItoEnsemble) else None)
+    check_images(x, as_voter(network).channels)

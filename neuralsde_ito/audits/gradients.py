@@ -30,7 +30,7 @@ from .check import NotApplicable, beyond_chance, check, from_to, percent, requir
 def randomness(case: AuditCase) -> tuple[str, bool]:
     """Five forwards of one batch: the largest distance between two, each normalised to length 1."""
     with torch.no_grad():
-        forwards = torch.stack([case.logits(case.model, case.x) for _ in range(5)])
+        forwards = torch.stack([case.logits(case.network, case.x) for _ in range(5)])
     out = F.normalize(forwards.nan_to_num(0, 0, 0), dim=-1)
     gap = float((out[:, None] - out[None]).norm(dim=-1).max())
     averaged = not case.adaptive and case.randomised and case.attack.eot > 1
@@ -52,7 +52,7 @@ def logits(case: AuditCase) -> tuple[str, bool]:
     """Whether the output is already probabilities or votes, and whether it is finite."""
     with torch.no_grad():
         # Not `case.logits`, which converts half precision: the tolerance below depends on the model's own dtype.
-        output = torch.cat([case.model(part) for part in case.x.split(case.batch_size or 256)])
+        output = torch.cat([case.network(part) for part in case.x.split(case.batch_size or 256)])
     finite, exact = output.isfinite().all(1), output.double()
     if not bool(finite.all()):
         return f"not finite at {int((~finite).sum())} of {len(exact)} images", True

@@ -124,16 +124,11 @@ def known_noise(case: AuditCase) -> tuple[str, bool]:
     fixed = case.fixed
     if fixed is None:
         raise NotApplicable("The model's noise is not torch's: it cannot be fixed from outside.")
-    # A module's draws depend on the position in the batch. So no image may leave its batch before the end, and every
-    # call splits the images at the same positions.
     whole, target = replace(case.attack, stop=False, restarts=1, eot=1), ModuleTarget(fixed, case.x, case.batch_size)
-    target.batch_size = size = target.at_once(1)
-    parts = torch.arange(len(case.x), device=case.x.device).split(size)
-    known = torch.cat([case.run(whole, target, part).images for part in parts])
+    known = case.run(whole, target, torch.arange(len(case.x), device=case.x.device)).images
     with torch.no_grad():
         clean, fresh, knowing = (
-            torch.cat([winners(fixed(part)) for part in images.split(size)]) == case.y
-            for images in (case.x, case.white_box.images, known)
+            winners(case.logits(fixed, images)) == case.y for images in (case.x, case.white_box.images, known)
         )
     if not bool(clean.any()):
         raise NotApplicable("With its noise fixed the model is right on no clean image.")

@@ -40,7 +40,7 @@ from ..attacks.square import Square
 from ..attacks.suite import Step, Suite, SuiteResult, join_results
 from ..attacks.targets import KnownPaths, as_target
 from ..data import Split
-from ..models.ensemble import ItoEnsemble
+from ..models.voting import Voter
 from ..modules import evaluating
 from ..outcomes import ABSTAIN, Paired, Rate, WorstCase
 from ..validation import ItoError, whole_number
@@ -96,7 +96,7 @@ class Verification:
 
 def verify_bundle(
     evidence: Evidence,
-    ensemble: ItoEnsemble | None,
+    ensemble: Voter | None,
     split: Split | None,
     suite: Suite | None,
     seed: int | None = None,
@@ -313,7 +313,7 @@ def _data(evidence: Evidence, split: Split | None) -> Iterator[Claim]:
     yield _differing("original images", "the data set's", ~(distance <= ROUNDING) | misnamed)
 
 
-def _defender(evidence: Evidence, ensemble: ItoEnsemble | None) -> Claim:
+def _defender(evidence: Evidence, ensemble: Voter | None) -> Claim:
     """The ensemble has the claimed weights and solver, by its fingerprint, and votes as claimed."""
     name, members = "ensemble", evidence.clean_votes.shape[1]
     vote = f"{members} x {evidence.inferences}, {evidence.rule}"
@@ -356,7 +356,7 @@ class _Again:
     """
 
     evidence: Evidence
-    ensemble: ItoEnsemble
+    ensemble: Voter
     seed: int
     batch_size: int
     tick: Callable[[int], object]
@@ -471,7 +471,7 @@ class _Again:
 
     def _limits(self, suite: Suite, radii: list[float]) -> list[dict[str, tuple[int, int]]]:
         """The least and the greatest possible cost of each attack, see `_limits`."""
-        device = next(self.ensemble.parameters()).device
+        device = self.ensemble.device
         x = self.evidence.originals[:8].nan_to_num(0).clamp(0, 1).to(device)
         classes = self.evidence.clean_votes.shape[3]
         limits = []
@@ -492,7 +492,7 @@ def _text(survived: Tensor) -> str:
 
 def _attack_again(
     evidence: Evidence,
-    ensemble: ItoEnsemble,
+    ensemble: Voter,
     suite: Suite,
     radii: list[float],
     rows: Tensor,
@@ -500,7 +500,7 @@ def _attack_again(
     tick: Callable[[int], object],
 ) -> list[SuiteResult]:
     """The results at every radius on some of a bundle's images."""
-    device = next(ensemble.parameters()).device
+    device = ensemble.device
     x = evidence.originals[rows].nan_to_num(0).clamp(0, 1)
     batches = []
     for number, batch in enumerate(Images(x, evidence.truth[rows], evidence.index[rows]).batches(batch_size)):
@@ -548,7 +548,7 @@ def _by_attack(name: str, claimed: str, odd: list[int], evidence: Evidence, note
     return Claim(name, claimed, outcome, not odd, f"{note}: {evidence.attacks[odd[0]]}." if odd else f"{note}.")
 
 
-def _limits(step: Step, ensemble: ItoEnsemble, suite: Suite, x: Tensor, classes: int) -> dict[str, tuple[int, int]]:
+def _limits(step: Step, ensemble: Voter, suite: Suite, x: Tensor, classes: int) -> dict[str, tuple[int, int]]:
     """The least and the greatest number of inferences that one attack makes on one image."""
     attack = step.attack
     if step.through != "itself":

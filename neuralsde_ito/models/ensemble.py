@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,30 +13,13 @@ from torch import Tensor, nn
 
 from ..modules import ModuleListOf, mixes_images
 from ..noise.keys import PathRange, fresh_keys, make_keys
-from ..validation import ItoError, check_images, image_names, whole_number
+from ..validation import ItoError, image_names, whole_number
 from .inference import infer, piece_of, quicken
 from .recast import ItoResNet
-from .votes import Poll, check_rule, decide, winners
+from .voting import Inferences, Voter
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What an ensemble predicts for ``N`` images.
-
-    Attributes:
-        labels: int64 ``(N,)``, `ABSTAIN` where there is no majority.
-        votes: int64 ``(members, N, classes)``, inferences for each class, as far as they were made.
-        drawn: int64 ``(N,)``, inferences made for each image.
-        invalid: int64 ``(N,)``, inferences whose logits were not finite; they vote for no class.
-    """
-
-    labels: Tensor
-    votes: Tensor
-    drawn: Tensor
-    invalid: Tensor
-
-
-class ItoEnsemble(nn.Module):
+class ItoEnsemble(Voter):
     """Itô networks that vote.
 
     Args:
@@ -62,7 +46,7 @@ class ItoEnsemble(nn.Module):
         self.members = cast("ModuleListOf[ItoResNet]", nn.ModuleList(members))
         if not len(self.members):
             raise ItoError("An ensemble needs at least one member, got 0.")
-        self.inferences, self.rule = whole_number("inferences", inferences), check_rule(rule)
+        self._set_vote(inferences, rule)
         self.paths_per_call = whole_number("paths_per_call", paths_per_call)
 
     @property
@@ -88,15 +72,7 @@ class ItoEnsemble(nn.Module):
         return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
     def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
-        """Logits along a range of numbered paths: ``(count, N, classes)``, differentiable.
-
-        Args:
-            x: images ``(N, C, H, W)``.
-            paths: a range of paths of these images; `PathRange` says which member and inference a path number is.
-
-        Raises:
-            ItoError: ``paths.index`` is not one whole number for each image.
-        """
+        """See `Voter.path_logits`."""
         paths = replace(paths, index=image_names(paths.index, x))
         logits: dict[int, Tensor] = {}  # by position in the range
         for member, positions, keys in paths.by_member(len(self.members)):
@@ -129,69 +105,15 @@ class ItoEnsemble(nn.Module):
         quick.chunk = self.chunk
         return quick
 
-    @torch.no_grad()
-    def predict(
-        self,
-        x: Tensor,
-        seed: int = 0,
-        index: Tensor | None = None,
-        purpose: str = "report",
-        full: bool = False,
-        confidence: float | None = None,
-    ) -> Prediction:
-        """Vote on every image, in eval mode, until the inferences that are not made yet cannot change the label.
-
-        The labels are exactly those of the full vote; `Prediction.drawn` says how many inferences they took. An
-        inference whose logits are not finite votes for no class; `Prediction.invalid` counts these.
-
-        Args:
-            x: images ``(N, C, H, W)`` in [0, 1].
-            seed: of the noise; another seed gives other paths.
-            index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
-                With it an image has the same noise in any batch.
-            purpose: what the paths are used for, one of `neuralsde_ito.noise.keys.PURPOSES`.
-            full: make all inferences, so that `Prediction.votes` is complete.
-            confidence: stop earlier, when the label is that of the full vote with this probability (`Poll` says
-                under which assumption).
-
-        Raises:
-            ItoError: images that are not finite, not in [0, 1] or of the wrong shape; a confidence out of range.
-        """
-        check_images(x, self.channels)
-        index = image_names(index, x)
+    def _begin(self, x: Tensor, seed: int, purpose: str, index: Tensor) -> tuple[int, list[Inferences]]:
         quick = self.quick(x)
         first = quick.members[0](x[:1].repeat(2, 1, 1, 1), make_keys(seed, purpose, index=index[:1].repeat(2)))
-        poll = Poll(len(self.members), len(x), first.shape[1], self.inferences, self.rule, confidence, x.device)
-        while bool((wanted := self.inferences - poll.drawn if full else poll.wanted()).any()):
-            drawn = poll.drawn
-            for m, counts in enumerate(wanted):
-                if bool(counts.any()):
-                    images, rows, inferences = _next_inferences(counts, drawn[m])
-                    keys = make_keys(seed, purpose, m, inferences, index[images[rows]])
-                    logits = infer(quick.members[m], x[images], rows, keys, self.chunk)
-                    poll.count(m, images[rows], winners(logits))
-        drawn = poll.drawn.sum(0)
-        labels = decide(poll.votes, self.rule, self.inferences) if full else poll.labels()[0]
-        return Prediction(labels, poll.votes, drawn, drawn - poll.votes.sum((0, 2)))
 
+        def inferences(m: int, images: Tensor, rows: Tensor, numbers: Tensor) -> Tensor:
+            keys = make_keys(seed, purpose, m, numbers, index[images[rows]])
+            return infer(quick.members[m], x[images], rows, keys, self.chunk)
 
-def _next_inferences(counts: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inferences that one member makes next: ``counts`` of each image, after the ``drawn`` ones; both ``(N,)``.
-
-    Returns:
-        The images to run, int64 ``(I,)``; and for each of ``K`` inferences its image, as a position among these, and
-        its number within its image.
-    """
-    images = counts.nonzero()[:, 0]
-    repeated = images.repeat_interleave(counts[images])  # (K,)
-    number = torch.arange(len(repeated), device=counts.device) - (counts.cumsum(0) - counts)[repeated]  # 0, 1, ...
-    position = torch.zeros_like(counts).index_put_((images,), torch.arange(len(images), device=counts.device))
-    return images, position[repeated], drawn[repeated] + number
-
-
-def as_ensemble(model: nn.Module) -> nn.Module:
-    """An `ItoResNet` as an ensemble of one; any other module as it is."""
-    return ItoEnsemble([model]) if isinstance(model, ItoResNet) else model
+        return first.shape[1], [partial(inferences, m) for m in range(len(self.members))]
 
 
 class NoiseFree(nn.Module):

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from ..attacks.inspection import as_called
 from ..attacks.objectives import OBJECTIVES
 from ..attacks.targets import EnsembleTarget
 from ..models.ensemble import ItoEnsemble
+from ..models.inspection import as_called
 from ..noise.keys import PathRange, make_keys
 from ..runs.build import build_resnet, recast_as
 from ..runs.config import Config

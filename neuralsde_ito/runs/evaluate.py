@@ -63,7 +63,7 @@ def evaluate(
         full, confidence: see `ItoEnsemble.predict`.
         among: the processes that share the images; each gets the whole result.
     """
-    device = next(ensemble.parameters()).device
+    device = ensemble.device
     parts: list[tuple[Tensor, ...]] = []
     for index, x, y in among.share(data).batches(batch_size, device):
         prediction = ensemble.predict(x, seed, index, full=full, confidence=confidence)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import neuralsde_ito as ito
 from neuralsde_ito.attacks import PGD, Square, targets
-from neuralsde_ito.attacks.inspection import as_called, replay
 from neuralsde_ito.attacks.objectives import mean_loss
 from neuralsde_ito.attacks.sweep import surrogate_models
 from neuralsde_ito.attacks.targets import ModuleTarget, as_target, classify
@@ -20,6 +19,7 @@ from neuralsde_ito.audits.audit import CHECKS, audit
 from neuralsde_ito.audits.case import AuditCase, JudgedAttack, input_gradients_only
 from neuralsde_ito.audits.check import percent
 from neuralsde_ito.audits.gradients import solver_gradient
+from neuralsde_ito.models.inspection import as_called, replay
 from neuralsde_ito.noise.keys import PathRange
 
 checks = SimpleNamespace(**{check.__name__: check for check in CHECKS})

@@ -446,7 +446,7 @@ class Skips(nn.Module):
     [
         lambda: torch.rand(()),
         lambda: F.dropout(torch.ones(6), 0.5),
-        lambda: float(np.random.rand()),  # noqa: NPY002
+        lambda: float(np.random.rand()),
         lambda: random.random(),
     ],
 )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.ensemble import ItoEnsemble
-from ..models.recast import ItoResNet
 from ..modules import evaluating
 from ..validation import ItoError
+from .ensemble import ItoEnsemble
+from .recast import ItoResNet
 
 _MEND = "call model.eval(), or put only the dropout into train mode"
 
