@@ -207,7 +207,7 @@ class Attack:
         return [torch.stack([y, ranking[:, aim]], 1) for aim in range(count)]
 
     def _score(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The score ``(N,)`` by which attempts are compared; it does not depend on the class that an attempt aims at."""
+        """The score ``(N,)`` by which attempts are compared; it does not depend on the class tried."""
         if y.dim() == 2:  # all attempts aim at the class that was given
             return targeted_loss(logits, y)
         if self.goal == "evasion":  # the mean probability of the best wrong class

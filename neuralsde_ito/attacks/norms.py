@@ -28,6 +28,8 @@ class Linf:
 
     def project(self, x: Tensor, origin: Tensor, eps: Radius) -> Tensor:
         """The nearest point of the ball around ``origin``, all ``(N, ...)``."""
+        if isinstance(eps, Tensor):
+            return origin + (x - origin).clamp(-eps, eps)
         return origin + (x - origin).clamp(-eps, eps)
 
     def length(self, delta: Tensor) -> Tensor:
@@ -108,7 +110,9 @@ class L1:
         delta = (x - origin).flatten(1).double()
         base = origin.flatten(1).double()
         size, limit = delta.abs(), torch.where(delta > 0, 1 - base, base)
-        eps = (eps.flatten(1) if isinstance(eps, Tensor) else eps) * (1 - 1e-6)  # for what rounding to the images' precision adds up to
+        eps = (eps.flatten(1) if isinstance(eps, Tensor) else eps) * (
+            1 - 1e-6
+        )  # for what rounding to the images' precision adds up to
         turns, order = torch.cat([size, size - limit], 1).sort(1, descending=True)
         slope = torch.where(order < size.shape[1], 1.0, -1.0).cumsum(1)  # below each turn: entries that still move
         gained = (slope[:, :-1] * (turns[:, :-1] - turns[:, 1:])).cumsum(1)

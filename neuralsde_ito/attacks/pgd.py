@@ -63,7 +63,9 @@ class PGD(Attack):
                 mean = gradient.abs().mean((1, 2, 3), keepdim=True)
                 velocity = self.momentum * velocity + gradient / mean.where(mean > 0, torch.ones_like(mean))
                 gradient = velocity
-            active.iterate = self.project(active.iterate + self.step * ball.steepest(gradient, active.iterate), active.origin)
+            active.iterate = self.project(
+                active.iterate + self.step * ball.steepest(gradient, active.iterate), active.origin
+            )
             (velocity,) = active.drop(fooled, velocity)
         if self.keep == "last":
             active.best = active.iterate

@@ -87,7 +87,7 @@ class Square(Attack):
             trial = best.clone()
             trial[images, :, row, column] = x[images, :, row, column] + self.eps * signs[:, None, None, :]
             return trial
-        # L2, L1: the length that a second square gives up goes into the first one, along a bump and its present content.
+        # Else the length that a second square gives up goes into the first one, along a bump and its present content.
         other_row, other_column = _window(numbers[:, 2:4], side, h, w)
         delta = (best - x).clone()
         content = delta[images, :, row, column]  # (K, side, side, C)

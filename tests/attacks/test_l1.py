@@ -45,7 +45,8 @@ def test_clipping_after_the_projection_loses_most_of_the_ball():
     assert float(L1.length((origin + ball_alone).clamp(0, 1) - origin)) < 0.11
 
 
-def test_a_radius_of_each_image(eps=torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)):
+def test_a_radius_of_each_image():
+    eps = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
     origin, x = uniform(3, 1, 4, 4), normal(3, 1, 4, 4, seed=1)
     for ball in BALLS.values():
         alone = [ball.project(x[i : i + 1], origin[i : i + 1], float(eps[i])) for i in range(3)]
@@ -106,7 +107,11 @@ def test_attacks_use_the_whole_ball_and_stay_in_it(attack):
     assert ((result.images >= 0) & (result.images <= 1)).all()
     assert lead.max() < 2
     assert result.fooled.float().mean() >= (0.5 if isinstance(attack, Square) else 1)
-    assert not type(attack)("l1", 0.5, attack.steps, objective=attack.objective).run(Linear(), x, torch.zeros(12).long()).fooled.any()
+    assert (
+        not type(attack)("l1", 0.5, attack.steps, objective=attack.objective)
+        .run(Linear(), x, torch.zeros(12).long())
+        .fooled.any()
+    )
 
 
 def test_a_radius_may_exceed_one():
