@@ -149,19 +149,20 @@ def evaluation_table(
     """Print the clean table of ``ito-sde train`` and ``ito-sde evaluate``.
 
     Args:
-        result: the ensemble beside the ResNet.
+        result: the ensemble beside the ResNet; a stranger's model has none.
         data: name of the data set.
         untrained: the recast ResNet before its fine-tuning, for a row of its own.
         paired: the untrained recast against the ensemble.
     """
     click.echo(f"\n{count(result.ito.n, 'test image')} of {data}, clean; % with 95 % Wilson intervals\n")
-    rows = [["original ResNet", *outcome_cells(result.resnet, abstains=False)]]
+    rows = [["original ResNet", *outcome_cells(result.resnet, abstains=False)]] if result.resnet else []
     if untrained:
         rows.append(["recast, not fine-tuned", *outcome_cells(untrained.ito)])
-    rows.append(["Itô ensemble", *outcome_cells(result.ito)])
+    rows.append(["Itô ensemble" if result.resnet else "model", *outcome_cells(result.ito)])
     table(rows, ["model", "correct", "incorrect", "abstained", "correct + abstained"])
     click.echo()
-    paired_sentence(result.paired, "the ResNet")
+    if result.paired:
+        paired_sentence(result.paired, "the ResNet")
     if paired:
         paired_sentence(paired, "the recast before fine-tuning")
     invalid_sentence(int(result.invalid.sum()))
@@ -190,10 +191,11 @@ def drawn_sentence(drawn: Tensor, total: int, confidence: float | None) -> None:
 
 def evaluation_json(result: Evaluation) -> dict[str, Any]:
     """The content of `evaluation_table` for ``--json``."""
+    resnet = {"resnet": result.resnet.as_dict()} if result.resnet else {}
     return {
-        "resnet": result.resnet.as_dict(),
+        **resnet,
         "ito": result.ito.as_dict(),
-        "paired": paired_json(result.paired, "resnet"),
+        **({"paired": paired_json(result.paired, "resnet")} if result.paired else {}),
         "inferences_per_image": float(result.drawn.double().mean()),
         "invalid_inferences": int(result.invalid.sum()),
     }

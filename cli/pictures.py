@@ -35,14 +35,15 @@ def evaluation_picture(path: Path, result: Evaluation, data: Dataset) -> None:
     top, bottom = _stack(figure, 2, 1, height_ratios=[1, 1.25])
     axes = top.subplots(1, 2)
     parts = (("wrong", RED, "xx"), ("abstained", ORANGE, "//"))
+    both = [outcomes for outcomes in (result.ito, result.resnet) if outcomes]
     for axis, (name, colour, hatch) in zip(axes, parts, strict=True):
-        for row, outcomes in enumerate((result.ito, result.resnet)):
+        for row, outcomes in enumerate(both):
             rate = outcomes.rate(name)
             axis.barh(row, 100 * rate.value, color=colour, hatch=hatch, edgecolor="white", height=0.5)
             axis.plot([100 * rate.low, 100 * rate.high], [row, row], color="black", lw=1.2, marker="|")
             axis.text(100 * rate.high, row, f"  {100 * rate.value:.1f} %", va="center", fontsize=9)
             axis.set_yticks([0, 1], ["Itô ensemble", "original ResNet"] if axis is axes[0] else ["", ""])
-        high = max(100 * o.rate(name).high for o in (result.ito, result.resnet))
+        high = max(100 * o.rate(name).high for o in both)
         axis.set(title=f"{name} (% of {result.ito.n} test images, 95 % interval)", xlim=(0, 1.25 * high))
         axis.title.set_fontsize(9)
         axis.spines[["top", "right"]].set_visible(False)

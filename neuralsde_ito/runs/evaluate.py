@@ -11,8 +11,8 @@ from ..attacks.sweep import Tick
 from ..attacks.targets import classify
 from ..data import Split
 from ..distributed import ALONE, World
-from ..models.ensemble import ItoEnsemble
-from ..outcomes import Outcomes, Paired
+from ..models.voting import Voter
+from ..outcomes import ABSTAIN, Outcomes, Paired
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Evaluation:
     """Decisions of a ResNet and of an ensemble on the same ``N`` clean images, on the CPU.
 
     Attributes:
-        resnet, ito: outcomes of the ResNet and of the ensemble.
-        paired: the two compared image by image (the ResNet first).
+        resnet, ito: outcomes of the ResNet and of the ensemble. A stranger's model has no ResNet beside it.
+        paired: the two compared image by image (the ResNet first), where there is one.
         index, truth: int64 ``(N,)``, the images' names in the noise's address, and their true labels.
         resnet_labels, labels: int64 ``(N,)``, the ResNet's and the ensemble's.
         votes: int64 ``(members, N, classes)``, inferences for each class, as far as they were made.
@@ -29,12 +29,12 @@ class Evaluation:
         invalid: int64 ``(N,)``, inferences among them whose logits were not finite; they cast no vote.
     """
 
-    resnet: Outcomes
+    resnet: Outcomes | None
     ito: Outcomes
-    paired: Paired
+    paired: Paired | None
     index: Tensor
     truth: Tensor
-    resnet_labels: Tensor
+    resnet_labels: Tensor | None
     labels: Tensor
     votes: Tensor
     drawn: Tensor
@@ -42,8 +42,8 @@ class Evaluation:
 
 
 def evaluate(
-    ensemble: ItoEnsemble,
-    resnet: nn.Module,
+    ensemble: Voter,
+    resnet: nn.Module | None,
     data: Split,
     seed: int = 0,
     batch_size: int = 100,
@@ -55,31 +55,32 @@ def evaluate(
     """Let the ensemble vote on every image, and classify it with the ResNet, too.
 
     Args:
-        ensemble, resnet: on one device.
+        ensemble, resnet: on one device; None where there is no ResNet.
         data: the images, usually a test split.
         seed: of the report's noise.
         batch_size: images at a time; the result does not depend on it.
         tick: called after each batch with its number of images.
-        full, confidence: see `ItoEnsemble.predict`.
+        full, confidence: see `Voter.predict`.
         among: the processes that share the images; each gets the whole result.
     """
     device = ensemble.device
     parts: list[tuple[Tensor, ...]] = []
     for index, x, y in among.share(data).batches(batch_size, device):
         prediction = ensemble.predict(x, seed, index, full=full, confidence=confidence)
-        columns = (index, y, classify(resnet, x), prediction.labels, prediction.drawn, prediction.invalid)
+        base = torch.full_like(y, ABSTAIN) if resnet is None else classify(resnet, x)
+        columns = (index, y, base, prediction.labels, prediction.drawn, prediction.invalid)
         parts.append(tuple(column.cpu() for column in (*columns, prediction.votes)))
         tick(len(y))
     *gathered, votes = zip(*among.gather_lists(parts), strict=True)
     index, truth, resnet_labels, labels, drawn, invalid = (torch.cat(column) for column in gathered)
     among.check_complete(index, data)
     return Evaluation(
-        resnet=Outcomes.of(resnet_labels, truth),
+        resnet=None if resnet is None else Outcomes.of(resnet_labels, truth),
         ito=Outcomes.of(labels, truth),
-        paired=Paired.of(resnet_labels == truth, labels == truth),
+        paired=None if resnet is None else Paired.of(resnet_labels == truth, labels == truth),
         index=index,
         truth=truth,
-        resnet_labels=resnet_labels,
+        resnet_labels=None if resnet is None else resnet_labels,
         labels=labels,
         votes=torch.cat(votes, 1),
         drawn=drawn,

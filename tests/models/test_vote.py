@@ -10,7 +10,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from neuralsde_ito import ABSTAIN, ItoEnsemble, ItoError, PathRange, Suite, SuiteSettings, Vote, recast
+from neuralsde_ito import (
+    ABSTAIN,
+    ItoEnsemble,
+    ItoError,
+    PathRange,
+    Suite,
+    SuiteSettings,
+    Vote,
+    evidence_of,
+    load_bundle,
+    recast,
+    run_suite,
+    save_bundle,
+    suite_of,
+    verify_bundle,
+)
 from neuralsde_ito.attacks import PGD
 from neuralsde_ito.attacks.fingerprints import fingerprint
 from neuralsde_ito.attacks.images import Images
@@ -236,3 +251,24 @@ def test_what_is_no_module_is_refused():
         Vote(nn.Linear(2, 2), inferences=0)
     with pytest.raises(ItoError, match="logits"):
         Vote(nn.Identity()).predict(X)
+
+
+def test_evidence_of_a_vote_is_verified(tmp_path):
+    vote = Vote(Head(NOISES["dropout"]), inferences=11)
+    pixels = (X * 255).byte()
+    x = pixels.float() / 255
+    test = InMemory(pixels, vote.predict(x).labels.clamp_min(0))
+    settings = SuiteSettings(radii=(0.3,), effort=0.05)
+    both = run_suite(vote, None, test, settings, tmp_path / "state")
+    assert both.resnet is None
+    with pytest.raises(ItoError, match="no ResNet"):
+        both.paired(0)
+    save_bundle(tmp_path / "bundle", evidence_of(both.ito, test))
+    evidence = load_bundle(tmp_path / "bundle")
+    verification = verify_bundle(evidence, vote, test, suite_of(evidence, vote, None), seed=1, sample=5)
+    assert all(claim.stands for claim in verification.claims)
+    other = Vote(Head(NOISES["dropout"]), inferences=11)
+    other.module.last.bias.data += 1
+    other.observe(x)
+    found = {c.name: c.stands for c in verify_bundle(evidence, other, test, None, seed=1, sample=5).claims}
+    assert not found["ensemble"]
