@@ -31,9 +31,12 @@ Command = Callable[..., Any]
 
 # The keys of library tables whose files import torch, for which help should not wait seconds. A test compares each
 # tuple with its table.
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
 PRESETS = ("default", "madry20", "fgsm")
-OBJECTIVES = ("mean-loss", "loss-of-mean", "mean-logits", "margin", "dlr", "denial", "targeted-dlr", "targeted-vote")
+OBJECTIVES = (
+    *("mean-loss", "loss-of-mean", "mean-logits", "margin", "dlr", "denial"),
+    *("targeted-loss", "targeted-dlr", "targeted-vote"),
+)
 SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 NOISES = ("fresh", "fixed", "known")
 PEERS = ("foolbox", "torchattacks", "autoattack")

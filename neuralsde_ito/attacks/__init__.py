@@ -5,6 +5,7 @@ from __future__ import annotations
 from .active import ActiveSet
 from .apgd import APGD
 from .base import Attack, AttackResult
+from .minimal_norm import SmallestPerturbations, decision_based, minimal_norm
 from .norms import BALLS, parse_eps
 from .objectives import OBJECTIVES
 from .pgd import PGD, PRESETS, fgsm, pgd
@@ -12,5 +13,5 @@ from .square import Square
 
 __all__ = [  # noqa: RUF022  (in the order of reading)
     "BALLS", "parse_eps", "OBJECTIVES", "Attack", "AttackResult", "ActiveSet", "PGD", "PRESETS", "pgd", "fgsm", "APGD",
-    "Square",
+    "Square", "minimal_norm", "decision_based", "SmallestPerturbations",
 ]  # fmt: skip

@@ -44,7 +44,7 @@ class APGD(Attack):
         before, best_gradient = active.iterate, gradient
         length = _StepLength(2 * self.eps, loss)
         for step in active.steps(range(1, self.steps + 1)):
-            ahead = self.project(active.iterate + length.now * ball.steepest(gradient), active.origin)
+            ahead = self.project(active.iterate + length.now * ball.steepest(gradient, active.iterate), active.origin)
             share = 0.75 if step > 1 else 1.0
             moved = active.iterate + share * (ahead - active.iterate) + (1 - share) * (active.iterate - before)
             before, active.iterate = active.iterate, self.project(moved, active.origin)

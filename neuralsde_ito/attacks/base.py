@@ -14,8 +14,8 @@ from ..models.voting import Voter
 from ..validation import ItoError, check_images, check_labels, image_names, one_of, recordable, whole_number
 from .active import START, ActiveSet
 from .norms import BALLS, check_eps
-from .objectives import OBJECTIVES, TARGETED, nan_lowest, zero_invalid
-from .panels import GOALS, Panels, goal_reached
+from .objectives import OBJECTIVES, TARGETED, nan_lowest, targeted_loss, zero_invalid
+from .panels import AIMED, GOALS, Panels, goal_reached
 from .targets import Target, as_target
 
 
@@ -101,6 +101,7 @@ class Attack:
         seed: int = 0,
         index: Tensor | None = None,
         start: Tensor | None = None,
+        target: Tensor | None = None,
     ) -> AttackResult:
         """Attack images.
 
@@ -112,16 +113,23 @@ class Attack:
             index: int64 ``(N,)``, the images' names in the noise's address; default their position in ``x``.
             start: where the first attempt begins, ``(N, C, H, W)``, such as another attack's result. It is projected
                 onto the ball.
+            target: int64 ``(N,)``, the class that each image is to be answered with. This is then the goal, whatever
+                ``goal`` says; the objective has to aim at a class.
 
         Warns where a gradient is not finite: such entries become 0, and the attack goes on.
 
         Raises:
-            ItoError: images, labels or a model that cannot be attacked.
+            ItoError: images, labels or a model that cannot be attacked; a target for an objective that aims at none.
         """
         if isinstance(model, nn.Module):
             model = as_voter(model)
         check_images(x, model.channels if isinstance(model, Voter) else None)
         x, y, index = x.detach(), check_labels(y, len(x)), image_names(index, x)
+        if target is not None:
+            if self.objective not in TARGETED:
+                aims = ", ".join(TARGETED)
+                raise ItoError(f"The objective {self.objective!r} aims at no class: with target take one of {aims}.")
+            y = torch.stack([y, check_labels(target, len(x)).to(y.device)], 1)
         if start is not None and start.shape != x.shape:
             raise ItoError(f"start must be images of shape {tuple(x.shape)}, got {tuple(start.shape)}.")
         with torch.inference_mode(False):  # which would record no gradient
@@ -160,7 +168,9 @@ class Attack:
                 "and its figure no measure of robustness.",
                 stacklevel=3,
             )
-        objective, aims = OBJECTIVES[self.objective], self._aims(panels, x, y)
+        aimed = y.dim() == 2
+        objective, goal = OBJECTIVES[self.objective], AIMED if aimed else self.goal
+        aims = [y] if aimed else self._aims(panels, x, y)
         best, best_score = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for attempt in range(self.restarts * len(aims)):
@@ -168,13 +178,13 @@ class Attack:
             if not len(rows):
                 break
             panels.attempt, panels.labels = attempt, aims[attempt % len(aims)]
-            active = ActiveSet(panels, objective, x[rows], rows, self.goal, self.stop)
+            active = ActiveSet(panels, objective, x[rows], rows, goal, self.stop)
             given = start is not None and attempt < len(aims)  # each class has one attempt from the given start
             active.iterate = start[rows] if start is not None and given else self.first_iterate(active)
             self.attempt(active)
             images = active.result()
             logits = panels.compare(images, rows)
-            reached, score = goal_reached(logits, y[rows], self.goal), self._score(logits, y[rows])
+            reached, score = goal_reached(logits, y[rows], goal), self._score(logits, y[rows])
             better = reached | (score > best_score[rows])
             kept = rows[better]
             best[kept], best_score[kept], fooled[kept] = images[better], score[better], reached[better]
@@ -197,7 +207,9 @@ class Attack:
         return [torch.stack([y, ranking[:, aim]], 1) for aim in range(count)]
 
     def _score(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The score ``(N,)`` by which attempts are compared; it does not depend on the class aimed at."""
+        """The score ``(N,)`` by which attempts are compared; it does not depend on the class tried."""
+        if y.dim() == 2:  # all attempts aim at the class that was given
+            return targeted_loss(logits, y)
         if self.goal == "evasion":  # the mean probability of the best wrong class
             return zero_invalid(logits).softmax(-1).mean(0).scatter(1, y[:, None], 0).amax(1)
         return nan_lowest(OBJECTIVES["mean-loss" if self.objective in TARGETED else self.objective](logits, y))

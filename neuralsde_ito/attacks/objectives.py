@@ -70,6 +70,11 @@ def denial(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y).sigmoid().mean(0)
 
 
+def targeted_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Minus the cross-entropy of the class aimed at, averaged over paths; labels as in `targeted_dlr`."""
+    return -mean_loss(logits, labels[:, 1])
+
+
 def targeted_dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """DLR towards a class (Croce & Hein 2020, eq. 7): labels ``(N, 2)`` are the right class and the class aimed at."""
     logits = zero_invalid(logits)
@@ -93,7 +98,8 @@ OBJECTIVES: dict[str, Objective] = {
     "margin": mean_margin,
     "dlr": dlr,
     "denial": denial,
+    "targeted-loss": targeted_loss,
     "targeted-dlr": targeted_dlr,
     "targeted-vote": targeted_vote,
 }
-TARGETED = ("targeted-dlr", "targeted-vote")  # these need a class to aim at
+TARGETED = ("targeted-loss", "targeted-dlr", "targeted-vote")  # these need a class to aim at

@@ -19,6 +19,7 @@ from .objectives import Objective, nan_lowest, zero_invalid
 from .targets import Ascent, Target
 
 GOALS = ("denial", "evasion")
+AIMED = "aimed"  # the goal of an attack that is given the class to aim at: the model answers with it
 _COMPARE, _RANK, _FIRST = 0, 1, 2  # draws of the selection: the two that all attempts share, the first of the others
 
 
@@ -41,18 +42,20 @@ def wrong_share(logits: Tensor, y: Tensor) -> Tensor:
 def share_not_won(logits: Tensor, y: Tensor, goal: str) -> Tensor:
     """The share of paths that the attack has not won yet; shapes as in `right_share`.
 
-    Denial: the right class wins on them. Evasion: the best wrong class does not.
+    Denial: the right class wins on them. Evasion: the best wrong class does not. Aimed: the class aimed at does not.
     """
+    if goal == AIMED:
+        return 1 - right_share(logits, y[:, 1])
     return 1 - wrong_share(logits, y) if goal == "evasion" else right_share(logits, y)
 
 
 def goal_reached(logits: Tensor, y: Tensor, goal: str) -> Tensor:
     """Whether the goal is reached on these paths, bool ``(N,)``; shapes as in `right_share`.
 
-    Denial: the right class has no majority of the paths. Evasion: a wrong class has one.
+    Denial: the right class has no majority of the paths. Evasion: a wrong class has one. Aimed: that class has one.
     """
     share = share_not_won(logits, y, goal)
-    return share < 0.5 if goal == "evasion" else share <= 0.5
+    return share <= 0.5 if goal == "denial" else share < 0.5
 
 
 class Panels:

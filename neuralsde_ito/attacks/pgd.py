@@ -63,7 +63,9 @@ class PGD(Attack):
                 mean = gradient.abs().mean((1, 2, 3), keepdim=True)
                 velocity = self.momentum * velocity + gradient / mean.where(mean > 0, torch.ones_like(mean))
                 gradient = velocity
-            active.iterate = self.project(active.iterate + self.step * ball.steepest(gradient), active.origin)
+            active.iterate = self.project(
+                active.iterate + self.step * ball.steepest(gradient, active.iterate), active.origin
+            )
             (velocity,) = active.drop(fooled, velocity)
         if self.keep == "last":
             active.best = active.iterate
@@ -79,7 +81,16 @@ PRESETS: dict[str, PGD] = {
 }
 
 
-def pgd(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0, index: Tensor | None = None, **settings) -> Tensor:
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    seed: int = 0,
+    index: Tensor | None = None,
+    target: Tensor | None = None,
+    **settings,
+) -> Tensor:
     """Adversarial images ``(N, C, H, W)`` by PGD; ``settings`` are the attributes of `PGD`.
 
     The other arguments and errors are those of `Attack.run`.
@@ -87,7 +98,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0, index: Tensor 
     Example:
         ``pgd(ensemble, x, y, norm="linf", eps=8/255, steps=20, eot=20)``
     """
-    return PGD(**settings).run(model, x, y, seed, index).images
+    return PGD(**settings).run(model, x, y, seed, index, target=target).images
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0, index: Tensor | None = None, **settings) -> Tensor:

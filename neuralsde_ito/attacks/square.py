@@ -15,6 +15,7 @@ from ..noise.normals import normals
 from ..validation import ItoError
 from .active import ActiveSet
 from .base import Attack
+from .norms import BALLS
 
 _SQUARES = -2  # the use of this attack's random numbers, see `ActiveSet.keys`
 
@@ -59,7 +60,7 @@ class Square(Attack):
             active.drop(fooled)
 
     def first_iterate(self, active: ActiveSet) -> Tensor:
-        """L-inf: vertical stripes. L2: a grid of bumps of either sign."""
+        """L-inf: vertical stripes. L2 and L1: a grid of bumps of either sign."""
         x = active.origin
         n, c, h, w = x.shape
         numbers = _uniform(active, 0, 4 * x[0].numel())
@@ -71,7 +72,7 @@ class Square(Attack):
         signs = 2 * (numbers[:, : c * rows * columns].view(n, c, rows, columns) < 0.5).to(x.dtype) - 1
         signs = signs.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :h, :w]
         delta = signs * _bump(side, x).repeat(rows, columns)[:h, :w]
-        return x + self.eps * delta / delta.flatten(1).norm(dim=1).view(n, 1, 1, 1)
+        return x + self.eps * delta / BALLS[self.norm].length(delta).view(n, 1, 1, 1)
 
     def _with_square(self, active: ActiveSet, query: int) -> Tensor:
         """The best iterates with one more random square moved to the ball's surface, ``(K, C, H, W)``."""
@@ -86,19 +87,21 @@ class Square(Attack):
             trial = best.clone()
             trial[images, :, row, column] = x[images, :, row, column] + self.eps * signs[:, None, None, :]
             return trial
-        # L2: the length that a second square gives up goes into the first one, along a bump and its present content.
+        # Else the length that a second square gives up goes into the first one, along a bump and its present content.
         other_row, other_column = _window(numbers[:, 2:4], side, h, w)
         delta = (best - x).clone()
         content = delta[images, :, row, column]  # (K, side, side, C)
         covered = torch.zeros(k, h, w, dtype=torch.bool, device=x.device)
         covered[images, row, column] = True
         covered[images, other_row, other_column] = True
-        total = delta.flatten(1).square().sum(1)
-        inside = (delta.square() * covered[:, None]).flatten(1).sum(1)
-        available = (self.eps**2 - (total - inside)).clamp_min(0).sqrt()
+        power = 2 if self.norm == "l2" else 1
+        lengths = delta.square() if self.norm == "l2" else delta.abs()
+        total = lengths.flatten(1).sum(1)
+        inside = (lengths * covered[:, None]).flatten(1).sum(1)
+        available = (self.eps**power - (total - inside)).clamp_min(0) ** (1 / power)
         new = _bump(side, x)[None, :, :, None] * signs[:, None, None, :]
         new = new + content / content.flatten(1).norm(dim=1).clamp_min(1e-12).view(k, 1, 1, 1)
-        new = new / new.flatten(1).norm(dim=1).clamp_min(1e-12).view(k, 1, 1, 1)
+        new = new / new.flatten(1).norm(p=power, dim=1).clamp_min(1e-12).view(k, 1, 1, 1)
         delta[images, :, other_row, other_column] = 0
         delta[images, :, row, column] = available.view(k, 1, 1, 1) * new
         return x + delta
