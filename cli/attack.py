@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Asked:
     """The options that set up the attack, as the user gave them; None for the preset's value."""
 
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     radii: tuple[str, ...]
     preset: str
     steps: int | None
@@ -55,7 +55,7 @@ class Asked:
 
 
 @click.command("attack")
-@options.voting_run
+@options.defender
 @options.gathered(
     "asked",
     Asked,
@@ -103,7 +103,7 @@ class Asked:
 )
 @options.as_json
 def command(
-    chosen: options.RunOptions,
+    chosen: options.DefenderOptions,
     asked: Asked,
     surrogates: tuple[str, ...],
     limit: int | None,
@@ -112,13 +112,15 @@ def command(
     save: Path | None,
     as_json: bool,
 ) -> None:
-    """Attack a run's ensemble by FGSM or PGD, and the original ResNet beside it.
+    """Attack a run's ensemble by FGSM or PGD, and the original ResNet beside it; or a network of yours.
 
-    Gradients go through the solver exactly as it stepped. The strongest row is the result.
+    Gradients go through the solver exactly as it stepped. The strongest row is the result. What is written goes into
+    the run's folder; for a network of yours, into one with its name beside the runs.
 
     \b
     ito-sde attack --norm linf --eps 8/255
     ito-sde attack --norm l2 --eps 0.25 --eps 0.5 --restarts 3
+    ito-sde attack --model mymodels:make_net --data digits --norm linf --eps 0.1
     ito-sde suite --norm linf --eps 8/255 --bundle evidence     (the strongest attack)
     """
     from neuralsde_ito.attacks import parse_eps
@@ -126,20 +128,15 @@ def command(
     from neuralsde_ito.distributed import world
     from neuralsde_ito.files import write_atomically
     from neuralsde_ito.runs.build import load_dataset
-    from neuralsde_ito.validation import ItoError
 
     asked.template()
     for text in asked.radii:  # a wrong radius is refused before the run is read
         asked.at(parse_eps(text))
-    opened = chosen.open()
-    defaults, norm = opened.config.attack, asked.norm
-    written = (*(asked.radii or defaults.eps.get(norm, ())), *defaults.also.get(norm, ()))
-    if not written:
-        raise ItoError(f"The run's configuration has no radius for {norm}: give --eps.")
-    labels = {parse_eps(text): text for text in reversed(written)}
-    attacks = [asked.at(eps) for eps in sorted(labels)]
-    names = surrogates or SURROGATES
-    images = load_dataset(opened.config, train_limit=1, test_limit=limit or defaults.images)
+    opened, norm = chosen.defender(), asked.norm
+    labels = opened.radii(norm, asked.radii)
+    attacks = [asked.at(eps) for eps in labels]
+    names = surrogates or (SURROGATES if opened.resnet else SURROGATES[:1])
+    images = load_dataset(opened.config, train_limit=1, test_limit=limit or opened.config.attack.images)
     seed = opened.config.seed if seed is None else seed
     options.check_folder(opened.folder)
     if save is not None:
@@ -167,8 +164,7 @@ def command(
     if as_json:
         output.print_json(report)
         return
-    ensemble = opened.ensemble
-    output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
+    output.describe_defender(opened)
     _table(sweep, attacks[0], labels, images.name)
     click.echo()
     _sentences(sweep, attacks, seconds)
@@ -180,29 +176,36 @@ def command(
 
 def _table(sweep: Sweep, attack: PGD, labels: dict[float, str], data: str) -> None:
     """A row for each surrogate at each radius, and the strongest of each radius."""
-    from neuralsde_ito.outcomes import Outcomes, Paired
+    from neuralsde_ito.outcomes import Outcomes, Paired, Rate
 
     images = f"{output.count(len(sweep.truth), 'test image')} of {data}"
     click.echo(f"\n{images}, {attack.norm}, eps in pixel units; % with 95 % Wilson intervals\n")
-    clean = [Outcomes.of(sweep.clean[name], sweep.truth) for name in ("resnet", "ito")]
-    rows = [["0", "(clean)", output.percent(clean[0].rate("correct")), *output.outcome_cells(clean[1]), ""]]
+    both, truth = bool(sweep.resnet), sweep.truth  # whether there is a ResNet
+    clean = {name: Outcomes.of(decided, truth) for name, decided in sweep.clean.items()}
+    first = output.percent(clean["resnet"].rate("correct")) if both else ""
+    rows = [["0", "(clean)", first, *output.outcome_cells(clean["ito"]), ""]]
     for level, eps in enumerate(sweep.eps):
         for name, decided in sweep.labels[level].items():
-            rows.append(["", name, "", *output.outcome_cells(Outcomes.of(decided, sweep.truth)), ""])
-        resnet, ito = sweep.worst_resnet(level), sweep.worst(level)
-        paired = Paired.of(resnet == sweep.truth, ito == sweep.truth)
-        denial, evasion = (Outcomes.of(case[level].labels, sweep.truth) for case in (sweep.denial, sweep.evasion))
+            rows.append(["", name, "", *output.outcome_cells(Outcomes.of(decided, truth)), ""])
+        denial, evasion = (Outcomes.of(case[level].labels, truth) for case in (sweep.denial, sweep.evasion))
         rates = (
-            Outcomes.of(resnet, sweep.truth).rate("correct"),
             denial.rate("correct"),
             evasion.rate("wrong"),
             denial.rate("abstained"),
             evasion.rate("correct", "abstained"),
         )
-        rows.append(["", "strongest", *map(output.percent, rates), output.p_value(paired.p)])
+        first = last = ""
+        if both:
+            resnet = sweep.worst_resnet(level) == truth
+            first = output.percent(Rate.of(int(resnet.sum()), len(truth)))
+            last = output.p_value(Paired.of(resnet, sweep.worst(level) == truth).p)
+        rows.append(["", "strongest", first, *map(output.percent, rates), last])
         rows[-1 - len(sweep.labels[level])][0] = labels[eps]
     headers = ["eps", "gradient through", "ResNet correct"]
     headers += ["Itô correct", "Itô wrong", "Itô abstained", "Itô correct + abst.", "paired"]
+    if not both:
+        rows = [[*row[:2], *row[3:-1]] for row in rows]
+        headers = ["eps", "gradient through", "correct", "wrong", "abstained", "correct + abst."]
     output.table(rows, headers)
 
 
@@ -214,21 +217,26 @@ def _sentences(sweep: Sweep, attacks: list[PGD], seconds: float) -> None:
     length = f"2.5 eps / {first.steps}" if first.step_size is None else length
     costs = [*(cost for level in sweep.cost for cost in level.values()), *sweep.evasion_cost]
     gradients = output.count(sum(cost.gradients for cost in costs), "gradient")
+    beside = f" for the ensemble and {sum(cost.gradients for cost in sweep.resnet_cost):,} for the ResNet"
     output.sentence(
         f"Attack: {output.count(first.steps, 'step')} of {length} from {start}, "
         f"{output.count(first.restarts, 'restart')}, {output.count(first.eot, 'path')} a gradient, objective "
-        f"{first.objective}, {first.keep} iterate; {gradients} for the ensemble and "
-        f"{sum(cost.gradients for cost in sweep.resnet_cost):,} for the ResNet in {seconds:.0f} s. Votes are on paths "
-        "that no attack saw."
+        f"{first.objective}, {first.keep} iterate; {gradients}{beside if sweep.resnet else ''} in {seconds:.0f} s. "
+        "Votes are on paths that no attack saw."
     )
+    resnet, paired = "", ""
+    if sweep.resnet:
+        resnet = (
+            f"The ResNet gets as much: {len(sweep.labels[0])} x {first.restarts} attempts of the attack on itself, and "
+            "the images of all rows. "
+        )
+        paired = " Paired: McNemar's exact test, ResNet against ensemble, of correct in their strongest rows."
     output.sentence(
         "Strongest: for each image the worst case over all rows up to this eps. Votes of their own choose it, then the "
         "report votes on it once. Correct and abstained are those under denial, where the attack wants no right "
         "answer; wrong and correct + abst. are those under evasion, where it wants a wrong answer and goes on through "
-        "all surrogates while the ensemble abstains. The ResNet gets as much: "
-        f"{len(sweep.labels[0])} x {first.restarts} attempts of the attack on itself, and the images of all rows. This "
-        "is an upper bound on robustness: a stronger attack may leave less. Paired: McNemar's exact test, ResNet "
-        "against ensemble, of correct in their strongest rows."
+        f"all surrogates while the model abstains. {resnet}This is an upper bound on robustness: a stronger attack may "
+        f"leave less.{paired}"
     )
     output.invalid_sentence(sweep.invalid)
     output.sentence(
@@ -240,7 +248,7 @@ def _report(
     sweep: Sweep,
     attacks: list[PGD],
     labels: dict[float, str],
-    opened: options.Opened,
+    opened: options.Defender,
     data: str,
     seed: int,
     seconds: float,
@@ -251,33 +259,33 @@ def _report(
 
     truth, levels = sweep.truth, []
     for level, eps in enumerate(sweep.eps):
-        resnet, ito = sweep.worst_resnet(level), sweep.worst(level)
         evasion = Outcomes.of(sweep.evasion[level].labels, truth).as_dict() | asdict(sweep.evasion_cost[level])
-        levels.append(
-            {
-                "eps": eps,
-                "written": labels[eps],
-                "attack": asdict(attacks[level]) | {"step_size": attacks[level].step},
-                "resnet": Outcomes.of(resnet, truth).as_dict() | asdict(sweep.resnet_cost[level]),
-                "ito": Outcomes.of(ito, truth).as_dict() | {"evasion": evasion},
-                "paired": output.paired_json(Paired.of(resnet == truth, ito == truth), "resnet"),
-                "through": {
-                    name: Outcomes.of(decided, truth).as_dict() | asdict(sweep.cost[level][name])
-                    for name, decided in sweep.labels[level].items()
-                },
-            }
-        )
+        entry: dict[str, Any] = {
+            "eps": eps,
+            "written": labels[eps],
+            "attack": asdict(attacks[level]) | {"step_size": attacks[level].step},
+        }
+        if sweep.resnet:
+            entry["resnet"] = Outcomes.of(sweep.worst_resnet(level), truth).as_dict() | asdict(sweep.resnet_cost[level])
+        entry["ito"] = Outcomes.of(sweep.worst(level), truth).as_dict() | {"evasion": evasion}
+        if sweep.resnet:
+            paired = Paired.of(sweep.worst_resnet(level) == truth, sweep.worst(level) == truth)
+            entry["paired"] = output.paired_json(paired, "resnet")
+        entry["through"] = {
+            name: Outcomes.of(decided, truth).as_dict() | asdict(sweep.cost[level][name])
+            for name, decided in sweep.labels[level].items()
+        }
+        levels.append(entry)
     clean = {name: Outcomes.of(decided, truth).as_dict() for name, decided in sweep.clean.items()}
-    ensemble = opened.ensemble
     return {
         "command": output.command_line(),
-        "run": str(opened.folder),
+        **opened.about,
         "data": data,
         "seed": seed,
         "device": str(opened.device),
         "seconds": round(seconds, 1),
-        "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
-        "config": opened.config.model_dump(mode="json"),
+        "vote": opened.vote,
+        **opened.about_config,
         "environment": environment(),
         "clean": clean,
         "attacked": levels,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class WhiteBoxOptions:
     """The options of the white-box attack, as they were typed."""
 
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     eps: str | None
     steps: int
     step_size: str | None
@@ -57,7 +57,7 @@ white_box = options.gathered(
 
 
 @click.command("audit")
-@options.voting_run
+@options.defender
 @white_box
 @click.option("--queries", type=int, default=500, show_default=True, help="Queries an image of the black-box attack.")
 @click.option("--draws", type=int, default=10_000, show_default=True, help="Random points in the ball, in all.")
@@ -69,7 +69,7 @@ white_box = options.gathered(
 @click.pass_context
 def command(
     context: click.Context,
-    chosen: options.RunOptions,
+    chosen: options.DefenderOptions,
     attack: WhiteBoxOptions,
     queries: int,
     draws: int,
@@ -81,17 +81,20 @@ def command(
 ) -> None:
     """Check whether a robustness figure is the model's strength or the attack's weakness.
 
+    The model is a run's ensemble, or a network of yours.
+
     \b
     ito-sde audit --eps 8/255 --html audit.html
     ito-sde audit --norm l2 --eps 0.5 --strict
+    ito-sde audit --model mymodels:make_net --data digits --eps 0.1
     """
     from neuralsde_ito.attacks import parse_eps
     from neuralsde_ito.audits.audit import CHECKS, audit
     from neuralsde_ito.runs.build import load_dataset
 
     settings = attack.settings()  # which refuses what is wrong, before the run is read
-    opened = chosen.open()
-    eps = attack.eps or max(opened.config.attack.eps.get(attack.norm, ("8/255",)), key=parse_eps)
+    opened = chosen.defender()
+    *_, eps = opened.radii(attack.norm, (attack.eps,) if attack.eps else (), also=False).values()
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)
     settings |= {"seed": opened.config.seed if seed is None else seed, "queries": queries, "draws": draws}
     index, x, y = next(images.test.batches(len(images.test), opened.device))
@@ -104,7 +107,7 @@ def command(
             attack.norm,
             parse_eps(eps),
             index=index,
-            surrogates={"resnet": opened.resnet},
+            surrogates={} if opened.resnet is None else {"resnet": opened.resnet},
             tick=bar.update,
             **settings,
         )
@@ -116,14 +119,13 @@ def command(
     if as_json:
         output.print_json(report)
     else:
-        ensemble = opened.ensemble
-        output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
+        output.describe_defender(opened)
         _print(result, eps, report, html)
     if strict and not result.passed:
         context.exit(1)
 
 
-def _about(opened: options.Opened, data: str, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _about(opened: options.Defender, data: str, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
     """How the audit was made, for ``--json`` and for the page.
 
     Args:
@@ -134,18 +136,17 @@ def _about(opened: options.Opened, data: str, settings: dict[str, Any], seconds:
     """
     from neuralsde_ito.runs.run import environment
 
-    ensemble = opened.ensemble
     return {
         "command": output.command_line(),
-        "run": str(opened.folder),
+        **opened.about,
         "data": data,
         "seed": settings["seed"],
         "device": str(opened.device),
         "seconds": seconds,
-        "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
+        "vote": opened.vote,
         "queries": settings["queries"],
         "draws": settings["draws"],
-        "config": opened.config.model_dump(mode="json"),
+        **opened.about_config,
         "environment": environment(),
     }
 

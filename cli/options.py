@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from click.core import ParameterSource
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from neuralsde_ito.models.ensemble import ItoEnsemble
+    from neuralsde_ito.models.voting import Voter
     from neuralsde_ito.runs.config import Config
     from neuralsde_ito.runs.run import Run
 
@@ -273,6 +274,39 @@ voting_run = gathered("chosen", RunOptions, on_run, votes)
 
 
 @dataclass(frozen=True)
+class DefenderOptions(RunOptions):
+    """As `RunOptions`; or a network of the user's own, and the images that it is for."""
+
+    model: str | None
+    data: str | None
+
+    def defender(self) -> Defender:
+        """Open the run, or make the user's network.
+
+        Raises:
+            ItoError: there is none, or its data are missing.
+            click.UsageError: options of a run with a network, or of a network with a run.
+        """
+        if self.model is None:
+            without_effect({"data"}, "Without --model", "leave it out, a run has data of its own")
+            opened = self.open()
+            return Defender(opened.run, opened.device, opened.ensemble, opened.resnet)
+        without_effect({"run"}, "With --model")
+        return _open_model(self)
+
+
+a_model = stacked(
+    click.option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="Instead of a run: a function of yours that returns an nn.Module from [0, 1] images to logits.",
+    ),
+    click.option("--data", metavar="NAME|DIR", help="With --model: digits, cifar10, cifar100, or a folder of images."),
+)
+defender = gathered("chosen", DefenderOptions, on_run, a_model, votes)
+
+
+@dataclass(frozen=True)
 class Opened:
     """A finished run with its networks on a device.
 
@@ -297,6 +331,91 @@ class Opened:
     def folder(self) -> Path:
         """The run's folder."""
         return self.run.folder
+
+
+@dataclass(frozen=True)
+class Defender:
+    """A model under attack or evaluation: the ensemble of a run, or a network of the user's.
+
+    Attributes:
+        run: the run. For a network, a folder for its results, and a configuration that says only which data it has.
+        device: where the model is.
+        ensemble: the model.
+        resnet: the ResNet from which an ensemble's members began.
+        model: how the user has named the network; None for a run.
+    """
+
+    run: Run
+    device: torch.device
+    ensemble: Voter
+    resnet: nn.Sequential | None
+    model: str | None = None
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.run.config
+
+    @property
+    def folder(self) -> Path:
+        """Where results are written."""
+        return self.run.folder
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What ``--json`` says of the model: ``run``; or ``model``, and how its noise is drawn."""
+        if self.model is None:
+            return {"run": str(self.folder)}
+        remarks = list(getattr(self.ensemble, "remarks", ()))
+        return {"model": self.model, "noisy": self.ensemble.noisy, "remarks": remarks}
+
+    @property
+    def about_config(self) -> dict[str, Any]:
+        """What ``--json`` says of the configuration: that of a run."""
+        return {} if self.model else {"config": self.config.model_dump(mode="json")}
+
+    @property
+    def vote(self) -> dict[str, Any]:
+        """What ``--json`` says of the vote."""
+        ensemble = self.ensemble
+        return {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule}
+
+    def radii(self, norm: str, typed: tuple[str, ...], also: bool = True) -> dict[float, str]:
+        """The radii, rising, and how they are written; by default the run's, and its ``also`` with them if ``also``.
+
+        Raises:
+            ItoError: none was typed, and there is no run that has one.
+        """
+        from neuralsde_ito.attacks import parse_eps
+
+        defaults = self.config.attack
+        own = () if self.model else tuple(defaults.eps.get(cast("Any", norm), ()))
+        more = tuple(defaults.also.get(cast("Any", norm), ())) if also and not self.model else ()
+        if not (written := (*(typed or own), *more)):
+            whose = "A network of yours names no radius" if self.model else "The run's configuration has no radius"
+            raise ItoError(f"{whose} for {norm}: give --eps.")
+        labels = {parse_eps(text): text for text in reversed(written)}
+        return dict(sorted(labels.items()))
+
+
+def _open_model(chosen: DefenderOptions) -> Defender:
+    """The user's network, on the data that the user names."""
+    from neuralsde_ito.runs.build import load_dataset, pick_device
+    from neuralsde_ito.runs.config import load_config
+    from neuralsde_ito.runs.run import Run
+
+    from .modules import load_module, voter_of
+
+    assert chosen.model is not None
+    if chosen.data is None:
+        raise ItoError("--model needs --data: digits, cifar10, cifar100, or a folder with test/CLASS/*.")
+    device = pick_device(chosen.device)
+    network = load_module(chosen.model)
+    config = load_config(None, overrides=data_keys(chosen.data))
+    images = load_dataset(config, train_limit=1)
+    voter = voter_of(network, chosen.model, images, device, chosen.inferences, chosen.rule)
+    folder = chosen.root / chosen.model.replace(":", ".")
+    return Defender(Run(folder, config), device, voter, None, chosen.model)
 
 
 def open_run(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from neuralsde_ito.runs.config import Config
     from neuralsde_ito.runs.evaluate import Evaluation
 
+    from .options import Defender
+
 
 def progress(total: int, what: str, unit: str) -> tqdm:
     """A bar on stderr if that is a terminal, else nothing."""
@@ -141,6 +143,26 @@ def describe(config: Config, folder: Path, members: int, inferences: int, rule: 
     click.echo(f"SDE       dx = (B(x) - x) dt + {formula} dB, {horizon}; solver {sde.solver}, {steps}")
     vote = f"{count(members, 'member')} x {count(inferences, 'inference')}"
     click.echo(f"Ensemble  {vote}, {rule} majority, else it abstains")
+
+
+def describe_defender(defender: Defender) -> None:
+    """Print what was attacked or evaluated: a run as `describe` does, or the user's network and the vote over it."""
+    vote, ensemble = defender.vote, defender.ensemble
+    if defender.model is None:
+        describe(defender.config, defender.folder, *vote.values())
+        return
+    parts = [module for module in ensemble.members.modules() if not list(module.children())]
+    training = sorted({type(module).__name__ for module in parts if module.training})
+    mode = f"in eval mode but for {', '.join(training)}" if training else "in eval mode"
+    click.echo(f"Model     {defender.model}(), {'in train mode' if all(m.training for m in parts) else mode}")
+    if not ensemble.noisy:
+        click.echo("Vote      none: it answers every image in one way")
+        return
+    many = f"{count(vote['members'], 'member')} x " if vote["members"] > 1 else ""
+    inferences = f"{many}{count(vote['inferences'], 'inference')}"
+    click.echo(f"Vote      it is random, so a vote was laid over it: {inferences} an image; more than half decide")
+    for remark in getattr(ensemble, "remarks", ()):
+        sentence(f"Noise     {remark}")
 
 
 def evaluation_table(

@@ -73,18 +73,13 @@ def attack_picture(path: Path, sweep: Sweep, names: dict[float, str], norm: str,
     axis = left.subplots()
     eps = [0.0, *sweep.eps]
     levels = range(len(sweep.eps))
-    curves: list[tuple[str, list[Tensor], dict[str, Any]]] = [
-        (
-            "original ResNet",
-            [sweep.clean["resnet"], *(sweep.worst_resnet(i) for i in levels)],
-            {"color": GREY, "ls": "--", "marker": "s"},
-        ),
-        (
-            "Itô ensemble, strongest attack",
-            [sweep.clean["ito"], *(sweep.worst(i) for i in levels)],
-            {"color": BLUE, "ls": "-", "marker": "o", "lw": 2},
-        ),
-    ]
+    curves: list[tuple[str, list[Tensor], dict[str, Any]]] = []
+    if sweep.resnet:
+        labels = [sweep.clean["resnet"], *(sweep.worst_resnet(i) for i in levels)]
+        curves.append(("original ResNet", labels, {"color": GREY, "ls": "--", "marker": "s"}))
+    labels = [sweep.clean["ito"], *(sweep.worst(i) for i in levels)]
+    name = f"{'Itô ensemble' if sweep.resnet else 'model'}, strongest attack"
+    curves.append((name, labels, {"color": BLUE, "ls": "-", "marker": "o", "lw": 2}))
     if "noise-free" in sweep.labels[0]:
         labels = [sweep.clean["ito"], *(level["noise-free"] for level in sweep.labels)]
         curves.append(("Itô ensemble, gradient without its noise", labels, {"color": ORANGE, "ls": ":", "marker": "^"}))

@@ -15,16 +15,20 @@ from . import options, output
 if TYPE_CHECKING:
     from neuralsde_ito.attacks.suite import Step, SuiteResult
     from neuralsde_ito.attacks.suite_run import SuiteComparison, SuiteRun, SuiteSettings
-    from neuralsde_ito.runs.config import Config
 
 NAMES = {"ito": "Itô ensemble", "resnet": "original ResNet"}  # what tables call the two defenders
+
+
+def names_of(opened: options.Defender) -> dict[str, str]:
+    """What tables call the defenders: the two of a run, or a network of the user's."""
+    return NAMES if opened.model is None else {"ito": "model"}
 
 
 @dataclass(frozen=True)
 class Asked:
     """The options that set up the suite, as the user gave them."""
 
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     radii: tuple[str, ...]
     effort: float
     noise: str
@@ -40,7 +44,7 @@ class Asked:
 
 
 @click.command("suite")
-@options.voting_run
+@options.defender
 @options.gathered(
     "asked",
     Asked,
@@ -85,7 +89,7 @@ class Asked:
 )
 @options.as_json
 def command(
-    chosen: options.RunOptions,
+    chosen: options.DefenderOptions,
     asked: Asked,
     limit: int | None,
     resume: bool,
@@ -93,14 +97,17 @@ def command(
     peers: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Attack a run's ensemble by a sequence of attacks, each on the images that the last ones left.
+    """Attack a run's ensemble by a sequence of attacks, each on the images that the last ones left; or a network of
+    yours.
 
     The original ResNet is attacked in the same way beside it. Every attack that has finished is kept in the run's
-    folder until the suite ends, so that --resume goes on after an interruption.
+    folder (for a network of yours, in one with its name beside the runs) until the suite ends, so that --resume goes
+    on after an interruption.
 
     \b
     ito-sde suite --norm linf --eps 8/255 --bundle evidence
     ito-sde suite --norm l2 --eps 0.5 --eps 1 --noise known --repeat 5
+    ito-sde suite --model mymodels:make_net --data digits --norm linf --eps 0.1
     """
     from neuralsde_ito.attacks.norms import parse_eps
     from neuralsde_ito.attacks.other_libraries import check_peer
@@ -108,32 +115,28 @@ def command(
     from neuralsde_ito.distributed import world
     from neuralsde_ito.files import write_atomically
     from neuralsde_ito.runs.build import load_dataset
-    from neuralsde_ito.validation import ItoError
 
     # Wrong settings are refused before the run is read.
     asked.settings(tuple(sorted({parse_eps(text) for text in asked.radii})) or (0.0,), 0)
     for peer in peers:
         check_peer(peer)
-    opened = chosen.open()
-    defaults, norm = opened.config.attack, asked.norm
-    written = asked.radii or (*defaults.eps.get(norm, ()), *defaults.also.get(norm, ()))
-    if not written:
-        raise ItoError(f"The run's configuration has no radius for {norm}: give --eps.")
-    labels = {parse_eps(text): text for text in reversed(written)}
+    opened, norm = chosen.defender(), asked.norm
+    labels = opened.radii(norm, asked.radii, also=not asked.radii)
     seed = opened.config.seed if asked.seed is None else asked.seed
     settings = asked.settings(tuple(sorted(labels)), seed)
-    data = load_dataset(opened.config, train_limit=1, test_limit=limit or defaults.images)
+    data = load_dataset(opened.config, train_limit=1, test_limit=limit or opened.config.attack.images)
     options.check_folder(opened.folder)
     for text in labels.values():
         if bundle is not None:
             options.check_folder(bundle / output.radius_name(norm, text), new=True)
 
-    begun, among = time.monotonic(), world()
-    with output.progress(settings.attacks(opened.ensemble, len(among.share(data.test))), "suite", "attacks") as bar:
+    begun, among, names = time.monotonic(), world(), names_of(opened)
+    attacks = settings.attacks(opened.ensemble, len(among.share(data.test)), opened.resnet is not None)
+    with output.progress(attacks, "suite", "attacks") as bar:
 
         def on_attack(defender: str, step: Step, result: SuiteResult) -> None:
             fooled = f"{sum(result.fooled)} fooled"
-            bar.set_postfix_str(f"{NAMES[defender]}, eps {labels[result.eps]}, {step.name}: {fooled}")
+            bar.set_postfix_str(f"{names[defender]}, eps {labels[result.eps]}, {step.name}: {fooled}")
             bar.update()
 
         defenders = (opened.ensemble, opened.resnet)
@@ -144,23 +147,25 @@ def command(
 
     report = _report(both, settings, opened, data.name, labels, seconds)
     report["peers"] = [
-        _peer_row(run, NAMES[name], peer, eps, labels[eps], settings.batch_size)
+        _peer_row(run, names[name], peer, eps, labels[eps], settings.batch_size)
         for (name, run), eps, peer in itertools.product(both.runs.items(), settings.radii, peers)
     ]
     record = opened.run.result_file("suite", norm)
     write_atomically(record, output.json_bytes(report))
-    folders = [] if bundle is None else _save_bundles(bundle, both.ito, opened.config, report)
+    folders = [] if bundle is None else _save_bundles(bundle, both.ito, opened, report)
     both.discard_state()
     if as_json:
         output.print_json(report)
         return
     ensemble = opened.ensemble
-    output.describe(opened.config, opened.folder, len(ensemble.members), ensemble.inferences, ensemble.rule)
-    _tables(both, report)
+    output.describe_defender(opened)
+    _tables(both, report, names)
     click.echo(f"\nRecord    {record}")
     own = opened.config.ensemble
     vote = f" --inferences {ensemble.inferences}" if ensemble.inferences != own.inferences else ""
     vote += f" --rule {ensemble.rule}" if ensemble.rule != own.rule else ""
+    if opened.model:
+        vote = f" --model {opened.model} --data {chosen.data}" + vote
     for folder in folders:
         click.echo(f"Evidence  {folder}    (check it: ito-sde verify {folder}{vote})")
 
@@ -171,7 +176,7 @@ def command(
 def _report(
     both: SuiteComparison,
     settings: SuiteSettings,
-    opened: options.Opened,
+    opened: options.Defender,
     data: str,
     labels: dict[float, str],
     seconds: float,
@@ -181,31 +186,31 @@ def _report(
     from neuralsde_ito.outcomes import Outcomes
     from neuralsde_ito.runs.run import environment
 
-    ensemble, truth = opened.ensemble, both.ito.images.y
+    ensemble, truth, names = opened.ensemble, both.ito.images.y, names_of(opened)
     said = asdict(settings)
     said["eps"] = said.pop("radii")
     return {
         "command": output.command_line(),
-        "run": str(opened.folder),
+        **opened.about,
         "suite": "standard",
         **{key: said[key] for key in ("norm", "eps", "noise", "repeat", "effort", "seed", "batch_size")},
         "data": data,
         "images": len(truth),
-        "vote": {"members": len(ensemble.members), "inferences": ensemble.inferences, "rule": ensemble.rule},
+        "vote": opened.vote,
         "weights": fingerprint(ensemble),
         "seconds": round(seconds, 1),
         "environment": environment(),
-        "clean": {NAMES[name]: Outcomes.of(run.clean, truth).as_dict() for name, run in both.runs.items()},
+        "clean": {names[name]: Outcomes.of(run.clean, truth).as_dict() for name, run in both.runs.items()},
         "attacked": [
             {
                 "eps": eps,
                 "written": labels[eps],
                 **{name: _entry(run, level) for name, run in both.runs.items()},
-                "paired": output.paired_json(both.paired(level), "resnet"),
+                **({"paired": output.paired_json(both.paired(level), "resnet")} if both.resnet else {}),
             }
             for level, eps in enumerate(settings.radii)
         ],
-        "invalid": {NAMES[name]: run.invalid for name, run in both.runs.items()},
+        "invalid": {names[name]: run.invalid for name, run in both.runs.items()},
     }
 
 
@@ -226,7 +231,16 @@ def _entry(run: SuiteRun, level: int) -> dict[str, Any]:
         for i, (goal, step) in enumerate(itertools.product(("denial", "evasion"), run.suite.steps(result.eps)))
     ]
     evasion = run.outcomes(level, "evasion").as_dict()
-    return run.outcomes(level).as_dict() | {"evasion": evasion, "steps": attacks}
+    noises = {
+        noise: run.under(level, noise).as_dict()
+        | {
+            "evasion": run.under(level, noise, "evasion").as_dict(),
+            "gradients": other.gradients,
+            "queries": other.queries,
+        }
+        for noise, other in result.noises.items()
+    }
+    return run.outcomes(level).as_dict() | {"evasion": evasion, "steps": attacks, "noises": noises}
 
 
 def _peer_row(run: SuiteRun, model: str, peer: str, eps: float, written: str, batch_size: int) -> dict[str, Any]:
@@ -248,14 +262,14 @@ def _peer_row(run: SuiteRun, model: str, peer: str, eps: float, written: str, ba
     }
 
 
-def _save_bundles(folder: Path, run: SuiteRun, config: Config, report: dict[str, Any]) -> list[Path]:
+def _save_bundles(folder: Path, run: SuiteRun, opened: options.Defender, report: dict[str, Any]) -> list[Path]:
     """One bundle of evidence for each radius; gives their folders."""
     from neuralsde_ito.audits.bundle import evidence_of, save_bundle
 
     from .verify import whole_test_split
 
-    split, folders = whole_test_split(config), []
-    about = {"run": report["run"], "data": {"name": report["data"]}}
+    split, folders = whole_test_split(opened.config), []
+    about = opened.about | {"data": {"name": report["data"]}}
     for level, entry in enumerate(report["attacked"]):
         folders.append(folder / output.radius_name(report["norm"], entry["written"]))
         save_bundle(folders[-1], evidence_of(run, split, level, report["command"], about))
@@ -265,11 +279,11 @@ def _save_bundles(folder: Path, run: SuiteRun, config: Config, report: dict[str,
 # --- the terminal ---------------------------------------------------------------------------------------
 
 
-def _tables(both: SuiteComparison, report: dict[str, Any]) -> None:
+def _tables(both: SuiteComparison, report: dict[str, Any], names: dict[str, str]) -> None:
     """The outcomes, then every attack, then other libraries, then what it all means."""
-    _outcome_table(both, report)
+    _outcome_table(both, report, names)
     for name, run in both.runs.items():
-        click.echo(f"\n{NAMES[name]}, step by step\n")
+        click.echo(f"\n{names[name]}, step by step\n")
         rows = []
         for level, entry in enumerate(report["attacked"]):
             block = _step_rows(run, level)
@@ -282,8 +296,8 @@ def _tables(both: SuiteComparison, report: dict[str, Any]) -> None:
     _sentences(report)
 
 
-def _outcome_table(both: SuiteComparison, report: dict[str, Any]) -> None:
-    """Both defenders on clean images and at every radius."""
+def _outcome_table(both: SuiteComparison, report: dict[str, Any], names: dict[str, str]) -> None:
+    """The defenders on clean images and at every radius."""
     from neuralsde_ito.outcomes import Outcomes
 
     truth, norm = both.ito.images.y, report["norm"]
@@ -292,13 +306,19 @@ def _outcome_table(both: SuiteComparison, report: dict[str, Any]) -> None:
     rows: list[list[str]] = []
     for name, run in both.runs.items():
         clean = Outcomes.of(run.clean, truth)
-        rows.append(["0" if name == "ito" else "", NAMES[name], *output.worst_cells(clean, clean, name == "ito"), ""])
+        rows.append(["0" if name == "ito" else "", names[name], *output.worst_cells(clean, clean, name == "ito"), ""])
     for level, entry in enumerate(report["attacked"]):
         for name, run in both.runs.items():
             cells = output.worst_cells(run.outcomes(level), run.outcomes(level, "evasion"), name == "ito")
             written, p = (entry["written"], "") if name == "ito" else ("", output.p_value(entry["paired"]["p"]))
-            rows.append([written, NAMES[name], *cells, p])
-    output.table(rows, ["eps", "model", *output.WORST_HEADERS, "paired"])
+            rows.append([written, names[name], *cells, p])
+            for noise in run.results[level].noises:
+                cells = output.worst_cells(run.under(level, noise), run.under(level, noise, "evasion"), True)
+                rows.append(["", f"{names[name]}, {noise} noise", *cells, ""])
+    headers = ["eps", "model", *output.WORST_HEADERS, "paired"]
+    if both.resnet is None:
+        rows, headers = [row[:-1] for row in rows], headers[:-1]
+    output.table(rows, headers)
 
 
 def _step_rows(run: SuiteRun, level: int) -> list[list[str]]:
@@ -335,7 +355,7 @@ def _peer_table(report: dict[str, Any]) -> None:
 
 def _sentences(report: dict[str, Any]) -> None:
     """What the columns mean, what the attacks cost, and what to do next."""
-    steps = [step for entry in report["attacked"] for name in NAMES for step in entry[name]["steps"]]
+    steps = [step for entry in report["attacked"] for name in NAMES if name in entry for step in entry[name]["steps"]]
     gradients, queries, blind = (sum(step[what] for step in steps) for what in ("gradients", "queries", "blind"))
     paths = {
         "fresh": "on fresh noise, which no attack and no selection saw",
@@ -343,14 +363,24 @@ def _sentences(report: dict[str, Any]) -> None:
         "known": "on paths that the attacker knows",
     }[report["noise"]]
     votes = f", the worst of {report['repeat']} votes" if report["repeat"] > 1 else ""
+    resnet = any("paired" in entry for entry in report["attacked"])
+    paired = "Paired: McNemar's exact test, ResNet against ensemble, of correct (denial). " if resnet else ""
+    known = [entry["ito"]["noises"]["known"]["gradients"] for entry in report["attacked"] if entry["ito"]["noises"]]
     output.worst_sentence()
     output.sentence(
         "Each attack runs on the images that are not yet denied, by votes on noise of the selection. Images that are "
         "denied without a wrong answer are then attacked for evasion. Survivors: the images of a row that it did not "
         f"fool, in % of all images. Report: the decision on the best candidate of each image, {paths}{votes}. "
-        "Candidates, not labels, are carried to larger radii. Paired: McNemar's exact test, ResNet against ensemble, "
-        f"of correct (denial). {gradients:,} gradients and {queries:,} queries in {report['seconds']:.0f} s."
+        f"Candidates, not labels, are carried to larger radii. {paired}{gradients:,} gradients and {queries:,} "
+        f"queries in {report['seconds']:.0f} s."
     )
+    if known:
+        output.sentence(
+            "Fixed noise: a vote on the same candidates along one set of paths for all images. Known noise: a short "
+            "attack that knows the report's paths goes on from them, and the worse image counts; both goals share it "
+            f"({sum(known):,} gradients more). Noise that protects only while nobody knows it is an assumption on the "
+            "defender's generator."
+        )
     if blind:
         output.sentence(
             f"In {blind:,} attacks on an image some gradient was not finite: that an image survives them is no sign of "

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @options.gathered(
     "chosen",
-    options.RunOptions,
+    options.DefenderOptions,
     click.option("--run", "run", help="Name or path of a run.  [default: the bundle's, else the newest finished one]"),
     options.runs_root,
     options.device,
+    options.a_model,
     options.votes,
 )
 @click.option(
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 @options.as_json
 def command(
     bundle: Path,
-    chosen: options.RunOptions,
+    chosen: options.DefenderOptions,
     sample: int,
     seed: int | None,
     batch_size: int,
@@ -59,6 +60,7 @@ def command(
     \b
     ito-sde verify evidence/linf-8of255
     ito-sde verify evidence/linf-8of255 --run mine --sample 100
+    ito-sde verify evidence/linf-0.1 --model mymodels:make_net --data digits
     """
     from dataclasses import replace
 
@@ -72,11 +74,11 @@ def command(
     except Altered as error:
         _finish(bundle, None, Verification((replace(files, found="others", stands=False, note=str(error)),)), as_json)
         return
-    opened: options.Opened | None = None
+    opened: options.Defender | None = None
     try:
-        opened = replace(chosen, run=chosen.run or _run_of(evidence)).open()
+        opened = _defender(chosen, evidence)
     except ItoError as error:
-        if chosen.run is not None:
+        if chosen.run is not None or chosen.model is not None:
             raise
         _warn("The ensemble is not compared", error)
     split = None if opened is None else _split(opened.config)
@@ -86,6 +88,24 @@ def command(
         verification = verify_bundle(evidence, ensemble, split, suite, seed, sample, batch_size, bar.update)
     folder = None if opened is None else opened.folder
     _finish(bundle, folder, replace(verification, claims=(files, *verification.claims)), as_json)
+
+
+def _defender(chosen: options.DefenderOptions, evidence: Evidence) -> options.Defender:
+    """The model that the user names, else the run that the bundle names, else the newest run.
+
+    Raises:
+        ItoError: there is none; or the bundle names a function that makes it. A bundle must not say what code runs.
+    """
+    from dataclasses import replace
+
+    from neuralsde_ito.validation import ItoError, shown
+
+    if chosen.model is None and chosen.run is None and isinstance(made := evidence.config.get("model"), str):
+        data = evidence.config.get("data")
+        name = data.get("name") if isinstance(data, dict) else None
+        raise ItoError(f"it is not a run's, {shown(made)} made it: give --model {made} --data {name or 'DATA'}")
+    run = chosen.run or (_run_of(evidence) if chosen.model is None else None)
+    return replace(chosen, run=run).defender()
 
 
 def _run_of(evidence: Evidence) -> str | None:
@@ -113,7 +133,7 @@ def _split(config: Config) -> Split | None:
         return None
 
 
-def _suite(evidence: Evidence, opened: options.Opened) -> Suite | None:
+def _suite(evidence: Evidence, opened: options.Defender) -> Suite | None:
     """The suite that the bundle names, on the run's networks; none, and a warning, if there is no such suite."""
     from neuralsde_ito.audits.bundle import suite_of
     from neuralsde_ito.validation import ItoError

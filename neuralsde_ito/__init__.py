@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .audits.verify import Verification, verify_bundle
     from .data import load_data
     from .models.ensemble import ItoEnsemble
+    from .models.module_checks import ModelCheck, check_model
     from .models.recast import Chain, ItoResNet, recast
     from .models.resnets import ARCHITECTURES, Normalize, load_resnet
     from .models.vote import Vote
@@ -53,6 +54,7 @@ _HOMES = {
     "studies.depth": ("Reading", "read_depths"),
     "models.ensemble": ("ItoEnsemble",),
     "models.vote": ("Vote",),
+    "models.module_checks": ("ModelCheck", "check_model"),
     "models.voting": ("Prediction",),
     "noise.brownian": ("BrownianPath",),
     "noise.keys": ("PathRange", "make_keys"),
@@ -76,7 +78,8 @@ _MODULE_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [  # noqa: RUF022  (in the order of reading)
     "load_resnet", "Normalize", "ARCHITECTURES", "Chain", "recast", "ItoResNet", "BlockSDE", "Schedule",
     "SCHEDULES", "Solver", "SOLVERS", "integrate", "BrownianPath", "normals", "make_keys", "PathRange",
-    "ItoEnsemble", "Vote", "Prediction", "decide", "ABSTAIN", "Outcomes", "Rate", "Paired", "WorstCase", "attacks",
+    "ItoEnsemble", "Vote", "Prediction", "decide", "ABSTAIN", "check_model", "ModelCheck",
+    "Outcomes", "Rate", "Paired", "WorstCase", "attacks",
     "SuiteSettings", "run_suite", "Suite", "SuiteResult", "standard", "least_norm", "audit", "Audit", "Check",
     "Evidence", "evidence_of", "save_bundle", "load_bundle", "suite_of", "verify_bundle", "Verification",
     "load_data", "Config", "load_config", "Run", "save_ensemble", "load_ensemble", "compare_solvers",

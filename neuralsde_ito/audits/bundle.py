@@ -41,7 +41,7 @@ FORMAT = 2
 CLEAN = -1  # the source of an image that no attack made: the clean image itself
 _CLEAN = "(the clean image)"
 CASES = ("denial", "evasion")
-_THREAT = {"linf": "Linf", "l2": "L2"}  # RobustBench's spelling
+_THREAT = {"linf": "Linf", "l2": "L2", "l1": "L1"}  # RobustBench's spelling
 ROUNDING = 1e-6  # of float32, in pixel units: added to eps, and between an original and the data set's image
 
 
