@@ -231,7 +231,16 @@ def _entry(run: SuiteRun, level: int) -> dict[str, Any]:
         for i, (goal, step) in enumerate(itertools.product(("denial", "evasion"), run.suite.steps(result.eps)))
     ]
     evasion = run.outcomes(level, "evasion").as_dict()
-    return run.outcomes(level).as_dict() | {"evasion": evasion, "steps": attacks}
+    noises = {
+        noise: run.under(level, noise).as_dict()
+        | {
+            "evasion": run.under(level, noise, "evasion").as_dict(),
+            "gradients": other.gradients,
+            "queries": other.queries,
+        }
+        for noise, other in result.noises.items()
+    }
+    return run.outcomes(level).as_dict() | {"evasion": evasion, "steps": attacks, "noises": noises}
 
 
 def _peer_row(run: SuiteRun, model: str, peer: str, eps: float, written: str, batch_size: int) -> dict[str, Any]:
@@ -303,6 +312,9 @@ def _outcome_table(both: SuiteComparison, report: dict[str, Any], names: dict[st
             cells = output.worst_cells(run.outcomes(level), run.outcomes(level, "evasion"), name == "ito")
             written, p = (entry["written"], "") if name == "ito" else ("", output.p_value(entry["paired"]["p"]))
             rows.append([written, names[name], *cells, p])
+            for noise in run.results[level].noises:
+                cells = output.worst_cells(run.under(level, noise), run.under(level, noise, "evasion"), True)
+                rows.append(["", f"{names[name]}, {noise} noise", *cells, ""])
     headers = ["eps", "model", *output.WORST_HEADERS, "paired"]
     if both.resnet is None:
         rows, headers = [row[:-1] for row in rows], headers[:-1]
@@ -353,6 +365,7 @@ def _sentences(report: dict[str, Any]) -> None:
     votes = f", the worst of {report['repeat']} votes" if report["repeat"] > 1 else ""
     resnet = any("paired" in entry for entry in report["attacked"])
     paired = "Paired: McNemar's exact test, ResNet against ensemble, of correct (denial). " if resnet else ""
+    known = [entry["ito"]["noises"]["known"]["gradients"] for entry in report["attacked"] if entry["ito"]["noises"]]
     output.worst_sentence()
     output.sentence(
         "Each attack runs on the images that are not yet denied, by votes on noise of the selection. Images that are "
@@ -361,6 +374,13 @@ def _sentences(report: dict[str, Any]) -> None:
         f"Candidates, not labels, are carried to larger radii. {paired}{gradients:,} gradients and {queries:,} "
         f"queries in {report['seconds']:.0f} s."
     )
+    if known:
+        output.sentence(
+            "Fixed noise: a vote on the same candidates along one set of paths for all images. Known noise: a short "
+            "attack that knows the report's paths goes on from them, and the worse image counts; both goals share it "
+            f"({sum(known):,} gradients more). Noise that protects only while nobody knows it is an assumption on the "
+            "defender's generator."
+        )
     if blind:
         output.sentence(
             f"In {blind:,} attacks on an image some gradient was not finite: that an image survives them is no sign of "

@@ -27,6 +27,7 @@ from ..validation import ItoError, one_of, shown
 from .apgd import APGD
 from .base import Attack
 from .images import Images
+from .other_noise import OtherNoise, fixed_noise, from_tensors, join_noises, known_noise, to_tensors
 from .panels import GOALS
 from .pgd import PGD
 from .report import Report
@@ -106,6 +107,12 @@ def standard(norm: str, eps: float, noisy: bool, effort: float = 1.0) -> list[St
     ]
 
 
+def with_known_paths(norm: str, eps: float, effort: float = 1.0) -> Attack:
+    """The short attack of the suite ``standard`` that knows the report's paths: at most 200 gradients an image."""
+    steps = max(1, round(10 * effort))
+    return PGD(norm, eps, steps, objective="mean-logits", momentum=0.9, stop=False)
+
+
 @dataclass(frozen=True)
 class SuiteResult:
     """A suite at one radius.
@@ -120,6 +127,8 @@ class SuiteResult:
         fooled: images among them on which it reached its goal, by votes of the selection.
         queries, gradients: its inferences without and with a gradient.
         blind: images at which some gradient was not finite.
+        noises: ``fixed`` and ``known``, what is left under these noise models; empty until the report has voted, and
+            where the suite is not asked for them.
     """
 
     eps: float
@@ -130,6 +139,7 @@ class SuiteResult:
     queries: tuple[int, ...]
     gradients: tuple[int, ...]
     blind: tuple[int, ...] = ()
+    noises: dict[str, OtherNoise] = field(default_factory=dict, kw_only=True)
 
     @property
     def survivors(self) -> tuple[int, ...]:
@@ -158,6 +168,8 @@ class Suite:
         seed: of all panels.
         state: a folder that keeps the result of every finished attack on every batch. After a kill, the same call
             takes finished results from it and makes the others.
+        known: from a radius to the short attack that knows the report's paths, see `other_noise`. If it is given, the
+            report is on fresh noise, and the model is random, `SuiteResult.noises` are made.
     """
 
     steps: Callable[[float], Sequence[Step]]
@@ -166,6 +178,7 @@ class Suite:
     repeat: int = 1
     seed: int = 0
     state: str | Path | None = None
+    known: Callable[[float], Attack] | None = None
 
     def __post_init__(self) -> None:
         self.repeat = self.report.repeat
@@ -221,7 +234,8 @@ class Suite:
                 last = number == len(attacks) - 1
                 votes = self._once(f"{name}-{eps!r}-report", selection.vote) if last else None
                 columns = (tuple(row) for row in counts.tolist())
-                yield step, SuiteResult(eps, *selection.worst_cases(votes), *columns)
+                result = SuiteResult(eps, *selection.worst_cases(votes), *columns)
+                yield step, self._under_other_noise(selection, result, name) if last else result
             since += len(attacks)
 
     def _attack(self, selection: Selection, goal: str, step: Step, number: int, since: int) -> dict[str, Tensor]:
@@ -236,6 +250,20 @@ class Suite:
             values = (len(rows), int(fooled.sum()), result.queries, result.gradients, int(result.blind.sum()))
             counts = torch.tensor(values)
         return {"counts": counts, **selection.state()}
+
+    def _under_other_noise(self, selection: Selection, result: SuiteResult, name: str) -> SuiteResult:
+        """The result with its `noises`, where they are asked for."""
+        ensemble, replayable = selection.ensemble, getattr(selection.ensemble, "replayable", True)
+        if self.known is None or self.noise != "fresh" or not ensemble.noisy or not replayable:
+            return result
+        chosen = (ensemble, selection.images, result.denial, result.evasion, self.report)
+        known = self.known(result.eps)
+
+        def make() -> dict[str, Tensor]:
+            return to_tensors({"fixed": fixed_noise(*chosen), "known": known_noise(*chosen, known)})
+
+        noises = from_tensors(self._once(f"{name}-{result.eps!r}-noises", make))
+        return replace(result, noises=noises)
 
     def _model(self, step: Step, selection: Selection) -> nn.Module | Target:
         """The network whose gradients a step takes."""
@@ -270,4 +298,5 @@ def join_results(parts: Sequence[SuiteResult]) -> SuiteResult:
         return tuple(map(sum, zip(*(getattr(part, what) for part in parts), strict=True)))
 
     denial, evasion = join_cases([part.denial for part in parts]), join_cases([part.evasion for part in parts])
-    return SuiteResult(parts[0].eps, denial, evasion, *map(sums, _COUNTS))
+    noises = join_noises([part.noises for part in parts])
+    return SuiteResult(parts[0].eps, denial, evasion, *map(sums, _COUNTS), noises=noises)

@@ -38,7 +38,7 @@ from .norms import BALLS, check_eps
 from .other_libraries import peer_attack
 from .panels import GOALS
 from .report import Report, invalid, worst_labels
-from .suite import Step, Suite, SuiteResult, check_rising, join_results, standard
+from .suite import Step, Suite, SuiteResult, check_rising, join_results, standard, with_known_paths
 
 OnAttack = Callable[[str, Step, SuiteResult], object]
 
@@ -90,12 +90,13 @@ class SuiteSettings:
         surrogates: dict[str, nn.Module] = {}
         if resnet is not None and isinstance(ensemble, ItoEnsemble):
             surrogates = {"resnet": resnet, "noise-free": NoiseFree(ensemble)}
-        noisy, known = ensemble.noisy, ("itself", *surrogates)
+        noisy, names = ensemble.noisy, ("itself", *surrogates)
 
         def steps(eps: float) -> list[Step]:
-            return [step for step in standard(self.norm, eps, noisy, self.effort) if step.through in known]
+            return [step for step in standard(self.norm, eps, noisy, self.effort) if step.through in names]
 
-        return Suite(steps, surrogates, self.noise, self.repeat, self.seed)
+        known = partial(with_known_paths, self.norm, effort=self.effort)
+        return Suite(steps, surrogates, self.noise, self.repeat, self.seed, known=known)
 
     def attacks(self, ensemble: Voter, images: int, resnet: bool = True) -> int:
         """How many attacks `run_suite` makes on so many images: each step, goal, radius, batch and defender counts."""
@@ -148,6 +149,13 @@ class SuiteRun:
     def outcomes(self, level: int, goal: str = "denial") -> Outcomes:
         """Correct, wrong and abstained at the radius of number ``level``, under ``denial`` or ``evasion``."""
         return Outcomes.of(getattr(self.results[level], one_of("goal", goal, GOALS)).labels, self.images.y)
+
+    def under(self, level: int, noise: str, goal: str = "denial") -> Outcomes:
+        """The same under another noise model, a name in `SuiteResult.noises` at this radius."""
+        noises = self.results[level].noises
+        return Outcomes.of(
+            getattr(noises[one_of("noise model", noise, noises)], one_of("goal", goal, GOALS)), self.images.y
+        )
 
 
 def attack_images(

@@ -233,23 +233,31 @@ def as_target(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Tar
 
 
 class KnownPaths:
-    """A voter whose noise the attacker knows: on every panel, all paths are those of the report with this seed."""
+    """A voter whose noise the attacker knows: on every panel, all paths are those of the report with this seed.
 
-    def __init__(self, ensemble: Voter, x: Tensor, seed: int) -> None:
+    Args:
+        ensemble: the voter.
+        x: images ``(N, C, H, W)``, by which a stranger's module shows whether it is random.
+        seed: of the report.
+        eot: if there are more paths than these, a gradient takes so many of them in turn, and is then as random as one
+            of fresh paths. Default: every gradient takes all.
+    """
+
+    def __init__(self, ensemble: Voter, x: Tensor, seed: int, eot: int | None = None) -> None:
         self.target, self.seed = as_target(ensemble, x), seed
         self.count = self.target.distinct or len(ensemble.members) * ensemble.inferences
-        self.distinct: int | None = self.count
+        self.distinct = self.count if eot is None or eot >= self.count else None
 
     def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
         """Logits ``(P, N, classes)`` along all paths of the report, whatever ``paths`` are asked for."""
-        return self.target.path_logits(x, self._known(paths))
+        return self.target.path_logits(x, PathRange(self.seed, "report", paths.index, 0, self.count))
 
     def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
-        """An objective and its gradient along all paths of the report, whatever ``paths`` are asked for."""
-        return self.target.ascend(objective, x, y, self._known(paths))
-
-    def _known(self, paths: PathRange) -> PathRange:
-        return PathRange(self.seed, "report", paths.index, 0, self.count)
+        """An objective and its gradient along all paths of the report, or along the next ones."""
+        first, count = 0, self.count
+        if self.distinct is None:
+            first, count = min(paths.first % self.count, self.count - paths.count), paths.count
+        return self.target.ascend(objective, x, y, PathRange(self.seed, "report", paths.index, first, count))
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from ..attacks.norms import BALLS
 from ..attacks.pgd import PGD
 from ..outcomes import Outcomes, Rate
 from ..validation import recordable
-from . import binarisation, gradients, optimisation, other_attacks, reporting
+from . import battery, binarisation, gradients, optimisation, other_attacks, reporting
 from .case import AuditCase, input_gradients_only
-from .check import FAIL, NOT_APPLICABLE, PASS, Check, RunCheck
+from .check import FAIL, NOT_APPLICABLE, PASS, UNDECIDED, Check, RunCheck
 
 CHECKS: tuple[RunCheck, ...] = (  # in the order of their numbers
     gradients.randomness,
@@ -40,7 +40,10 @@ CHECKS: tuple[RunCheck, ...] = (  # in the order of their numbers
     gradients.solver_gradient,
     reporting.the_ball,
     reporting.extraordinary_claim,
+    battery.own_attacks_find_no_more,
 )
+
+MASKED, SOUND = "masked", "sound as far as seen"
 
 __all__ = ["Audit", "Check", "Landscape", "audit"]
 
@@ -61,6 +64,31 @@ class Landscape:
 
 
 @dataclass(frozen=True)
+class BestAttack:
+    """What all attacks together left: the attack in doubt and the audit's own.
+
+    Attributes:
+        masked: whether the audit's own attacks found more than the attack in doubt, see `Finding.beyond`.
+        attack: the name of the attack of the audit that found most; the attack in doubt, if none found more.
+        outcomes: of the decisions ``labels``.
+        images: ``(N, C, H, W)``, on the CPU.
+        labels: ``(N,)``, the decisions on them, by several votes together.
+        made_by: of each image, the name of the attack that made it; empty: it is the clean one.
+    """
+
+    masked: bool
+    attack: str
+    outcomes: Outcomes
+    images: Tensor
+    labels: Tensor
+    made_by: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but images and labels, ready for JSON."""
+        return {"attack": self.attack, "masked": self.masked, **self.outcomes.as_dict()}
+
+
+@dataclass(frozen=True)
 class Audit:
     """The outcomes of all checks, with the attack's figures and images.
 
@@ -69,6 +97,7 @@ class Audit:
         attack: the attack whose figure was in doubt.
         clean: outcomes without attack.
         attacked: outcomes under the attack; None where a solver chooses its own steps, so that no attack runs.
+        best: the worst case of all attacks, the audit's own among them: the bottom line. None where no attack runs.
         curve: pairs of radius (pixel units) and accuracy with its interval. It begins at radius 0 and never rises: an
             image that falls at one radius counts as fallen at all larger ones. Empty where no attack runs.
         landscape: None where no attack runs, where the noise cannot be fixed, or where the model is right on no image.
@@ -80,6 +109,7 @@ class Audit:
     attack: PGD
     clean: Outcomes
     attacked: Outcomes | None
+    best: BestAttack | None
     curve: list[tuple[float, Rate]]
     landscape: Landscape | None
     x: Tensor
@@ -99,24 +129,48 @@ class Audit:
         return [check for check in self.checks if check.verdict == FAIL]
 
     @property
+    def undecided(self) -> list[Check]:
+        """The checks from which nothing follows."""
+        return [check for check in self.checks if check.verdict == UNDECIDED]
+
+    @property
     def verdict(self) -> str:
-        """The outcome in one sentence."""
-        count = {verdict: sum(c.verdict == verdict for c in self.checks) for verdict in (PASS, FAIL, NOT_APPLICABLE)}
-        others = f"{count[PASS]} passed, {count[NOT_APPLICABLE]} not applicable"
-        if self.failed:
+        """``"masked"``, ``"undecided"`` or ``"sound as far as seen"``.
+
+        Masked: an attack of the audit's own found more than the attack in doubt, beyond chance and beyond what it finds
+        on sound models. Undecided: without such a proof, a check failed or could not decide.
+        """
+        if self.best is not None and self.best.masked:
+            return MASKED
+        return UNDECIDED if self.failed or self.undecided else SOUND
+
+    @property
+    def summary(self) -> str:
+        """The verdict in a sentence."""
+        count = {v: sum(c.verdict == v for c in self.checks) for v in (PASS, FAIL, UNDECIDED, NOT_APPLICABLE)}
+        tally = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
+        if self.verdict == MASKED:
+            assert self.best is not None
+            assert self.attacked is not None
             return (
-                f"{count[FAIL]} of {len(self.checks)} checks failed ({others}): do not trust the attacked accuracy yet."
+                f"Masked: {self.best.attack!r} leads to {100 * self.best.outcomes.rate('correct').value:.1f} % correct, "
+                f"where the attack in doubt left {100 * self.attacked.rate('correct').value:.1f} % (checks: {tally})."
             )
-        return f"No check failed ({others}): no sign that the attack was fooled."
+        if self.verdict == SOUND:
+            return f"Sound as far as seen: no attack found more, and no check failed (checks: {tally})."
+        open_ = ", ".join(f"{check.number} {check.name}" for check in (*self.failed, *self.undecided))
+        return f"Undecided: no attack proves that the figure is wrong, but see {open_} (checks: {tally})."
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but images, labels and landscape, ready for JSON."""
         return {
             "passed": self.passed,
             "verdict": self.verdict,
+            "summary": self.summary,
             "attack": asdict(self.attack) | {"step_size": self.attack.step},
             "clean": self.clean.as_dict(),
             "attacked": self.attacked and self.attacked.as_dict(),
+            "best": self.best and self.best.as_dict(),
             "curve": [{"eps": eps, **asdict(rate)} for eps, rate in self.curve],
             "checks": [asdict(check) for check in self.checks],
         }
@@ -188,6 +242,7 @@ def _audit_of(case: AuditCase, checks: list[Check]) -> Audit:
         attack=case.attack,
         clean=Outcomes.of(case.clean, case.y),
         attacked=None if attacked is None else Outcomes.of(after, case.y),
+        best=None if case.adaptive or not len(case.correct_rows) else _best(case),
         curve=[] if case.adaptive else case.curve,
         landscape=None if case.adaptive else _landscape(case),
         x=case.x.cpu(),
@@ -196,6 +251,14 @@ def _audit_of(case: AuditCase, checks: list[Check]) -> Audit:
         before=case.clean.cpu(),
         after=after.cpu(),
     )
+
+
+def _best(case: AuditCase) -> BestAttack:
+    """What all attacks together left."""
+    found = battery.own_attacks(case)
+    made_by = tuple("" if source < 0 else found.names[source] for source in found.source.tolist())
+    outcomes = Outcomes.of(found.labels, case.y)
+    return BestAttack(found.masked, found.strongest, outcomes, found.images.cpu(), found.labels.cpu(), made_by)
 
 
 def _landscape(case: AuditCase, size: int = 21) -> Landscape | None:

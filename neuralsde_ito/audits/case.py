@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +176,7 @@ class AuditCase:
         self.surrogates: dict[str, nn.Module] = {**own, **(surrogates or {})}
         for network in self.surrogates.values():
             _check_channels(network, x)
+        self.shared: dict[str, Any] = {}  # what one check has computed and others read
 
     # --- the model ------------------------------------------------------------------------------------------
 

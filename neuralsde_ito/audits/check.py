@@ -17,7 +17,7 @@ from ..attacks.pgd import PGD
 from ..outcomes import Paired
 from .case import AuditCase
 
-PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
+PASS, FAIL, UNDECIDED, NOT_APPLICABLE = "pass", "fail", "undecided", "not applicable"
 LEVEL = 0.01  # the significance level of McNemar's test
 
 
@@ -30,8 +30,8 @@ class Check:
         figure: what was measured, in words; ``"-"`` where the check does not apply.
         threshold: when the check fails.
         source: the publication or code that the check comes from.
-        verdict: ``"pass"``, ``"fail"`` or ``"not applicable"``.
-        note: one sentence: what the verdict means, and what to do; or why the check does not apply.
+        verdict: ``"pass"``, ``"fail"``, ``"undecided"`` or ``"not applicable"``.
+        note: one sentence: what the verdict means, and what to do; what would decide; or why the check does not apply.
     """
 
     number: int
@@ -47,6 +47,19 @@ class NotApplicable(Exception):
     """The check does not apply; the message says why."""
 
 
+class Undecided(Exception):
+    """The check can neither pass nor fail here.
+
+    Args:
+        figure: what was measured, in words.
+        note: one sentence: why nothing follows, and what would decide.
+    """
+
+    def __init__(self, figure: str, note: str) -> None:
+        super().__init__(note)
+        self.figure, self.note = figure, note
+
+
 Measurement = Callable[[AuditCase], tuple[str, bool]]
 RunCheck = Callable[[AuditCase], Check]
 
@@ -56,7 +69,7 @@ def check(
 ) -> Callable[[Measurement], RunCheck]:
     """Make a check of a measurement, a function from an `AuditCase` to its figure and whether the check fails.
 
-    A measurement raises `NotApplicable` where it makes no sense. A new check is a function in one of the files of
+    A measurement raises `NotApplicable` where it makes no sense, and `Undecided` where nothing follows from it. A new check is a function in one of the files of
     checks, and its name in ``CHECKS`` of ``audits/audit.py``.
 
     Args:
@@ -84,6 +97,8 @@ def check(
                 if attacks and case.adaptive:
                     raise NotApplicable("The solver chooses its steps for the whole batch: no attack runs through it.")
                 figure, failed = measure(case)
+            except Undecided as open_:
+                return Check(number, name, open_.figure, threshold, source, UNDECIDED, open_.note)
             except NotApplicable as why:
                 return Check(number, name, "-", threshold, source, NOT_APPLICABLE, str(why))
             return Check(number, name, figure, threshold, source, FAIL if failed else PASS, bad if failed else good)

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 import neuralsde_ito as ito
 from neuralsde_ito.attacks import APGD, BALLS, PGD, Square
 from neuralsde_ito.attacks.images import Images
+from neuralsde_ito.attacks.objectives import OBJECTIVES
 from neuralsde_ito.attacks.other_libraries import PEERS, OnePath, check_peer, peer_attack
 from neuralsde_ito.attacks.report import Report, invalid, worst_labels
 from neuralsde_ito.attacks.selection import Selection
 from neuralsde_ito.attacks.suite import Step, Suite, SuiteResult, join_results, standard
 from neuralsde_ito.attacks.sweep import least_norm
+from neuralsde_ito.attacks.targets import KnownPaths
 from neuralsde_ito.models.ensemble import NoiseFree
 from neuralsde_ito.validation import ItoError
 
@@ -186,12 +188,15 @@ def test_evasion_at_one_radius_is_no_weaker_after_smaller_ones(ensemble, x, y, a
     assert wrong(alone[2]) >= wrong(only) - 1
 
 
-def equal(one: SuiteResult, two: SuiteResult) -> bool:
+def equal(one: object, two: object) -> bool:
     """Of all fields, and of all of theirs."""
-    return all(
-        all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)) if is_dataclass(a) else a == b
-        for a, b in ((getattr(one, f.name), getattr(two, f.name)) for f in fields(one))
-    )
+    if isinstance(one, Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
+    if is_dataclass(one):
+        return all(equal(getattr(one, f.name), getattr(two, f.name)) for f in fields(one))
+    return one == two
 
 
 def test_a_suite_killed_after_any_step_goes_on_as_if_nothing_had_happened(ensemble, x, y, alone, tmp_path, monkeypatch):
@@ -303,6 +308,78 @@ def test_whoever_knows_the_paths_or_asks_often_leaves_no_more(ensemble, x, y, al
     assert left(known, y) <= left(alone[:2], y)
     often = suite(ensemble, repeat=5).attack(ensemble, Images(x, y, INDEX), RADII[:2])
     assert left(often, y) <= left(alone[:2], y)
+
+
+def known(eps: float) -> PGD:
+    return PGD("linf", eps, steps=4, eot=6, objective="mean-logits", stop=False)
+
+
+def test_the_chosen_images_are_voted_on_along_fixed_paths(ensemble, x, y):
+    found = suite(ensemble, known=known).attack(ensemble, Images(x, y, INDEX), RADII)
+    differ = 0
+    for result in found:
+        for goal in CASES:
+            case, labels = getattr(result, goal), getattr(result.noises["fixed"], goal)
+            assert torch.equal(labels, ensemble.predict(case.images, 0, torch.zeros(N, dtype=torch.int64)).labels)
+            differ += int((labels != case.labels).sum())
+        assert result.noises["fixed"].gradients == 0
+    assert differ > 0
+
+
+def test_an_attack_that_knows_the_paths_goes_on_where_the_chosen_image_is_not_wrong(ensemble, x, y, monkeypatch):
+    met, run = [], PGD.run
+
+    def record(self, model, x, y, seed, index, start=None):
+        result = run(self, model, x, y, seed, index, start)
+        if isinstance(model, KnownPaths):
+            met.append((index, start, result.images))
+        return result
+
+    monkeypatch.setattr(PGD, "run", record)
+    (found,) = suite(ensemble, known=known).attack(ensemble, Images(x, y, INDEX), RADII[1:2])
+    ((rows, start, images),) = met
+    chosen, labels = found.denial.labels, found.noises["known"].denial
+    wrong = (found.evasion.labels != y) & (found.evasion.labels != ito.ABSTAIN)
+    assert torch.equal(rows, (~wrong).nonzero()[:, 0])
+    assert torch.equal(start, found.denial.images[rows])
+    assert torch.equal(labels[wrong], found.evasion.labels[wrong])
+    decided = ensemble.predict(images, 0, rows).labels
+    better = decided == y[rows]  # the chosen image stays
+    assert torch.equal(labels[rows][better], chosen[rows][better])
+    assert torch.equal(labels[rows][~better & (chosen[rows] == y[rows])], decided[~better & (chosen[rows] == y[rows])])
+    assert int((labels == y).sum()) < int((chosen == y).sum())  # it finds what the attack on fresh noise does not
+    assert found.noises["known"].gradients == 4 * 6 * len(rows)
+
+
+def test_other_noise_is_left_out_where_it_says_nothing(ensemble, x, y):
+    calm = make(0.0)
+    for defender, noise in ((ensemble, "known"), (ensemble, "fixed"), (calm, "fresh")):
+        (found,) = suite(defender, noise=noise, known=known).attack(defender, Images(x, y, INDEX), RADII[:1])
+        assert found.noises == {}
+
+
+def test_other_noise_is_kept_and_joined(ensemble, x, y, tmp_path):
+    images = Images(x, y, INDEX)
+    whole = suite(ensemble, known=known, state=tmp_path).attack(ensemble, images, RADII[:2])
+    again = suite(ensemble, known=known, state=tmp_path).attack(ensemble, images, RADII[:2])
+    assert all(itertools.starmap(equal, zip(whole, again, strict=True)))
+    parts = [suite(ensemble, known=known).attack(ensemble, images[part], RADII[:2]) for part in (slice(5), slice(5, N))]
+    for level, result in enumerate(whole):
+        assert equal(join_results([part[level] for part in parts]).noises, result.noises)
+
+
+def test_known_paths_in_turn_are_the_reports_and_no_others(ensemble, x, y):
+    target, index = KnownPaths(ensemble, x, 3, 4), INDEX
+    report = ensemble.path_logits(x, ito.PathRange(3, "report", index, 0, 15))  # three members, five inferences
+    assert target.distinct is None
+    assert torch.allclose(target.path_logits(x, ito.PathRange(0, "selection", index, 7, 2)), report, atol=1e-5)
+    seen = [
+        target.ascend(OBJECTIVES["mean-loss"], x, y, ito.PathRange(0, "gradient", index, 4 * draw, 4)).logits
+        for draw in range(4)
+    ]
+    for logits, first in zip(seen, (0, 4, 8, 11), strict=True):  # the last range ends with the last path
+        assert torch.allclose(logits, report[first : first + 4], atol=1e-5)
+    assert KnownPaths(ensemble, x, 3, 15).distinct == 15
 
 
 def test_fixed_noise_is_the_same_for_all_images(ensemble, x, y):

@@ -78,11 +78,11 @@ class After(Masking):
 
 
 class Detached(Masking):
-    """``net(x)`` without a gradient, plus ``size`` times another network's output. Honest: ``net`` has its gradient."""
+    """``net(x)`` without a gradient, plus a little of an untrained network. Honest: ``net`` has its gradient."""
 
     def __init__(self, net: nn.Module, other: nn.Module, size: float) -> None:
         super().__init__()
-        self.net, self.other, self.size = net, other, size
+        self.net, self.other, self.size = net, other.requires_grad_(False), size
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.net(x)
@@ -651,6 +651,10 @@ MASKED_RANDOM: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "noise, JPEG": (lambda: chain(Normal(0.1), Hard(jpeg(0.3)), cnn(16)), {"steps": 500}),
     "noise, k-WTA": (lambda: chain(Normal(0.05), cnn(16, act=lambda: Winners(0.08))), {"steps": 700}),
     "noise, steep sigmoids": (lambda: chain(Normal(0.1), mlp(128, act=lambda: Steep(300))), {"steps": 700}),
+    "noise, steep sigmoids, two layers": (
+        lambda: chain(Normal(0.03), mlp(128, 64, act=lambda: Steep(100))),
+        {"steps": 800},
+    ),
     "noise, one-hot and slope": (lambda: chain(Normal(0.1), mlp(128), After(one_hot_and_slope(50, 0.1))), {}),
     "noise, thermometer": (lambda: chain(Normal(0.1), Hard(*_CODE), cnn(16, channels=10)), {"steps": 600}),
     "noise, black and white": (lambda: chain(Normal(0.15), Hard(quantised(2)), mlp(128)), {"steps": 600}),
