@@ -1,47 +1,43 @@
 """The audit's own attacks, which ask whether the attack in doubt was fooled, and the test of what they find.
 
-They are a `Suite`: votes of the selection choose each image's best candidate, and images and costs can become evidence. The
-first step is the attack in doubt itself. Then follow its *kin*, longer attacks along the gradients that the model claims; and *others*,
-which do not trust these gradients: straight-through gradients, gradients averaged over a neighbourhood, a substitute
-network, differences of answers, random search.
+They are a `Suite`: votes of the selection choose each image's best candidate, and images and costs can become evidence.
+The first step is the attack in doubt itself. Then follow its *kin*, longer attacks along the gradients that the model
+claims; and *others*, which do not trust these gradients: straight-through gradients, gradients averaged over a
+neighbourhood, a substitute network, differences of answers, random search.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from scipy.stats import binom
 from torch import Tensor, nn
 
 from ..attacks.apgd import APGD
 from ..attacks.images import Images
 from ..attacks.norms import BALLS
-from ..attacks.objectives import Objective
-from ..attacks.square import Square
-from ..attacks.suite import Step, Suite, SuiteResult
 from ..attacks.pgd import PGD
-from ..attacks.targets import Ascent, ModuleTarget, Target, as_target
+from ..attacks.square import Square
+from ..attacks.suite import Step, Suite
+from ..attacks.targets import ModuleTarget
 from ..models.ensemble import ItoEnsemble
-from ..models.vote import Vote
 from ..models.votes import decide
 from ..noise.keys import PathRange, make_keys
 from ..outcomes import ABSTAIN
 from .case import AuditCase
-from .check import check, from_to, require_correct
+from .check import KIN_SHARE, OTHER_SHARE, Finding, NotApplicable, Undecided, check, from_to, require_correct
 from .gradient_free import NES
 from .straight_through import StraightThrough
 from .substitute import fit_substitute
 
 IN_DOUBT = "the attack in doubt"
-LEVEL = 0.01  # of each test
-# A sound model loses at most these shares of its images to a longer attack along its gradients, and beyond these to
-# any other attack; see docs/audit.md for the null.
-KIN_SHARE, OTHER_SHARE = 0.05, 0.01
 _VOTES = 5  # votes of the model that decide together on an image
+PROGRESS = 20  # the sum of what all its attacks report to ``tick``
 
 
 class SmoothedTarget(ModuleTarget):
@@ -72,7 +68,7 @@ def battery(case: AuditCase) -> tuple[Suite, int]:
     """The audit's attacks, and how many of them follow the model's own gradients; these come first."""
     norm, eps, noisy = case.attack.norm, case.attack.eps, case.randomised
     network = case.network
-    surrogates: dict[str, nn.Module | Target] = dict(case.surrogates)
+    surrogates: dict[str, Any] = dict(case.surrogates)  # modules, and a target
     pgd = partial(PGD, norm, eps, momentum=0.9, eot=8)
     kin = [Step(IN_DOUBT, case.attack)]
     if noisy:
@@ -100,15 +96,29 @@ def battery(case: AuditCase) -> tuple[Suite, int]:
         others += [Step("mean gradient of a neighbourhood", pgd(30, objective="dlr"), "neighbourhood")]
     for name in case.surrogates:
         others += [Step(f"transfer from {name}", pgd(20, stop=False), name)]
-    surrogates["substitute"] = fit_substitute(partial(_answers, case), case.x, norm, eps, case.seed)
+    surrogates["substitute"] = substitute_of(case)
     others += [
         Step("transfer from a substitute", pgd(40, stop=False), "substitute"),
-        Step("targeted transfer from a substitute", pgd(30, objective="targeted-dlr", targets=4, stop=False), "substitute"),
+        Step(
+            "targeted transfer",
+            pgd(30, objective="targeted-dlr", targets=4, stop=False),
+            "substitute",
+        ),
         Step("NES", NES(norm, eps, eot=4)),
         Step("Square", Square(norm, eps, case.queries, eot=5), warm=True),
     ]
     steps = kin + others
     return Suite(lambda eps: steps, surrogates, seed=case.seed), len(kin)
+
+
+def substitute_of(case: AuditCase) -> nn.Module:
+    """The network that the audit fits to the model's answers, once a case."""
+    if "substitute" not in case.shared:
+        case.shared["substitute"] = fit_substitute(
+            partial(_answers, case), case.x, case.attack.norm, case.attack.eps, case.seed
+        )
+    network: nn.Module = case.shared["substitute"]
+    return network
 
 
 @torch.no_grad()
@@ -124,49 +134,13 @@ def _answers(case: AuditCase, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What some of the audit's attacks found that other ones did not.
-
-    Attributes:
-        before, after: bool ``(N,)``, the decision is right at the images of the attacks before, and of those after.
-        n: images that are right without attack.
-        share: of these, that a sound model loses at most.
-    """
-
-    before: Tensor
-    after: Tensor
-    n: int
-    share: float
-
-    @property
-    def gained(self) -> int:
-        """Images that only the later attacks fool."""
-        return int((self.before & ~self.after).sum())
-
-    @property
-    def lost(self) -> int:
-        """Images that only the earlier attacks fool; under noise votes near one half fall both ways."""
-        return int((~self.before & self.after).sum())
-
-    @property
-    def needed(self) -> int:
-        """The least difference that is beyond what a sound model loses."""
-        return int(binom.isf(LEVEL, self.n, self.share)) + 1
-
-    @property
-    def beyond(self) -> bool:
-        """Whether the difference is beyond chance (a one-sided exact sign test), and beyond a sound model's."""
-        luck = float(binom.sf(self.gained - 1, self.gained + self.lost, 0.5)) if self.gained else 1.0
-        return luck < LEVEL and self.gained - self.lost >= self.needed
-
-
-@dataclass(frozen=True)
 class BatteryResult:
     """What the audit's own attacks found.
 
     Attributes:
         names: of the attacks, by number. The first is the attack in doubt; ``kin`` in all follow the model's gradients.
         images: ``(N, C, H, W)``, each image's best candidate.
+        kin_images: ``(N, C, H, W)``, the best candidates of the kin alone.
         labels: ``(N,)``, the model's decisions on them, by several votes together.
         source: ``(N,)``, the number of the attack that made each; -1: the clean image.
         attacked, fooled: of each attack, the images that it was run on, and those on which it reached its goal.
@@ -177,6 +151,7 @@ class BatteryResult:
     names: list[str]
     kin: int
     images: Tensor
+    kin_images: Tensor
     labels: Tensor
     source: Tensor
     attacked: tuple[int, ...]
@@ -198,15 +173,15 @@ class BatteryResult:
         return self.names[int(made.mode().values)] if len(made) else IN_DOUBT
 
 
-def own_attacks(case: AuditCase) -> BatteryResult:
-    """Run the audit's own attacks; what they found is computed once a case."""
+def own_attacks(case: AuditCase, tick: Callable[[int], object] = lambda n: None) -> BatteryResult:
+    """Run the audit's own attacks, once a case; ``tick`` is called with numbers that add up to `PROGRESS`."""
     if "own attacks" not in case.shared:
-        case.shared["own attacks"] = _run(case)
+        case.shared["own attacks"] = _run(case, tick)
     found: BatteryResult = case.shared["own attacks"]
     return found
 
 
-def _run(case: AuditCase) -> BatteryResult:
+def _run(case: AuditCase, tick: Callable[[int], object]) -> BatteryResult:
     suite, kin = battery(case)
     eps, images = case.attack.eps, Images(case.x, case.y, case.index)
     names = [step.name for step in suite.steps(eps)]
@@ -214,8 +189,9 @@ def _run(case: AuditCase) -> BatteryResult:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about gradients that are not finite: check 3 reports them
         # Only denial: the steps for evasion, which come after it, tell nothing more of gradients.
-        for _, result in itertools.islice(suite.run(case.model, images, [eps]), len(names)):
+        for number, (_, result) in enumerate(itertools.islice(suite.run(case.model, images, [eps]), len(names))):
             stages.append(result.denial.images)
+            tick(PROGRESS * (number + 1) // len(names) - PROGRESS * number // len(names))
     best = result.denial
     labels = _labels(case, case.white_box.images, stages[kin - 1], best.images)
     doubted, by_kin, by_all = (own == case.y for own in labels)
@@ -224,13 +200,60 @@ def _run(case: AuditCase) -> BatteryResult:
         names,
         kin,
         best.images,
+        stages[kin - 1],
         labels[-1],
         best.source,
         result.attacked[: len(names)],
         result.fooled[: len(names)],
-        Finding(doubted, by_kin, n, KIN_SHARE),
-        Finding(by_kin, by_all, n, OTHER_SHARE),
+        Finding(doubted, by_kin, n, KIN_SHARE, case.randomised),
+        Finding(by_kin, by_all, n, OTHER_SHARE, case.randomised),
     )
+
+
+def kin_survivors(case: AuditCase) -> Tensor:
+    """Positions of the images that stand under all attacks along the model's gradients.
+
+    Raises:
+        NotApplicable: there is none.
+    """
+    rows = own_attacks(case).by_kin.after.nonzero()[:, 0]
+    if not len(rows):
+        raise NotApplicable("The attacks along the model's gradients left no image standing.")
+    return rows
+
+
+def found_beyond_kin(case: AuditCase, images: Tensor, rows: Tensor, what: str = "") -> tuple[str, bool]:
+    """What another attack found on the images that stand under all attacks along the model's gradients.
+
+    Args:
+        case: the audit's case.
+        images: ``(K, C, H, W)``, what the attack made of the images at ``rows``.
+        rows: their positions, `kin_survivors`.
+        what: further words for the figure.
+
+    Raises:
+        Undecided: so few images stand that the number could not be beyond a sound model's.
+    """
+    found = own_attacks(case)
+    others = found.kin_images.clone()
+    others[rows] = images
+    kin, other = _labels(case, found.kin_images, others)
+    finding = Finding(kin == case.y, other == case.y, len(case.correct_rows), OTHER_SHARE, case.randomised)
+    figure = f"{finding.net} of {len(rows)} survivors{what}; {finding.needed} are too many"
+    if len(rows) < finding.needed:
+        raise Undecided(figure, f"With {len(rows)} survivors it could not fail: audit more images, or a smaller eps.")
+    return figure, finding.beyond
+
+
+def suspicion(case: AuditCase, figure: str, certain: bool, note: str) -> tuple[str, bool]:
+    """A sign of masked gradients: it fails if it is certain by itself, or if the audit's own attacks prove it.
+
+    Raises:
+        Undecided: they found no more, so that the sign may be one that sound models show too.
+    """
+    if certain or own_attacks(case).masked:
+        return figure, True
+    raise Undecided(figure, note, suspicious=True)
 
 
 @check(
@@ -247,10 +270,14 @@ def own_attacks_find_no_more(case: AuditCase) -> tuple[str, bool]:
     found = own_attacks(case)
     kin, others = found.by_kin, found.by_others
     figure = (
-        f"{from_to(kin.before, others.after)}; own gradients {kin.gained - kin.lost:+d} of {kin.needed}, "
-        f"others {others.gained - others.lost:+d} of {others.needed}"
+        f"{from_to(kin.before, others.after)}: {kin.net} along its gradients ({kin.needed} are too many), "
+        f"{others.net} by others ({others.needed} are too many)"
     )
-    return (f"{figure} ({found.strongest})" if found.masked else figure), found.masked
+    if found.masked:
+        return f"{figure}; {found.strongest}", True
+    if others.needed > len(case.correct_rows) / 8:
+        raise Undecided(figure, "With so few images it could hardly fail: audit 50 or more.", suspicious=True)
+    return figure, False
 
 
 def _labels(case: AuditCase, *stages: Tensor) -> list[Tensor]:

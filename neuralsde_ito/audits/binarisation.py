@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from ..attacks.norms import BALLS
 from ..attacks.targets import ModuleTarget
 from ..noise.keys import PathRange
+from .battery import suspicion
 from .case import AuditCase
-from .check import NotApplicable, check, percent, require_correct, untargeted_objective
+from .check import LEVEL, NotApplicable, check, percent, require_correct, untargeted_objective
 
 _POINTS = 100  # of each kind around an image
 
@@ -22,7 +24,7 @@ _POINTS = 100  # of each kind around an image
 @check(
     17,
     "binarisation test",
-    "planted adversarials found < 95 %",
+    "planted adversarials found < 95 %, beyond chance",
     "Zimmermann et al. 2022",
     "Where an adversarial image is known to exist, the attack finds it.",
     "The attack misses adversarial images that are known to exist: its figure says little of the others.",
@@ -47,8 +49,13 @@ def binarisation(case: AuditCase) -> tuple[str, bool]:
     images = case.run(attack, target, rows, torch.zeros_like(rows)).images
     with torch.no_grad():
         scores = target.path_logits(images, PathRange(case.seed, "report", case.index[rows]))[0, :, 1]
-        found = float((scores > 0).double().mean())
-    return f"{percent(found)} of {len(rows)} (random {percent(by_chance)})", found < 0.95
+        found = int((scores > 0).sum())
+    figure = f"{percent(found / len(rows))} of {len(rows)} (random {percent(by_chance)})"
+    # Of 20 images one or two may be missed by chance: by the exact binomial test.
+    if binom.cdf(found, len(rows), 0.95) >= LEVEL:
+        return figure, False
+    note = "The attack misses what is planted, yet others find no more of the model's own: take more steps."
+    return suspicion(case, figure, found < len(rows) / 2, note)
 
 
 @dataclass(frozen=True)

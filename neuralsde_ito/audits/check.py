@@ -1,7 +1,8 @@
 """What a check is: a measurement on an `AuditCase`, a threshold, and one sentence for each verdict.
 
 "Beyond chance" is McNemar's exact test on the same images at 1 %: two Wilson intervals overlap at n = 50 nearly always,
-so that a comparison of intervals could never fail.
+so that a comparison of intervals could never fail. Chance is not all: on a sound model, too, another attack finds a few
+images more. A `Finding` is beyond that as well, by thresholds that docs/audit.md has from sound models.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from scipy.stats import binom
 from torch import Tensor
 
 from ..attacks.objectives import TARGETED
@@ -18,7 +20,11 @@ from ..outcomes import Paired
 from .case import AuditCase
 
 PASS, FAIL, UNDECIDED, NOT_APPLICABLE = "pass", "fail", "undecided", "not applicable"
-LEVEL = 0.01  # the significance level of McNemar's test
+LEVEL = 0.01  # the significance level of the tests
+# A sound model loses at most these shares of its images to a longer attack along its gradients, and beyond these to any
+# other attack (docs/audit.md).
+KIN_SHARE, OTHER_SHARE = 0.05, 0.01
+LUCK = 0.05  # the level of the sign test, to which the least difference is added
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Check:
         source: the publication or code that the check comes from.
         verdict: ``"pass"``, ``"fail"``, ``"undecided"`` or ``"not applicable"``.
         note: one sentence: what the verdict means, and what to do; what would decide; or why the check does not apply.
+        suspicious: whether a check that is undecided speaks against the attack; otherwise it had no power.
     """
 
     number: int
@@ -41,6 +48,7 @@ class Check:
     source: str
     verdict: str
     note: str
+    suspicious: bool = False
 
 
 class NotApplicable(Exception):
@@ -53,11 +61,52 @@ class Undecided(Exception):
     Args:
         figure: what was measured, in words.
         note: one sentence: why nothing follows, and what would decide.
+        suspicious: see `Check`.
     """
 
-    def __init__(self, figure: str, note: str) -> None:
+    def __init__(self, figure: str, note: str, suspicious: bool = False) -> None:
         super().__init__(note)
-        self.figure, self.note = figure, note
+        self.figure, self.note, self.suspicious = figure, note, suspicious
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What some attacks found that others had not found.
+
+    Attributes:
+        before, after: bool ``(N,)``, the decision is right at the images of the earlier attacks, and of all.
+        n: images that are right without attack.
+        share: of these, that a sound model loses at most.
+        noisy: whether decisions have noise, so that images near one half fall by luck.
+    """
+
+    before: Tensor
+    after: Tensor
+    n: int
+    share: float
+    noisy: bool
+
+    @property
+    def gained(self) -> int:
+        """Images that fall only to the later attacks."""
+        return int((self.before & ~self.after).sum())
+
+    @property
+    def net(self) -> int:
+        """`gained`, less the images that fall only to the earlier attacks: luck makes as many of both."""
+        return self.gained - int((~self.before & self.after).sum())
+
+    @property
+    def needed(self) -> int:
+        """The least net number that a sound model, by the exact binomial test, loses with a probability below 1 %."""
+        return int(binom.isf(LEVEL, self.n, self.share)) + 1
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the net number is beyond a sound model's and, under noise, beyond chance (a one-sided sign test)."""
+        if self.net < self.needed:
+            return False
+        return not self.noisy or float(binom.sf(self.gained - 1, 2 * self.gained - self.net, 0.5)) < LUCK
 
 
 Measurement = Callable[[AuditCase], tuple[str, bool]]
@@ -69,8 +118,8 @@ def check(
 ) -> Callable[[Measurement], RunCheck]:
     """Make a check of a measurement, a function from an `AuditCase` to its figure and whether the check fails.
 
-    A measurement raises `NotApplicable` where it makes no sense, and `Undecided` where nothing follows from it. A new check is a function in one of the files of
-    checks, and its name in ``CHECKS`` of ``audits/audit.py``.
+    A measurement raises `NotApplicable` where it makes no sense, and `Undecided` where nothing follows from it. A new
+    check is a function in one of the files of checks, and its name in ``CHECKS`` of ``audits/audit.py``.
 
     Args:
         number, name, threshold, source: see `Check`.
@@ -98,7 +147,7 @@ def check(
                     raise NotApplicable("The solver chooses its steps for the whole batch: no attack runs through it.")
                 figure, failed = measure(case)
             except Undecided as open_:
-                return Check(number, name, open_.figure, threshold, source, UNDECIDED, open_.note)
+                return Check(number, name, open_.figure, threshold, source, UNDECIDED, open_.note, open_.suspicious)
             except NotApplicable as why:
                 return Check(number, name, "-", threshold, source, NOT_APPLICABLE, str(why))
             return Check(number, name, figure, threshold, source, FAIL if failed else PASS, bad if failed else good)
@@ -135,35 +184,6 @@ def beyond_chance(first: Tensor, second: Tensor) -> bool:
     """Whether ``first`` is right on more images than ``second``, beyond chance; both bool, on the same images."""
     paired = Paired.of(first, second)
     return paired.only_first > paired.only_second and paired.p < LEVEL
-
-
-def second_vote(case: AuditCase, images: Tensor) -> tuple[Tensor, Tensor]:
-    """A second vote on the survivors of the white-box attack, on the same fresh noise for both of their images.
-
-    Args:
-        case: the audit's case.
-        images: ``(N, C, H, W)``, what another attack made of all images.
-
-    Returns:
-        Two bool ``(survivors,)``: the decision is right at the white-box attack's image, and at the other image.
-    """
-    rows = require_survivors(case)
-    before = case.decide(case.white_box.images[rows], rows, vote=1) == case.y[rows]
-    return before, case.decide(images[rows], rows, vote=1) == case.y[rows]
-
-
-def newly_fooled(before: Tensor, after: Tensor) -> int:
-    """How many images are right in ``before`` and not in ``after``."""
-    return int((before & ~after).sum())
-
-
-def more_than_luck(case: AuditCase, before: Tensor, after: Tensor) -> bool:
-    """Whether the newly fooled images are proof that the white-box attack missed something.
-
-    Without noise one image is proof. With noise a vote near the majority falls now and then by itself: the number
-    must be beyond chance.
-    """
-    return beyond_chance(before, after) if case.randomised else newly_fooled(before, after) > 0
 
 
 def untargeted_objective(attack: PGD) -> str:

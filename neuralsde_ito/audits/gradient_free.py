@@ -25,7 +25,7 @@ class NES(Attack):
 
     Attributes:
         pairs: of points for one gradient.
-        reach: the standard deviation of their distance, in units of eps (of eps over the root of the number of pixels under L2).
+        reach: the standard deviation of a pixel's change, in units of eps; under L2, of the whole change.
         momentum: as in `PGD`; it averages the estimates of many steps.
     """
 

@@ -6,28 +6,30 @@ import math
 from dataclasses import replace
 
 import torch
+from scipy.stats import binom
 from torch import Tensor
 from torch.nn import functional as F
 
-from .case import AuditCase
+from .battery import found_beyond_kin, kin_survivors, own_attacks, suspicion
+from .case import AuditCase, JudgedAttack
 from .check import (
+    KIN_SHARE,
+    LEVEL,
+    Finding,
     NotApplicable,
     beyond_chance,
     check,
     from_to,
-    more_than_luck,
-    newly_fooled,
     percent,
     require_correct,
     require_survivors,
-    second_vote,
 )
 
 
 @check(
     5,
     "more iterations",
-    "2 x steps lower accuracy beyond chance",
+    "2 x steps find more, beyond a sound model's",
     "Carlini et al. 2019",
     "Twice the steps find no more.",
     "The attack stops too early: raise steps until the figure stands still.",
@@ -35,23 +37,36 @@ from .check import (
 def more_iterations(case: AuditCase) -> tuple[str, bool]:
     """The attack with twice the steps."""
     require_correct(case)
-    once = case.white_box.correct
-    twice = case.judge(replace(case.attack, steps=2 * case.attack.steps)).correct
-    return from_to(once, twice), beyond_chance(once, twice)
+    once, twice = case.white_box.correct, _twice_the_steps(case).correct
+    return from_to(once, twice), _more_steps(case).beyond
+
+
+def _twice_the_steps(case: AuditCase) -> JudgedAttack:
+    """The attack with twice the steps, once a case."""
+    if "twice the steps" not in case.shared:
+        case.shared["twice the steps"] = case.judge(replace(case.attack, steps=2 * case.attack.steps))
+    judged: JudgedAttack = case.shared["twice the steps"]
+    return judged
+
+
+def _more_steps(case: AuditCase) -> Finding:
+    once, twice = case.white_box.correct, _twice_the_steps(case).correct
+    return Finding(once, twice, len(case.correct_rows), KIN_SHARE, case.randomised)
 
 
 @check(
     6,
     "convergence",
-    "median change > 0.05 in the last tenth of the steps",
+    "median change > 0.05 in the last tenth of the steps, and longer attacks find more",
     "Pintor et al. 2022",
-    "On the images that stand the loss has come to rest.",
+    "On the images that stand the loss has come to rest, or longer attacks find no more there.",
     "The loss was still rising where the attack gave up: take longer steps, or more of them.",
 )
 def convergence(case: AuditCase) -> tuple[str, bool]:
     """How much the best loss so far, rescaled to [0, 1], still rises at the end, on the survivors.
 
     The end is the last tenth of the steps. The paper takes the last 10 of long runs; 10 of 20 would be half of the run.
+    On sound models, too, the loss may rise to the end; so it fails only where a longer attack finds more.
     """
     rows, record = require_survivors(case), case.white_box.record
     assert record is not None
@@ -63,24 +78,30 @@ def convergence(case: AuditCase) -> tuple[str, bool]:
     rise = best[-1] - best[0]
     late = (best[-1] - best[-1 - min(math.ceil(case.attack.steps / 10), len(best) - 1)]) / rise.clamp_min(1e-12)
     change = float(late.median())
-    return f"median change {change:.2g} on {len(late)} images", not change <= 0.05
+    figure = f"median change {change:.2g} on {len(late)} images"
+    if change <= 0.05:
+        return figure, False
+    more = own_attacks(case).by_kin.beyond or _more_steps(case).beyond
+    return f"{figure}, longer attacks find {'' if more else 'no '}more", more
 
 
 @check(
     7,
     "silent success",
-    "an iterate was adversarial, the returned image is not",
+    "iterates were adversarial, the returned images are not",
     "Pintor et al. 2022",
     "The attack returns what it finds.",
     "The attack passed adversarial images and returned others: keep the best iterate.",
 )
 def silent_success(case: AuditCase) -> tuple[str, bool]:
-    """The survivors for which some iterate of the attack is adversarial."""
-    record = case.white_box.record
+    """The survivors for which some iterate of the attack is adversarial: one for certain, or more beyond chance."""
+    rows, record = require_survivors(case), case.white_box.record
     assert record is not None
-    images = torch.where((record.share <= 0.5)[:, None, None, None], record.closest, case.white_box.images)
-    before, after = second_vote(case, images)
-    return f"{newly_fooled(before, after)} of {len(after)} survivors", more_than_luck(case, before, after)
+    images = torch.where((record.share <= 0.5)[:, None, None, None], record.closest, case.white_box.images)[rows]
+    before, after = (case.decide(x, rows, vote=1) == case.y[rows] for x in (case.white_box.images[rows], images))
+    passed = int((before & ~after).sum())
+    failed = beyond_chance(before, after) if case.randomised else passed > 0
+    return f"{passed} of {len(after)} survivors", failed
 
 
 @check(
@@ -109,8 +130,13 @@ def rough_landscape(case: AuditCase) -> tuple[str, bool]:
         here = loss(last)
         near = torch.stack([loss(case.random_points(last, rows, case.attack.eps / 50, draw)) for draw in range(100)])
     change = ((near - here).abs() / here.clamp_min(1e-12)).clamp_max(1).nan_to_num(1.0).mean(0)
-    figure = float(change.mean())
-    return f"{figure:.2g} within eps / 50 of {len(rows)} survivors", figure > 0.1
+    mean = float(change.mean())
+    figure = f"{mean:.2g} within eps / 50 of {len(rows)} survivors"
+    if mean <= 0.1:
+        return figure, False
+    return suspicion(
+        case, figure, False, "The loss jumps, yet attacks without gradients find no more: try more queries."
+    )
 
 
 @check(
@@ -125,8 +151,14 @@ def unbounded_attack(case: AuditCase) -> tuple[str, bool]:
     """The attack in a ball that holds every possible image."""
     require_correct(case)
     eps = 1.0 if case.attack.norm == "linf" else math.sqrt(case.x[0].numel())
-    accuracy = float(case.judge(case.attack_at(eps)).correct.double().mean())
-    return f"{percent(accuracy)} right at eps {eps:.3g}", accuracy > 1 / case.classes
+    judged = case.judge(case.attack_at(eps)).correct
+    accuracy = float(judged.double().mean())
+    figure = f"{percent(accuracy)} right at eps {eps:.3g}"
+    # Chance alone makes some images right: by the exact binomial test.
+    if accuracy <= 1 / case.classes or binom.sf(int(judged.sum()) - 1, len(judged), 1 / case.classes) > LEVEL:
+        return figure, False
+    note = "The attack fails without a bound, yet others find no more within eps: take more steps or another objective."
+    return suspicion(case, figure, accuracy > 0.5, note)
 
 
 @check(
@@ -149,16 +181,15 @@ def monotone(case: AuditCase) -> tuple[str, bool]:
 @check(
     11,
     "iterative beats one step",
-    "FGSM fools images that iterations do not",
+    "FGSM fools images that many steps do not, beyond a sound model's",
     "Athalye et al. 2018",
-    "One step finds nothing that many do not.",
+    "One step finds no more than many do.",
     "One long step succeeds where many fail: add restarts or steps; if that is no help, the loss is rough or flat.",
 )
 def one_step(case: AuditCase) -> tuple[str, bool]:
-    """FGSM on the survivors of the white-box attack."""
-    rows = require_survivors(case)
+    """FGSM on the images that stand under all attacks along the model's gradients."""
+    rows = kin_survivors(case)
     fgsm = replace(
         case.attack, steps=1, step_size=case.attack.eps, random_start=False, keep="last", restarts=1, stop=False
     )
-    before, after = second_vote(case, case.judge(fgsm, rows).images)
-    return f"{newly_fooled(before, after)} of {len(rows)} survivors", more_than_luck(case, before, after)
+    return found_beyond_kin(case, case.judge(fgsm, rows).images[rows], rows)

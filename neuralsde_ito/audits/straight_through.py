@@ -25,8 +25,8 @@ _SATURATING = {"sigmoid", "tanh", "softmax"}
 # Functions that may be given gates, and change no number of values: these keep the slope of a gate.
 _MOVES = {"unsqueeze", "squeeze", "view", "reshape", "expand", "flatten", "permute", "view_as", "contiguous", "clone"}
 # Functions that compute with a gate as a number.
-_NUMBERS = {"float", "double", "to", "type", "type_as", "mul", "__rmul__", "add", "sub", "rsub", "__rsub__", "div", "true_divide"}
-_NUMBERS |= {"matmul", "sum", "mean", "cat", "stack", "cumsum", "linear", "conv2d", "einsum"}
+_NUMBERS = {"float", "double", "to", "type", "type_as", "mul", "rmul", "add", "radd", "sub", "rsub", "div", "truediv"}
+_NUMBERS |= {"true_divide", "matmul", "sum", "mean", "cat", "stack", "cumsum", "linear", "conv2d", "einsum"}
 _STEEP = 2.0  # mean distance from 0 above which a sigmoid counts as saturated
 
 
@@ -83,7 +83,7 @@ class StraightThroughMode(TorchFunctionMode):
         self.changed.add(name)
         if value.is_floating_point():
             return _Replaced.apply(value, soft.to(value.dtype))
-        value.soft = soft
+        vars(value)["soft"] = soft
         return value
 
 
@@ -146,7 +146,9 @@ def _soft(name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return _step(x)
     if name in _SATURATING and float(_width(x)) > _STEEP:
         gentle = x * (_STEEP / _width(x))
-        return getattr(gentle, name)(*args[1:], **{k: v for k, v in kwargs.items() if k in ("dim", "dtype")}) if name != "softmax" else gentle.softmax(kwargs.get("dim", args[1] if len(args) > 1 else -1))
+        if name == "softmax":
+            return gentle.softmax(kwargs.get("dim", args[1] if len(args) > 1 else -1))
+        return gentle.sigmoid() if name == "sigmoid" else gentle.tanh()
     # A class number has no slope of its own, but the vector made of it has that of the logits.
     return x if name == "argmax" and x.dim() == 2 else None
 
@@ -170,7 +172,8 @@ def _derivatives_of_forward(changed: set[str]) -> Iterator[None]:
     for cls in set(_strange(Function)):
         owns.append((cls, {name: vars(cls)[name] for name in ("forward", "backward") if name in vars(cls)}))
         forward, backward = _derived(cls, changed)
-        cls.forward, cls.backward = staticmethod(forward), staticmethod(backward)
+        for name, method in (("forward", forward), ("backward", backward)):
+            setattr(cls, name, staticmethod(method))
     try:
         yield
     finally:

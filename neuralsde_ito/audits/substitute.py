@@ -29,7 +29,8 @@ class Substitute(nn.Module):
         for stride, out in zip(strides, (width, 2 * width, 2 * width), strict=True):
             layers += [nn.Conv2d(channels, out, 3, stride, 1), nn.GELU()]
             channels = out
-        self.convolutional = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, classes))
+        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, classes)]
+        self.convolutional = nn.Sequential(*layers)
         size = shape[0] * height * width_of_image
         self.dense = nn.Sequential(nn.Flatten(), nn.Linear(size, 4 * width), nn.GELU(), nn.Linear(4 * width, classes))
 
@@ -50,8 +51,8 @@ def fit_substitute(
 ) -> Substitute:
     """Fit a substitute to a model around some images.
 
-    The first round learns the answers at the images, at random points around them and on the way from an image to others. Each
-    further round adds the points where an attack on the substitute ends.
+    The first round learns the answers at the images, at random points around them and on the way from an image to
+    others. Each further round adds points of attacks on the substitute.
 
     Args:
         answers: from images ``(K, C, H, W)`` to the model's mean probabilities or shares of votes, ``(K, classes)``.
@@ -67,7 +68,7 @@ def fit_substitute(
     classes = clean.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = Substitute(tuple(x.shape[1:]), classes).to(x)
+        network = Substitute((x.shape[1], x.shape[2], x.shape[3]), classes).to(x)
     optimizer = torch.optim.Adam(network.parameters(), 4e-3)
     points, targets = [x], [clean]
 
@@ -84,17 +85,18 @@ def fit_substitute(
             share = (0.6 * torch.rand(len(rows), 1, 1, 1, generator=generator)).to(x)
             ask(torch.lerp(x[rows], x[rows][others], share))
         else:
-            ask(_steps_on(network, x, clean, ball, eps, generator))
+            ask(_steps_on(network, x, clean, norm, eps))
         _train(network, optimizer, torch.cat(points), torch.cat(targets), generator)
     return network.eval().requires_grad_(False)
 
 
-def _steps_on(network: nn.Module, x: Tensor, clean: Tensor, ball, eps: float, generator: torch.Generator) -> Tensor:
+def _steps_on(network: nn.Module, x: Tensor, clean: Tensor, norm: str, eps: float) -> Tensor:
     """Iterates of an attack on the substitute: away from the answer, and towards every likely other class."""
-    images = []
+    ball, images = BALLS[norm], []
     right = clean.argmax(1)
+    wrong = network(x).detach().scatter(1, right[:, None], -torch.inf)
     for aim in (None, 1, 2):
-        target = right if aim is None else network(x).detach().scatter(1, right[:, None], -torch.inf).topk(aim, 1).indices[:, -1]
+        target = right if aim is None else wrong.topk(aim, 1).indices[:, -1]
         z = x
         for step in range(6):
             z = z.detach().requires_grad_()
@@ -106,7 +108,9 @@ def _steps_on(network: nn.Module, x: Tensor, clean: Tensor, ball, eps: float, ge
     return torch.cat(images)
 
 
-def _train(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, p: Tensor, generator: torch.Generator) -> None:
+def _train(
+    network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, p: Tensor, generator: torch.Generator
+) -> None:
     """Steps of Adam on the cross-entropy between the model's answers and those of each part of the substitute."""
     with torch.enable_grad():
         for _ in range(_STEPS):

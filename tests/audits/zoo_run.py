@@ -142,6 +142,7 @@ def audit(subjects: Subjects, kind: str, file: Path, out: Path, only: str, hours
         line = {
             "kind": kind, "version": version, **row, "verdict": verdict(result), "failed": failed,
             "undecided": undecided, "claimed": _percent(result.get("attacked")), "best": _percent(best),
+            "attack": (best or {}).get("attack"),
             "summary": result.get("summary", result["verdict"]), "seconds": round(time.time() - start, 1),
         }  # fmt: skip
         _append(out, line)
