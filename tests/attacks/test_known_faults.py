@@ -250,7 +250,7 @@ class Shell(nn.Module):
 def test_the_curve_falls_along_the_radii():
     x = gray(0.5, 0.5, 0.5)
     pixels = (255 * x).round().to(torch.uint8)
-    attacks = [PGD("linf", eps, 4, step_size=eps, random_start=False, keep="last", stop=False) for eps in (0.06, 0.3)]
+    attacks = [PGD("linf", eps, 3, step_size=eps, random_start=False, keep="last", stop=False) for eps in (0.06, 0.3)]
     alone = [attack.run(Shell(), x, zeros(x)).fooled.all() for attack in attacks]
     assert [bool(fooled) for fooled in alone] == [True, False]  # one by one, the larger ball looks safer
     sweep = attack_sweep(ito.Vote(Shell()), None, InMemory(pixels, zeros(x)), attacks)
@@ -261,7 +261,7 @@ def test_the_curve_falls_along_the_radii():
 def test_foolboxs_does_not():
     foolbox = pytest.importorskip("foolbox")
     x, epsilons = gray(0.5, 0.5), [0.06, 0.3]
-    attack = foolbox.attacks.LinfPGD(steps=4, rel_stepsize=1.0, random_start=False)
+    attack = foolbox.attacks.LinfPGD(steps=3, rel_stepsize=1.0, random_start=False)
     model = foolbox.PyTorchModel(Shell().eval(), (0, 1), device="cpu")
     _, _, fooled = attack(model, x, zeros(x), epsilons=epsilons)
     assert fooled.all(1).tolist() == [True, False]
