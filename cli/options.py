@@ -292,7 +292,7 @@ class DefenderOptions(RunOptions):
             opened = self.open()
             return Defender(opened.run, opened.device, opened.ensemble, opened.resnet)
         without_effect({"run"}, "With --model")
-        return _open_model(self)
+        return open_model(self)
 
 
 a_model = stacked(
@@ -398,7 +398,7 @@ class Defender:
         return dict(sorted(labels.items()))
 
 
-def _open_model(chosen: DefenderOptions) -> Defender:
+def open_model(chosen: DefenderOptions) -> Defender:
     """The user's network, on the data that the user names."""
     from neuralsde_ito.runs.build import load_dataset, pick_device
     from neuralsde_ito.runs.config import load_config

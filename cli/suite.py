@@ -119,7 +119,7 @@ def command(
     # Wrong settings are refused before the run is read.
     asked.settings(tuple(sorted({parse_eps(text) for text in asked.radii})) or (0.0,), 0)
     for peer in peers:
-        check_peer(peer)
+        check_peer(peer, asked.norm)
     opened, norm = chosen.defender(), asked.norm
     labels = opened.radii(norm, asked.radii, also=not asked.radii)
     seed = opened.config.seed if asked.seed is None else asked.seed

@@ -33,6 +33,7 @@ class ActiveSet:
         rows: ``(K,)``, their numbers among all images of the attack.
         origin: the clean images ``(K, C, H, W)``.
         iterate: the current adversarial images ``(K, C, H, W)``. The attack sets it.
+        given: whether the first iterate is a start that the caller has given.
         best, best_loss: the best iterate so far ``(K, C, H, W)`` and its loss ``(K,)``, see `keep_best`.
     """
 
@@ -42,6 +43,7 @@ class ActiveSet:
         """``x``: all images of the attempt; ``rows``: their numbers; otherwise as in `Attack`."""
         self.panels, self.objective, self.goal, self.stop = panels, objective, goal, stop
         self.rows, self.origin, self.iterate, self.best = rows, x, x, x
+        self.given = False
         self.best_loss = torch.full_like(x[:, 0, 0, 0], -torch.inf)
         self._best_fools = torch.zeros_like(rows, dtype=torch.bool)
         self._result = x.clone()  # of all images of the attempt
@@ -139,6 +141,11 @@ class ActiveSet:
         self.origin, self.iterate = self.origin[stay], self.iterate[stay]
         self.best, self.best_loss = self.best[stay], self.best_loss[stay]
         return tuple(tensor[stay] for tensor in tensors)
+
+    def give_up(self, hopeless: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Take images, bool ``(K,)``, out of the set as `drop`; their results are the best iterates."""
+        self._result[self._positions[hopeless]] = self.best[hopeless]
+        return self.drop(hopeless, *tensors)
 
     def result(self) -> Tensor:
         """The result for all images of the attempt ``(N, C, H, W)``: settled iterates, else the best iterate."""

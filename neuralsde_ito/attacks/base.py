@@ -179,8 +179,8 @@ class Attack:
                 break
             panels.attempt, panels.labels = attempt, aims[attempt % len(aims)]
             active = ActiveSet(panels, objective, x[rows], rows, goal, self.stop)
-            given = start is not None and attempt < len(aims)  # each class has one attempt from the given start
-            active.iterate = start[rows] if start is not None and given else self.first_iterate(active)
+            active.given = start is not None and attempt < len(aims)  # each class has one attempt from the given start
+            active.iterate = start[rows] if start is not None and active.given else self.first_iterate(active)
             self.attempt(active)
             images = active.result()
             logits = panels.compare(images, rows)

@@ -28,13 +28,17 @@ class Linf:
 
     def project(self, x: Tensor, origin: Tensor, eps: Radius) -> Tensor:
         """The nearest point of the ball around ``origin``, all ``(N, ...)``."""
-        if isinstance(eps, Tensor):
+        if isinstance(eps, Tensor):  # the same by another signature: type checkers know no union of both
             return origin + (x - origin).clamp(-eps, eps)
         return origin + (x - origin).clamp(-eps, eps)
 
     def length(self, delta: Tensor) -> Tensor:
         """The norm of every perturbation, ``(N, ...) -> (N,)``."""
         return delta.flatten(1).abs().amax(1)
+
+    def diameter(self, size: int) -> float:
+        """The norm of a change of 1 in each of ``size`` pixels: with this radius a ball holds every image."""
+        return 1.0
 
 
 class L2:
@@ -69,6 +73,10 @@ class L2:
     def length(self, delta: Tensor) -> Tensor:
         """The norm of every perturbation, ``(N, ...) -> (N,)``."""
         return delta.flatten(1).norm(dim=1)
+
+    def diameter(self, size: int) -> float:
+        """As `Linf.diameter`."""
+        return math.sqrt(size)
 
 
 class L1:
@@ -126,6 +134,10 @@ class L1:
     def length(self, delta: Tensor) -> Tensor:
         """The norm of every perturbation, ``(N, ...) -> (N,)``."""
         return delta.flatten(1).abs().sum(1)
+
+    def diameter(self, size: int) -> float:
+        """As `Linf.diameter`."""
+        return float(size)
 
 
 BALLS: dict[str, Linf | L2 | L1] = {"linf": Linf(), "l2": L2(), "l1": L1()}

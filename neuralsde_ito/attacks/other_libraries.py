@@ -57,13 +57,15 @@ class OnePath(nn.Module):
         self.gradients += len(gradient)
 
 
-def check_peer(name: str) -> None:
-    """Refuse a library that is unknown or not installed.
+def check_peer(name: str, norm: str = "linf") -> None:
+    """Refuse a library that is unknown, not installed, or has no attack under this norm.
 
     Raises:
-        ItoError: the message says how to install it.
+        ItoError: the message says how to install it, or which libraries have one.
     """
     one_of("peer", name, PEERS)
+    if (name, norm) == ("torchattacks", "l1"):
+        raise ItoError("torchattacks has no attack under l1: take foolbox or autoattack.")
     if importlib.util.find_spec(PEERS[name]) is None:
         raise ItoError(f"{PEERS[name]} is not installed: pip install 'ito-sde[peers]'.")
 
@@ -72,19 +74,19 @@ def peer_attack(name: str, ensemble: Voter, x: Tensor, y: Tensor, norm: str, eps
     """Attack by another library; every call of the model draws one fresh path.
 
     ``foolbox``: its PGD (40 or 50 steps; without EOT). ``torchattacks``: EOTPGD with 100 steps of 20 paths (L-inf) or
-    PGDL2. ``autoattack``: pyautoattack's ``rand`` for a randomised ensemble, else ``standard``.
+    PGDL2; none under L1. ``autoattack``: pyautoattack's ``rand`` for a randomised ensemble, else ``standard``.
 
     Args:
         name: of the library, one of `PEERS`.
         ensemble: the defender.
         x, y: as in `Attack.run`.
-        norm: ``linf`` or ``l2``.
+        norm: a name in `BALLS`.
         eps: radius in pixel units.
 
     Raises:
         ItoError: the library is unknown or not installed.
     """
-    check_peer(name)
+    check_peer(name, norm)
     attack = {"foolbox": _foolbox, "torchattacks": _torchattacks, "autoattack": _autoattack}[name]
     ensemble.observe(x)
     model = OnePath(ensemble).eval()
@@ -100,7 +102,7 @@ def peer_attack(name: str, ensemble: Voter, x: Tensor, y: Tensor, norm: str, eps
 def _foolbox(model: OnePath, x: Tensor, y: Tensor, norm: str, eps: float) -> Tensor:
     import foolbox
 
-    attack = foolbox.attacks.LinfPGD() if norm == "linf" else foolbox.attacks.L2PGD()
+    attack = getattr(foolbox.attacks, {"linf": "LinfPGD", "l2": "L2PGD", "l1": "SparseL1DescentAttack"}[norm])()
     return attack(foolbox.PyTorchModel(model, (0, 1), device=x.device), x, y, epsilons=eps)[1]
 
 
@@ -115,6 +117,6 @@ def _torchattacks(model: OnePath, x: Tensor, y: Tensor, norm: str, eps: float) -
 def _autoattack(model: OnePath, x: Tensor, y: Tensor, norm: str, eps: float) -> Tensor:
     import pyautoattack
 
-    kind, spelling = "rand" if model.noisy else "standard", {"linf": "Linf", "l2": "L2"}[norm]
+    kind, spelling = "rand" if model.noisy else "standard", {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
     attack = pyautoattack.AutoAttack(model, eps=eps, norm=spelling, version=kind, seed=0, device=x.device)
     return attack.run_standard_evaluation(x, y, batch_size=len(x))[0]

@@ -27,12 +27,15 @@ class PGD(Attack):
         random_start: whether the first attempt begins at a random point of the ball (all later ones do).
         momentum: share of the last direction that is kept; each gradient is divided by its mean absolute value
             first (Dong et al. 2018, https://arxiv.org/abs/1710.06081).
+        decay: whether the steps shrink linearly, from twice their length to nothing; their sum stays the same. The end
+            of the search is then a polish.
         keep: ``"best"`` iterate by the loss on the gradient's paths, or the ``"last"`` one.
     """
 
     step_size: float | None = None
     random_start: bool = True
     momentum: float = 0.0
+    decay: bool = False
     keep: str = "best"
 
     def __post_init__(self) -> None:
@@ -47,6 +50,10 @@ class PGD(Attack):
     def step(self) -> float:
         """The step size in pixel units."""
         return 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+
+    def length(self, step: int) -> float:
+        """The length of a step, in pixel units; steps count from 0."""
+        return self.step * (2 - (2 * step + 1) / self.steps if self.decay else 1)
 
     def first_iterate(self, active: ActiveSet) -> Tensor:
         """See `Attack.first_iterate`."""
@@ -63,9 +70,8 @@ class PGD(Attack):
                 mean = gradient.abs().mean((1, 2, 3), keepdim=True)
                 velocity = self.momentum * velocity + gradient / mean.where(mean > 0, torch.ones_like(mean))
                 gradient = velocity
-            active.iterate = self.project(
-                active.iterate + self.step * ball.steepest(gradient, active.iterate), active.origin
-            )
+            ahead = active.iterate + self.length(step) * ball.steepest(gradient, active.iterate)
+            active.iterate = self.project(ahead, active.origin)
             (velocity,) = active.drop(fooled, velocity)
         if self.keep == "last":
             active.best = active.iterate

@@ -49,6 +49,7 @@ def selection_votes(ensemble: Voter, candidates: Images, report: Report) -> Sele
         report: how the report votes; votes of the selection have other seeds, or another purpose.
     """
     x, y, index = candidates.x, candidates.y, candidates.index
+    ensemble.observe(x)
     if report.noise == "known" or not ensemble.noisy:
         panels = [(report.seed, "report")]
     else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..noise.normals import normals
-from ..validation import ItoError
+from ..validation import ItoError, whole_number
 from .active import ActiveSet
 from .base import Attack
 from .norms import BALLS
@@ -28,14 +28,21 @@ class Square(Attack):
         steps: queries.
         objective: ``margin``, the only one that it climbs.
         share: of the pixels that the first squares cover.
+        patience: an image is given up after so many queries in a row that have not raised its margin; None: never.
+            Where gradients do not mislead, few squares improve on the result of an attack with gradients.
+
+    An attempt that is given a start begins there or where it would begin without one, whichever has the higher margin.
     """
 
     steps: int = 5000
     objective: str = "margin"
     share: float = 0.8
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.patience is not None:
+            object.__setattr__(self, "patience", whole_number("patience", self.patience))
         if self.objective != "margin":
             raise ItoError(f"Square climbs the margin and no other objective, got {self.objective!r}; leave it out.")
         if not 0 < self.share <= 1:
@@ -51,13 +58,18 @@ class Square(Attack):
     def attempt(self, active: ActiveSet) -> None:
         """See `Attack.attempt`."""
         active.iterate = self.project(active.iterate.clamp(0, 1), active.origin)
+        waited = torch.zeros_like(active.rows)  # queries since the margin rose
         for query in active.steps(range(self.steps + 1)):
             if query > 0:
-                active.iterate = self.project(self._with_square(active, query).clamp(0, 1), active.origin)
+                start = query == 1 and active.given
+                trial = self.first_iterate(active) if start else self._with_square(active, query)
+                active.iterate = self.project(trial.clamp(0, 1), active.origin)
             logits = active.query()
             fooled = active.settle(logits, query)
-            active.keep_best(active.loss(logits))
-            active.drop(fooled)
+            waited = torch.where(active.keep_best(active.loss(logits)), 0, waited + 1)
+            (waited,) = active.drop(fooled, waited)
+            if self.patience is not None:
+                (waited,) = active.give_up(waited >= self.patience, waited)
 
     def first_iterate(self, active: ActiveSet) -> Tensor:
         """L-inf: vertical stripes. L2 and L1: a grid of bumps of either sign."""

@@ -151,7 +151,9 @@ def graph_bytes(model: nn.Module, x: Tensor) -> int:
         saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+    devices = range(torch.cuda.device_count()) if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad(), hooks:
         logits = model(x.detach().clone().requires_grad_())  # noqa: F841 (its graph holds the memory meanwhile)
     for own in (*model.parameters(), *model.buffers()):
         saved.pop(own.untyped_storage().data_ptr(), None)

@@ -52,7 +52,7 @@ class NES(Attack):
     def _gradient(self, active: ActiveSet, step: int) -> Tensor:
         """The gradient of the objective at the iterate, smoothed over normals, ``(K, C, H, W)``."""
         x, size, labels = active.iterate, active.iterate[0].numel(), active.panels.labels[active.rows]
-        sigma = self.reach * self.eps / (1 if self.norm == "linf" else size**0.5)
+        sigma = self.reach * self.eps / BALLS[self.norm].diameter(size)
         keys, total = active.keys(_DIRECTIONS), torch.zeros_like(x)
         for first in range(0, self.pairs, _AT_ONCE):
             numbers = range(first, min(first + _AT_ONCE, self.pairs))

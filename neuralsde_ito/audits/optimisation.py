@@ -10,6 +10,7 @@ from scipy.stats import binom
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..attacks.norms import BALLS
 from .battery import found_beyond_kin, kin_survivors, own_attacks, suspicion
 from .case import AuditCase, JudgedAttack
 from .check import (
@@ -150,7 +151,7 @@ def rough_landscape(case: AuditCase) -> tuple[str, bool]:
 def unbounded_attack(case: AuditCase) -> tuple[str, bool]:
     """The attack in a ball that holds every possible image."""
     require_correct(case)
-    eps = 1.0 if case.attack.norm == "linf" else math.sqrt(case.x[0].numel())
+    eps = BALLS[case.attack.norm].diameter(case.x[0].numel())
     judged = case.judge(case.attack_at(eps)).correct
     accuracy = float(judged.double().mean())
     figure = f"{percent(accuracy)} right at eps {eps:.3g}"

@@ -76,6 +76,8 @@ def extraordinary_claim(case: AuditCase) -> tuple[str, bool]:
     """
     if case.x.shape[1:] != (3, 32, 32) or case.classes != 10:
         raise NotApplicable("There are no entries to compare with: images are not CIFAR-10's in size and classes.")
+    if case.attack.norm not in _BEST:
+        raise NotApplicable(f"There are no entries under {case.attack.norm}.")
     held = (case.white_box.labels == case.y) | (case.white_box.labels == ABSTAIN)
     rate = Rate.of(int(held.sum()), len(held))
     radius, clean, robust = _BEST[case.attack.norm]

@@ -24,14 +24,27 @@ from torch.nn import functional as F
 
 import neuralsde_ito as ito
 from neuralsde_ito import ABSTAIN, ItoEnsemble, Outcomes, make_keys
-from neuralsde_ito.attacks import APGD, BALLS, OBJECTIVES, PGD, PRESETS, Attack, Square, active, fgsm, parse_eps, pgd
+from neuralsde_ito.attacks import (
+    APGD,
+    BALLS,
+    OBJECTIVES,
+    PGD,
+    PRESETS,
+    ActiveSet,
+    Attack,
+    Square,
+    active,
+    fgsm,
+    parse_eps,
+    pgd,
+)
 from neuralsde_ito.attacks.images import Images
 from neuralsde_ito.attacks.objectives import TARGETED, margin
-from neuralsde_ito.attacks.panels import right_share, wrong_share
+from neuralsde_ito.attacks.panels import Panels, right_share, wrong_share
 from neuralsde_ito.attacks.report import Report
 from neuralsde_ito.attacks.selection import Selection
 from neuralsde_ito.attacks.sweep import SURROGATES, Sweep, attack_sweep, surrogate_models
-from neuralsde_ito.attacks.targets import classify
+from neuralsde_ito.attacks.targets import as_target, classify
 from neuralsde_ito.data import InMemory
 from neuralsde_ito.models import ensemble as ensemble_module
 from neuralsde_ito.models.ensemble import NoiseFree
@@ -290,6 +303,21 @@ def test_without_a_step_size_it_is_madrys():
     assert PGD(eps=0.1, steps=20, step_size=0.01).step == 0.01
     madry = PRESETS["madry20"]
     assert (madry.steps, madry.random_start, madry.restarts) == (20, False, 1)
+
+
+def test_steps_that_decay_have_the_same_sum_and_end_small(exact, x, y):
+    attack = PGD("linf", 0.1, steps=4, decay=True, **PLAIN)
+    lengths = [attack.length(step) for step in range(4)]
+    assert lengths == pytest.approx([1.75 * attack.step, 1.25 * attack.step, 0.75 * attack.step, 0.25 * attack.step])
+    assert sum(lengths) == pytest.approx(4 * PGD("linf", 0.1, steps=4).step)
+    # One step of a decaying attack is one of a constant one; the second step of two is half of a constant one's.
+    x = x[:5].double() * 0.5 + 0.25
+    small = {"norm": "linf", "eps": 0.1, "step_size": 0.01, **PLAIN}
+    first = PGD(steps=1, **small).run(exact, x, y[:5]).images
+    assert torch.equal(PGD(steps=1, decay=True, **small).run(exact, x, y[:5]).images, first)
+    both = PGD(steps=2, decay=True, **small).run(exact, x, y[:5]).images
+    moved = (both - x).abs()[(both - x).abs() > 1e-9]
+    assert ((moved - 0.01).abs() < 1e-9).logical_or((moved - 0.02).abs() < 1e-9).all()  # 0.015 and then 0.005
 
 
 # --- inside the ball, and stronger with radius and steps ------------------------------------------------
@@ -1063,6 +1091,7 @@ STRONG = {
     "apgd": lambda norm, eps: APGD(norm, eps, steps=10, eot=4, selection=4),
     "apgd-targets": lambda norm, eps: APGD(norm, eps, steps=5, objective="targeted-dlr", targets=3, eot=4, selection=4),
     "square": lambda norm, eps: Square(norm, eps, steps=20, eot=4, selection=4),
+    "square-patience": lambda norm, eps: Square(norm, eps, steps=20, eot=4, selection=4, patience=3),
 }
 
 
@@ -1081,7 +1110,7 @@ def test_every_attack_stays_in_the_ball_and_does_not_depend_on_the_batch(exact, 
     torch.testing.assert_close(torch.cat([part.images for part in parts]), found.images, rtol=0, atol=1e-9)
     assert sum(part.queries for part in parts) == found.queries
     assert sum(part.gradients for part in parts) == found.gradients
-    assert (found.gradients == 0) == (name == "square")
+    assert (found.gradients == 0) == name.startswith("square")
 
 
 def test_apgds_checkpoints_are_the_published_ones():
@@ -1376,6 +1405,49 @@ def test_square_ends_or_goes_on_as_it_is_told(exact, x, y):
     with torch.no_grad():
         assert (margin(exact(whole.images), y) >= margin(exact(ended.images), y)).all()
         assert (margin(exact(whole.images), y) > margin(exact(ended.images), y)).any()
+
+
+class Flat(nn.Module):
+    """Always class 0, whatever the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([1.0, 0.0]) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def test_square_gives_up_where_the_margin_does_not_rise(exact, x, y):
+    flat = Square(eps=0.3, steps=500, patience=7).run(Flat(), x[:4], torch.zeros(4, dtype=torch.long))
+    assert flat.queries == 4 * (1 + 7 + 1)  # the start, which is the first to raise it; seven in vain; the candidate
+    x, y = x[:10].double(), y[:10]
+    whole, patient, hasty = (Square(eps=0.2, steps=60, patience=p, stop=False).run(exact, x, y) for p in (None, 60, 2))
+    assert torch.equal(whole.images, patient.images)
+    assert hasty.queries < patient.queries == whole.queries
+    with torch.no_grad():
+        assert (margin(exact(hasty.images), y) > margin(exact(x), y)).any()  # what it had found is not lost
+    with pytest.raises(ito.ItoError, match="patience must be a whole number of at least 1, got 0"):
+        Square(patience=0)
+
+
+def test_square_goes_on_from_a_start_or_from_its_own_whichever_is_better(exact, x, y):
+    x, y = x[:20].double(), y[:20]
+    one = Square(eps=0.2, steps=1, stop=False)
+    own = one.run(exact, x, y).images  # after one square
+    good = PGD(eps=0.2, steps=10, stop=False).run(exact, x, y).images
+    bad = PGD(eps=0.2, steps=10, stop=False).run(exact, x, (y + 1) % 10).images
+
+    def margins(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return margin(exact(images), y)
+
+    assert (margins(one.run(exact, x, y, start=good).images) >= margins(good)).all()
+    from_bad = margins(one.run(exact, x, y, start=bad).images)
+    stripes = margins(one.first_iterate(ActiveSet(_panels(exact, x, y), OBJECTIVES["margin"], x, torch.arange(20))))
+    assert torch.equal(from_bad, torch.maximum(margins(bad), stripes))
+    assert (from_bad > margins(bad)).any()
+    assert not torch.equal(own, x)
+
+
+def _panels(model: nn.Module, x: Tensor, y: Tensor) -> Panels:
+    return Panels(as_target(model, x), y, 0, torch.arange(len(x)), 1, 1, 9)
 
 
 @pytest.mark.parametrize("kind", [PGD, APGD, Square])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import neuralsde_ito as ito
 from neuralsde_ito import make_keys
 from neuralsde_ito.attacks import APGD, BALLS, PGD, Square
+from neuralsde_ito.attacks.other_libraries import PEERS, check_peer, peer_attack
 
 L1 = BALLS["l1"]
 
@@ -118,3 +119,26 @@ def test_a_radius_may_exceed_one():
     assert PGD("l1", 12).eps == 12
     with pytest.raises(ito.ItoError, match="did you mean 'l1'"):
         PGD("l1x", 12)
+
+
+@pytest.mark.parametrize("name", ["foolbox", "autoattack"])
+def test_other_libraries_attack_under_l1(name):
+    pytest.importorskip(PEERS[name])
+    x = 0.3 + 0.4 * uniform(6, 1, 4, 4).float()
+    calm = ito.Vote(Linear())
+    result = peer_attack(name, calm, x, calm.predict(x).labels, "l1", 3.0)
+    assert (L1.length(result.images - x) <= 3 + 1e-4).all()
+    assert (result.images != x).any()
+
+
+def test_a_library_without_an_attack_under_l1_is_refused():
+    with pytest.raises(ito.ItoError, match="torchattacks has no attack under l1: take foolbox or autoattack"):
+        check_peer("torchattacks", "l1")
+
+
+def test_an_audit_under_l1():
+    x = 0.3 + 0.4 * uniform(12, 1, 4, 4).float()
+    y = Linear()(x).argmax(1)
+    checks = {check.number: check for check in ito.audit(Linear(), x, y, "l1", 0.3, queries=10, draws=20).checks}
+    assert checks[9].verdict == "pass"  # in a ball that holds every image, every image is fooled
+    assert checks[19].verdict == "pass"

@@ -60,7 +60,7 @@ class ResNet20:
         """Noise on the images, then 8 levels a channel."""
         return chain(Normal(0.03), Hard(quantised(8)), self.plain())
 
-    def tuned(self, name: str, model: nn.Module, epochs: int = 2) -> nn.Module:
+    def tuned(self, name: str, model: nn.Module, epochs: int = 1) -> nn.Module:
         """The model fine-tuned along honest gradients, in eval mode."""
         file = self.cache / f"resnet20-{name}.pt"
         if not file.exists():

@@ -95,7 +95,7 @@ def _radius(judge: Judge, norm: str, aim: float, low: float, high: float) -> flo
 
 def plan(kind: str, file: Path) -> list[dict[str, Any]]:
     """The audits to make, the most telling first: ``n`` 50, 100 and 400, both norms in turn."""
-    rows = [row for row in _lines(file) if usable(row)]
+    rows = sorted(filter(usable, _lines(file)), key=lambda row: zlib.crc32(row["name"].encode()))
     if kind == "resnet20":
         return [row | {"n": 50} for row in rows]
     first = [row for row in rows if row["norm"] == NORMS[_first_norm(row["name"])]]
@@ -142,6 +142,7 @@ def audit(subjects: Subjects, kind: str, file: Path, out: Path, only: str, hours
         line = {
             "kind": kind, "version": version, **row, "verdict": verdict(result), "failed": failed,
             "undecided": undecided, "claimed": _percent(result.get("attacked")), "best": _percent(best),
+            "attack": (best or {}).get("attack"),
             "summary": result.get("summary", result["verdict"]), "seconds": round(time.time() - start, 1),
         }  # fmt: skip
         _append(out, line)

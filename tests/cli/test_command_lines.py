@@ -240,7 +240,13 @@ def test_the_command_lines_of_the_readme_are_taken(line: str, here: Path, capfd,
     def reached(*_: object, **__: object) -> None:
         raise ItoError("the work was reached.")
 
-    begins = ((options, "open_run"), (bundle, "load_bundle"), (convergence, "measure_order"), (reproduce, "make_plan"))
+    begins = (
+        (options, "open_run"),
+        (options, "open_model"),
+        (bundle, "load_bundle"),
+        (convergence, "measure_order"),
+        (reproduce, "make_plan"),
+    )
     for module, name in begins:
         monkeypatch.setattr(module, name, reached)
     if line.startswith("train") and "print-config" not in line:
