@@ -1,4 +1,4 @@
-"""``ito-sde audit``: twenty checks of whether an attacked accuracy can be trusted."""
+"""``ito-sde audit``: is an attacked accuracy the model's strength or the attack's weakness?"""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class WhiteBoxOptions:
 
     norm: Literal["linf", "l2", "l1"]
     eps: str | None
-    steps: int
+    steps: int | None
     step_size: str | None
-    restarts: int
-    eot: int
+    restarts: int | None
+    eot: int | None
 
     def settings(self) -> dict[str, Any]:
         """The settings of `PGD`, without the norm and the radius.
@@ -38,8 +38,9 @@ class WhiteBoxOptions:
 
         if self.eps is not None and parse_eps(self.eps) == 0:
             raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
-        settings: dict[str, Any] = {"steps": self.steps, "restarts": self.restarts, "eot": self.eot}
-        settings["step_size"] = None if self.step_size is None else parse_eps(self.step_size)
+        step_size = None if self.step_size is None else parse_eps(self.step_size)
+        typed = {"steps": self.steps, "step_size": step_size, "restarts": self.restarts, "eot": self.eot}
+        settings: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
         PGD(norm=self.norm, eps=parse_eps(self.eps or 0), **settings)
         return settings
 
@@ -49,10 +50,10 @@ white_box = options.gathered(
     WhiteBoxOptions,
     options.norm,
     click.option("--eps", help="Radius in pixel units, 8/255 or 0.03.  [default: the run's largest]"),
-    click.option("--steps", type=int, default=20, show_default=True, help="Iterations of the white-box attack."),
-    click.option("--step-size", help="Length of an iteration in pixel units.  [default: 2.5 eps / steps]"),
-    click.option("--restarts", type=int, default=1, show_default=True, help="Attempts, each from a random start."),
-    click.option("--eot", type=int, default=20, show_default=True, help="Paths that a gradient averages."),
+    click.option("--steps", type=int, help="Iterations of the attack in doubt.  [default: 40, with momentum]"),
+    click.option("--step-size", help="Length of an iteration in pixel units.  [default: eps / 4]"),
+    click.option("--restarts", type=int, help="Attempts, each from a random start.  [default: 2]"),
+    click.option("--eot", type=int, help="Paths that a gradient averages.  [default: 8, with momentum]"),
 )
 
 
@@ -64,7 +65,7 @@ white_box = options.gathered(
 @click.option("--limit", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="Use N test images.")
 @options.seed
 @click.option("--html", **options.out_file, metavar="FILE", help="Write a report, one page.")
-@click.option("--strict", is_flag=True, help="Exit with 1 if a check fails.")
+@click.option("--strict", is_flag=True, help="Exit with 1 unless the verdict is sound and no check fails.")
 @options.as_json
 @click.pass_context
 def command(
@@ -81,7 +82,9 @@ def command(
 ) -> None:
     """Check whether a robustness figure is the model's strength or the attack's weakness.
 
-    The model is a run's ensemble, or a network of yours.
+    The model is a run's ensemble, or a network of yours. The verdict is "masked" (an attack of the audit's own found
+    more, and its figure is the bottom line), "undecided" or "sound as far as seen"; docs/audit.md says what each check
+    is.
 
     \b
     ito-sde audit --eps 8/255 --html audit.html
@@ -89,7 +92,7 @@ def command(
     ito-sde audit --model mymodels:make_net --data digits --eps 0.1
     """
     from neuralsde_ito.attacks import parse_eps
-    from neuralsde_ito.audits.audit import CHECKS, audit
+    from neuralsde_ito.audits.audit import PROGRESS, audit
     from neuralsde_ito.runs.build import load_dataset
 
     settings = attack.settings()  # which refuses what is wrong, before the run is read
@@ -99,7 +102,7 @@ def command(
     settings |= {"seed": opened.config.seed if seed is None else seed, "queries": queries, "draws": draws}
     index, x, y = next(images.test.batches(len(images.test), opened.device))
     start = time.monotonic()
-    with output.progress(len(CHECKS), "audit", "checks") as bar:
+    with output.progress(PROGRESS, "audit", "steps") as bar:
         result = audit(
             opened.ensemble,
             x,
@@ -121,7 +124,7 @@ def command(
     else:
         output.describe_defender(opened)
         _print(result, eps, report, html)
-    if strict and not result.passed:
+    if strict and (result.failed or not result.sound):
         context.exit(1)
 
 
@@ -168,13 +171,19 @@ def _print(result: Audit, eps: str, about: dict[str, Any], html: Path | None) ->
     if result.attacked is not None:
         output.sentence(
             f"Correct: {output.percent(result.clean.rate('correct')).strip()} % without attack, "
-            f"{output.percent(result.attacked.rate('correct')).strip()} % under it (95 % Wilson intervals)."
+            f"{output.percent(result.attacked.rate('correct')).strip()} % under the attack in doubt (95 % Wilson "
+            "intervals)."
         )
-    output.sentence(result.verdict)
-    for check in result.failed:
+    if result.best is not None:
+        output.sentence(
+            f"Bottom line: {output.percent(result.best.outcomes.rate('correct')).strip()} % correct under all attacks "
+            f"together, the audit's own among them."
+        )
+    output.sentence(result.summary)
+    for check in (*result.failed, *result.undecided):
         output.sentence(f"{check.number} {check.name}: {check.note}")
     click.echo()
-    if result.failed:
+    if result.failed or not result.sound:
         output.sentence(
             "Next: fix the attack as said above, and audit again, or take 'ito-sde suite'; the "
             "lower accuracy is the one to report."

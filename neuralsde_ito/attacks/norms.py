@@ -28,7 +28,7 @@ class Linf:
 
     def project(self, x: Tensor, origin: Tensor, eps: Radius) -> Tensor:
         """The nearest point of the ball around ``origin``, all ``(N, ...)``."""
-        if isinstance(eps, Tensor):
+        if isinstance(eps, Tensor):  # the same by another signature: type checkers know no union of both
             return origin + (x - origin).clamp(-eps, eps)
         return origin + (x - origin).clamp(-eps, eps)
 

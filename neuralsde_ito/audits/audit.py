@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from ..attacks.norms import BALLS, check_eps
 from ..attacks.pgd import PGD
+from ..models.vote import as_voter
+from ..models.voting import Voter
 from ..outcomes import Outcomes, Rate
-from ..validation import recordable
+from ..validation import ItoError, check_images, recordable, shown
 from . import battery, binarisation, gradients, optimisation, other_attacks, reporting
 from .case import AuditCase, input_gradients_only
 from .check import FAIL, NOT_APPLICABLE, PASS, UNDECIDED, Check, RunCheck
@@ -146,6 +148,11 @@ class Audit:
         return UNDECIDED if self.failed or any(check.suspicious for check in self.undecided) else SOUND
 
     @property
+    def sound(self) -> bool:
+        """Whether the verdict is ``"sound as far as seen"``."""
+        return self.verdict == SOUND
+
+    @property
     def summary(self) -> str:
         """The verdict in a sentence."""
         count = {v: sum(c.verdict == v for c in self.checks) for v in (PASS, FAIL, UNDECIDED, NOT_APPLICABLE)}
@@ -179,7 +186,7 @@ class Audit:
         }
 
 
-def default_attack(norm: str, eps: float, **settings: Any) -> PGD:
+def default_attack(norm: str, eps: float, noisy: bool, **settings: Any) -> PGD:
     """The attack in doubt: what ``settings`` make of `PGD`; without steps, a strong one.
 
     A weak attack leaves images on a sound model, too, and the audit would say so. Long steps with momentum come nearest
@@ -187,12 +194,14 @@ def default_attack(norm: str, eps: float, **settings: Any) -> PGD:
 
     Args:
         norm, eps: the ball.
+        noisy: whether the model is randomised.
         settings: of `PGD`. Without ``steps``, ``step_size``, ``momentum`` or ``restarts`` among them it makes 40 steps
-            of eps / 4 with a momentum of 0.75, twice.
+            of eps / 4 with a momentum of 0.75; without noise twice, with noise on 8 paths a gradient.
     """
     if not settings.keys() & {"steps", "step_size", "momentum", "restarts"}:
         length = check_eps(norm, eps) / 4
-        settings = {"steps": 40, "step_size": length or None, "momentum": 0.75, "restarts": 2} | settings
+        more = {"eot": 8} if noisy else {"restarts": 2}
+        settings = {"steps": 40, "step_size": length or None, "momentum": 0.75, **more} | settings
     return PGD(norm=norm, eps=eps, **settings)
 
 
@@ -236,12 +245,14 @@ def audit(
     Example:
         ``audit(net, x, y, norm="linf", eps=8/255).passed``
     """
-    attack = default_attack(norm, eps, **settings)
+    PGD(norm=norm, eps=eps, **settings)  # refuses what is wrong
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # inference mode records no gradient
         x, y = recordable(x), recordable(y)
         index = None if index is None else recordable(index)
-        case = AuditCase(model, x, y, attack, seed, index, surrogates, queries, draws, batch_size)
+        voter = _voter(model, x)
+        attack = default_attack(norm, eps, voter.noisy, **settings)
+        case = AuditCase(voter, x, y, attack, seed, index, surrogates, queries, draws, batch_size)
         for network in (case.model, *case.surrogates.values()):
             stack.enter_context(input_gradients_only(network))
         # These raise where something cannot be audited: before anything is attacked.
@@ -255,6 +266,16 @@ def audit(
             checks.append(run_check(case))
             tick(1)
         return _audit_of(case, checks)
+
+
+def _voter(model: nn.Module, x: Tensor) -> Voter:
+    """The model as one that votes, which has seen the images."""
+    if not isinstance(model, nn.Module):
+        raise ItoError(f"A model must be an nn.Module, got {shown(model)}; wrap a function in one.")
+    voter = as_voter(model)
+    check_images(x, voter.channels)
+    voter.observe(x)
+    return voter
 
 
 def _audit_of(case: AuditCase, checks: list[Check]) -> Audit:

@@ -35,7 +35,7 @@ def selection_bias(case: AuditCase) -> tuple[str, bool]:
 @check(
     19,
     "the ball",
-    "norm > eps + 1e-6, outside [0, 1], or success lost in 8 bits",
+    "norm > eps + 1e-6, outside [0, 1], or most successes lost in 8 bits",
     "AutoAttack's checks",
     "The adversarial images are images, inside the ball.",
     "The attack leaves the ball, or lives on fractions of a grey level: its images could not be sent.",
@@ -51,7 +51,9 @@ def the_ball(case: AuditCase) -> tuple[str, bool]:
         exact, rounded = (
             case.decide(x, rows, vote=1) == case.y[rows] for x in (images[rows], (images[rows] * 255).round() / 255)
         )
-        lost, lost_beyond_chance = int((rounded & ~exact).sum()), beyond_chance(rounded, exact)
+        # An attack that stops at its first success ends near the border, from which rounding takes some images back.
+        lost = int((rounded & ~exact).sum())
+        lost_beyond_chance = beyond_chance(rounded, exact) and 2 * lost > len(rows)
     figure = f"norm {over + eps:.4g}, {lost} of {len(rows)} lost in 8 bits"
     # Written so that NaN fails: a comparison with NaN is false.
     return figure, not (over <= 1e-6 and beyond <= 1e-6) or lost_beyond_chance

@@ -95,7 +95,7 @@ def _radius(judge: Judge, norm: str, aim: float, low: float, high: float) -> flo
 
 def plan(kind: str, file: Path) -> list[dict[str, Any]]:
     """The audits to make, the most telling first: ``n`` 50, 100 and 400, both norms in turn."""
-    rows = [row for row in _lines(file) if usable(row)]
+    rows = sorted(filter(usable, _lines(file)), key=lambda row: zlib.crc32(row["name"].encode()))
     if kind == "resnet20":
         return [row | {"n": 50} for row in rows]
     first = [row for row in rows if row["norm"] == NORMS[_first_norm(row["name"])]]
