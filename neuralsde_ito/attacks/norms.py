@@ -86,7 +86,9 @@ class L1:
     point that is clipped afterwards lies far inside the ball (Croce and Hein 2021, https://arxiv.org/abs/2103.01208).
     """
 
-    share = 0.05  # of the pixels that one step changes
+    # Of the pixels, at least one, that one step changes. Digits, 100 images, eps 1, PGD and APGD leave 50 and 47 with a
+    # pixel, 56 and 49 with 5 %, 83 and 74 with 20 %; CIFAR-10, 45 images, eps 2: 3 and 2 with 1 %, 8 with 5 %.
+    share = 0.01
 
     def start(self, x: Tensor, eps: float, keys: Tensor) -> Tensor:
         """As `Linf.start`: exponential numbers with random signs, divided by their sum and one number more."""
