@@ -46,6 +46,7 @@ CHECKS: tuple[RunCheck, ...] = (  # in the order of their numbers
     battery.own_attacks_find_no_more,
     gradients.image_by_image,
     gradients.test_time_optimisation,
+    optimisation.common_attack,
 )
 
 PROGRESS = battery.PROGRESS + len(CHECKS)
