@@ -43,6 +43,12 @@ def test_the_distance_of_a_plane_is_found(norm):
     torch.testing.assert_close(BALLS[norm].length(result.images - x), result.radii)
 
 
+def test_bisection_over_radii_agrees():
+    x = gray(7.0, 6.0, 9.0)
+    found = ito.least_norm(ito.Vote(Plane()), x, ZEROS, lambda eps: PGD("l2", eps), most=1.0)
+    torch.testing.assert_close(found, torch.tensor([0.25, 0.5, 0]), rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_decisions_alone_find_it_too(norm):
     x = gray(7.0, 6.0, 9.0)
