@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from ..attacks.norms import BALLS, check_eps
 from ..attacks.pgd import PGD
-from ..models.vote import as_voter
+from ..models.vote import Vote, as_voter
 from ..models.voting import Voter
 from ..outcomes import Outcomes, Rate
 from ..validation import ItoError, check_images, recordable, shown
 from . import battery, binarisation, gradients, optimisation, other_attacks, reporting
-from .case import AuditCase, input_gradients_only
+from .case import AuditCase, WithoutGradient, gives_gradient, input_gradients_only
 from .check import FAIL, NOT_APPLICABLE, PASS, UNDECIDED, Check, RunCheck
 
 CHECKS: tuple[RunCheck, ...] = (  # in the order of their numbers
@@ -43,6 +43,8 @@ CHECKS: tuple[RunCheck, ...] = (  # in the order of their numbers
     reporting.the_ball,
     reporting.extraordinary_claim,
     battery.own_attacks_find_no_more,
+    gradients.image_by_image,
+    gradients.test_time_optimisation,
 )
 
 PROGRESS = battery.PROGRESS + len(CHECKS)
@@ -96,15 +98,16 @@ class Audit:
     """The outcomes of all checks, with the attack's figures and images.
 
     Attributes:
-        checks: all twenty, by number.
+        checks: all, by number.
         attack: the attack whose figure was in doubt.
         clean: outcomes without attack.
-        attacked: outcomes under the attack; None where a solver chooses its own steps, so that no attack runs.
+        attacked: outcomes under the attack; None where no attack runs, see `AuditCase.barred`.
         best: the worst case of all attacks, the audit's own among them: the bottom line. None where no attack runs.
         curve: pairs of radius (pixel units) and accuracy with its interval. It begins at radius 0 and never rises: an
             image that falls at one radius counts as fallen at all larger ones. Empty where no attack runs.
         landscape: None where no attack runs, where the noise cannot be fixed, or where the model is right on no image.
         x, images: clean and adversarial images ``(N, C, H, W)``, on the CPU.
+        remarks: how a vote was laid over a stranger's randomised module, and what does not hold, see `Vote.remarks`.
         truth, before, after: labels ``(N,)``, on the CPU: the true ones, and the decisions on ``x`` and on ``images``.
     """
 
@@ -120,6 +123,7 @@ class Audit:
     truth: Tensor
     before: Tensor
     after: Tensor
+    remarks: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -182,6 +186,7 @@ class Audit:
             "attacked": self.attacked and self.attacked.as_dict(),
             "best": self.best and self.best.as_dict(),
             "curve": [{"eps": eps, **asdict(rate)} for eps, rate in self.curve],
+            "remarks": list(self.remarks),
             "checks": [asdict(check) for check in self.checks],
         }
 
@@ -196,11 +201,11 @@ def default_attack(norm: str, eps: float, noisy: bool, **settings: Any) -> PGD:
         norm, eps: the ball.
         noisy: whether the model is randomised.
         settings: of `PGD`. Without ``steps``, ``step_size``, ``momentum`` or ``restarts`` among them it makes 40 steps
-            of eps / 4 with a momentum of 0.75; without noise twice, with noise on 8 paths a gradient.
+            of eps / 4 with a momentum of 0.75; without noise twice, with noise on the mean logits of 8 paths.
     """
     if not settings.keys() & {"steps", "step_size", "momentum", "restarts"}:
         length = check_eps(norm, eps) / 4
-        more = {"eot": 8} if noisy else {"restarts": 2}
+        more = {"eot": 8, "objective": "mean-logits"} if noisy else {"restarts": 2}
         settings = {"steps": 40, "step_size": length or None, "momentum": 0.75, **more} | settings
     return PGD(norm=norm, eps=eps, **settings)
 
@@ -256,8 +261,8 @@ def audit(
         for network in (case.model, *case.surrogates.values()):
             stack.enter_context(input_gradients_only(network))
         # These raise where something cannot be audited: before anything is attacked.
-        _ = case.classes, None if case.adaptive else case.surrogate_targets
-        if not case.adaptive and len(case.correct_rows):
+        _ = case.classes, None if case.barred else case.surrogate_targets
+        if case.barred is None and len(case.correct_rows):
             battery.own_attacks(case, tick)
         else:
             tick(battery.PROGRESS)
@@ -274,28 +279,39 @@ def _voter(model: nn.Module, x: Tensor) -> Voter:
         raise ItoError(f"A model must be an nn.Module, got {shown(model)}; wrap a function in one.")
     voter = as_voter(model)
     check_images(x, voter.channels)
+    if isinstance(voter, Vote) and not gives_gradient(voter.module, x):
+        voter = Vote(WithoutGradient(voter.module), voter.inferences, voter.rule)
     voter.observe(x)
     return voter
 
 
 def _audit_of(case: AuditCase, checks: list[Check]) -> Audit:
     """The outcomes of the checks, with what the report shows of their case."""
-    attacked = None if case.adaptive else case.white_box
+    attacked = None if case.barred else case.white_box
     images, after = (case.x, case.clean) if attacked is None else (attacked.images, attacked.labels)
     return Audit(
         checks=checks,
         attack=case.attack,
         clean=Outcomes.of(case.clean, case.y),
         attacked=None if attacked is None else Outcomes.of(after, case.y),
-        best=None if case.adaptive or not len(case.correct_rows) else _best(case),
-        curve=[] if case.adaptive else case.curve,
-        landscape=None if case.adaptive else _landscape(case),
+        best=None if case.barred or not len(case.correct_rows) else _best(case),
+        curve=[] if case.barred else case.curve,
+        landscape=None if case.barred else _landscape(case),
         x=case.x.cpu(),
         images=images.cpu(),
         truth=case.y.cpu(),
         before=case.clean.cpu(),
         after=after.cpu(),
+        remarks=_remarks(case.model),
     )
+
+
+def _remarks(model: Voter) -> tuple[str, ...]:
+    """What is to be known of the vote over a stranger's module; nothing where it has no noise."""
+    if not isinstance(model, Vote) or not model.noisy:
+        return ()
+    laid = f"The module is random: {model.inferences} inferences vote on an image, and more than half decide."
+    return (laid, *model.remarks)
 
 
 def _best(case: AuditCase) -> BestAttack:

@@ -75,6 +75,7 @@ def battery(case: AuditCase) -> tuple[Suite, int]:
         kin += [
             Step("PGD, mean logits", pgd(60, objective="mean-logits")),
             Step("PGD, DLR", pgd(40, objective="dlr")),
+            Step("denial of the vote", pgd(30, objective="denial"), warm=True),
         ]
     else:
         kin += [
@@ -251,7 +252,8 @@ def suspicion(case: AuditCase, figure: str, certain: bool, note: str) -> tuple[s
     Raises:
         Undecided: they found no more, so that the sign may be one that sound models show too.
     """
-    if certain or own_attacks(case).masked:
+    attacked = case.barred is None and len(case.correct_rows) > 0
+    if certain or (attacked and own_attacks(case).masked):
         return figure, True
     raise Undecided(figure, note, suspicious=True)
 

@@ -20,7 +20,7 @@ from ..attacks.panels import right_share
 from ..attacks.pgd import PGD
 from ..attacks.targets import NO_GRADIENT, Ascent, Target, as_target
 from ..models.ensemble import ItoEnsemble, NoiseFree
-from ..models.inspection import answers, as_called, check_weights
+from ..models.inspection import MIXING, answers, as_called, check_weights, mixing
 from ..models.recast import ItoResNet
 from ..models.vote import Vote, as_voter
 from ..models.voting import Voter
@@ -120,6 +120,25 @@ def input_gradients_only(model: nn.Module) -> Iterator[None]:
                 p.requires_grad_(True)
 
 
+def gives_gradient(model: nn.Module, x: Tensor) -> bool:
+    """Whether any gradient comes back from a module's output to images ``(N, C, H, W)``."""
+    with torch.enable_grad(), as_called(model):
+        return bool(answers(model, x[:1].clone().requires_grad_()).requires_grad)
+
+
+class WithoutGradient(nn.Module):
+    """A module that hands back no gradient (``no_grad``, numpy), with gradients of 0: attacks run, and stand still."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W) -> (N, classes)``."""
+        logits = answers(self.model, x)
+        return logits + (0 * x).flatten(1).sum(1, keepdim=True) if torch.is_grad_enabled() else logits
+
+
 class AuditCase:
     """A model, images, and the attack whose figure is in doubt. Use it with all networks in `input_gradients_only`.
 
@@ -190,10 +209,25 @@ class AuditCase:
         """Whether some solver chooses its own steps, so that no attack can run."""
         return any(isinstance(m, ItoResNet) and find_solver(m.solver).adaptive for m in self.model.modules())
 
+    @cached_property
+    def barred(self) -> str | None:
+        """Why no attack runs; None where attacks run."""
+        if self.adaptive:
+            return "The solver chooses its steps for the whole batch: no attack runs through it."
+        if self.mixing > MIXING:
+            return "The answer to an image depends on the others in its batch: no figure of an image holds."
+        return None
+
+    @cached_property
+    def mixing(self) -> float:
+        """How far answers move with the other images of their batch: the largest distance of normalised logits."""
+        return 0.0 if isinstance(self.model, ItoEnsemble) else mixing(self.network, self.x, self.batch_size)
+
     @property
     def randomised(self) -> bool:
         """Whether the model has noise."""
-        return self.target.distinct is None
+        self.model.observe(self.x)
+        return self.model.noisy
 
     @cached_property
     def classes(self) -> int:

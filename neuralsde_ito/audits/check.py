@@ -124,7 +124,8 @@ def check(
     Args:
         number, name, threshold, source: see `Check`.
         good, bad: the note of a check that passes, and of one that fails.
-        attacks: whether the measurement attacks the model; then it does not apply to a solver that chooses its steps.
+        attacks: whether the measurement attacks the model; then it does not apply where none can, see
+            `AuditCase.barred`.
 
     Example::
 
@@ -143,8 +144,8 @@ def check(
         @functools.wraps(measure)
         def run(case: AuditCase) -> Check:
             try:
-                if attacks and case.adaptive:
-                    raise NotApplicable("The solver chooses its steps for the whole batch: no attack runs through it.")
+                if attacks and case.barred is not None:
+                    raise NotApplicable(case.barred)
                 figure, failed = measure(case)
             except Undecided as open_:
                 return Check(number, name, open_.figure, threshold, source, UNDECIDED, open_.note, open_.suspicious)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ..attacks.objectives import OBJECTIVES
+from ..models.inspection import MIXING
 from ..noise.keys import PathRange
 from .battery import own_attacks, suspicion
 from .case import AuditCase
@@ -34,7 +37,7 @@ def randomness(case: AuditCase) -> tuple[str, bool]:
         forwards = torch.stack([case.logits(case.network, case.x) for _ in range(5)])
     out = F.normalize(forwards.nan_to_num(0, 0, 0), dim=-1)
     gap = float((out[:, None] - out[None]).norm(dim=-1).max())
-    averaged = not case.adaptive and case.randomised and case.attack.eot > 1
+    averaged = case.barred is None and case.randomised and case.attack.eot > 1
     paths = f", {case.attack.eot} paths a gradient" if averaged else ""
     return f"gap {gap:.2g} in 5 forwards{paths}", gap > 1e-4 and not averaged
 
@@ -61,7 +64,7 @@ def logits(case: AuditCase) -> tuple[str, bool]:
     low, high = float(exact.min()), float(exact.max())
     rounding = max(1e-5, torch.finfo(output.dtype).eps)  # half precision adds up to 1 less exactly
     figure = f"from {low:.3g} to {high:.3g}, sums off 1 by {off:.2g}"
-    if case.adaptive or not (low >= 0 and high <= 1 and off <= rounding):
+    if case.barred is not None or not (low >= 0 and high <= 1 and off <= rounding):
         return figure, False
     note = "A softmax of probabilities is nearly flat, yet other objectives find no more: let the model return logits."
     return suspicion(case, figure, False, note)
@@ -188,3 +191,57 @@ def _in_double_precision(
     if not exact:
         raise NotApplicable("The model does not compute in float64, where alone differences are exact enough.")
     return model, x, out
+
+
+# --- what a gradient cannot follow ----------------------------------------------------------------------
+
+
+@check(
+    22,
+    "image by image",
+    f"an answer moves by more than {MIXING:g} with the other images of its batch",
+    "this project",
+    "The answer to an image is its own.",
+    "The answer to an image depends on the others in its batch, so that no figure of an image holds: let the model "
+    "answer image by image.",
+    attacks=False,
+)
+def image_by_image(case: AuditCase) -> tuple[str, bool]:
+    """The distance of normalised logits for the same images in two batches that differ in the others."""
+    return f"moves by {case.mixing:.2g}", case.mixing > MIXING
+
+
+class _Optimisations(TorchFunctionMode):
+    """Notices gradients that a forward pass takes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+            self.taken += 1
+        return func(*args, **(kwargs or {}))
+
+
+@check(
+    23,
+    "test-time optimisation",
+    "the forward pass takes gradients, and own attacks find more",
+    "Croce et al. 2022",
+    "The forward pass takes no gradients.",
+    "The model optimises while it answers, and the attack does not follow it there: differentiate through the "
+    "optimisation, or attack with queries.",
+    attacks=False,
+)
+def test_time_optimisation(case: AuditCase) -> tuple[str, bool]:
+    """How many gradients one forward pass takes (https://arxiv.org/abs/2202.13711)."""
+    with torch.no_grad(), _Optimisations() as seen:
+        case.network(case.x[:2])
+    figure = f"{seen.taken} gradients in a forward pass"
+    if not seen.taken or case.barred is not None:
+        return figure, False
+    note = "The model optimises while it answers: more queries, or a gradient through the optimisation, would decide."
+    return suspicion(case, figure, False, note)

@@ -103,30 +103,44 @@ def check_weights(model: nn.Module) -> None:
         raise ItoError("The model was built under torch.inference_mode() and gives no gradient: build it outside.")
 
 
-def check_module(model: nn.Module, x: Tensor, batch_size: int | None = None) -> None:
-    """Refuse a module whose answer to an image depends on its batch, or that calls change; use it inside `as_called`.
+MIXING = 1e-4  # normalised logits that move by more depend on the other images of their batch
+
+
+def mixing(model: nn.Module, x: Tensor, batch_size: int | None = None) -> float:
+    """How far the answer to an image moves with the other images of its batch; use it inside `as_called`.
 
     The same eight images are shown twice, each time with other images in their batch. The batches have one size, and
     torch's generators give the same draws: only the other images differ. If the noise has another source, the question
-    stays open. If ``batch_size`` is 1, there are no other images.
+    stays open, and the answer is 0; so it is if ``batch_size`` is 1, as there are no other images.
 
-    Raises:
-        ItoError: the answer depends on the batch, or calls change the model.
+    Returns:
+        The largest distance of an image's two answers, each normalised to length 1.
     """
-    check_weights(model)
     few = x[:8]
     batches = [torch.cat([few, others.repeat(8, 1, 1, 1)[:8]]) for others in (few, (few < 0.5).to(few))]
-    training = [(name, m) for name, m in model.named_modules() if m.training]
-    saved = [(f"{name}.{key}", b, b.clone()) for name, m in training for key, b in m._buffers.items() if b is not None]
     with torch.no_grad():
         first, again, other = (answers(lambda part: replay(model, part, 0), batch) for batch in (batches[0], *batches))
-        for name, buffer, value in saved:
-            if not alike(buffer, value):
-                raise ItoError(f"Calling the model in train mode changes its {name.strip('.')}: {_MEND}.")
-        if batch_size != 1 and alike(first, again):
-            first, other = (F.normalize(logits[: len(few)].nan_to_num(0, 0, 0), dim=1) for logits in (first, other))
-            if float((first - other).norm(dim=1).max()) > 1e-4:
-                raise ItoError(
-                    "The model's answer to an image depends on the others in its batch, so that no figure of an image "
-                    "holds: let it answer image by image."
-                )
+    if batch_size == 1 or not alike(first, again):
+        return 0.0
+    first, other = (F.normalize(logits[: len(few)].nan_to_num(0, 0, 0), dim=1) for logits in (first, other))
+    return float((first - other).norm(dim=1).max())
+
+
+def check_module(model: nn.Module, x: Tensor, batch_size: int | None = None) -> None:
+    """Refuse a module whose answer to an image depends on its batch, or that calls change; use it inside `as_called`.
+
+    Raises:
+        ItoError: the answer depends on the batch, see `mixing`, or calls change the model.
+    """
+    check_weights(model)
+    training = [(name, m) for name, m in model.named_modules() if m.training]
+    saved = [(f"{name}.{key}", b, b.clone()) for name, m in training for key, b in m._buffers.items() if b is not None]
+    moves = mixing(model, x, batch_size)
+    for name, buffer, value in saved:
+        if not alike(buffer, value):
+            raise ItoError(f"Calling the model in train mode changes its {name.strip('.')}: {_MEND}.")
+    if moves > MIXING:
+        raise ItoError(
+            "The model's answer to an image depends on the others in its batch, so that no figure of an image "
+            "holds: let it answer image by image."
+        )

@@ -93,20 +93,18 @@ def _radius(judge: Judge, norm: str, aim: float, low: float, high: float) -> flo
     return float(f"{(low * high) ** 0.5:.2g}")
 
 
-def plan(kind: str, file: Path) -> list[dict[str, Any]]:
+def plan(kind: str, file: Path, sizes: list[int], masked: str) -> list[dict[str, Any]]:
     """The audits to make, the most telling first: ``n`` 50, 100 and 400, both norms in turn."""
     rows = sorted(filter(usable, _lines(file)), key=lambda row: zlib.crc32(row["name"].encode()))
-    if kind == "resnet20":
-        return [row | {"n": 50} for row in rows]
+    rows = [row for row in rows if masked in ("both", "yes" if row["masked"] else "no")]
     first = [row for row in rows if row["norm"] == NORMS[_first_norm(row["name"])]]
     second = [row for row in rows if row not in first]
-    return [
-        *(row | {"n": 100} for row in first),
-        *(row | {"n": 50} for row in second),
-        *(row | {"n": 400} for row in first if not row["masked"]),
-        *(row | {"n": 50} for row in first),
-        *(row | {"n": 100} for row in second),
+    order = [
+        *(row | {"n": n} for n in (100, 50) for row in first),
+        *(row | {"n": n} for n in (50, 100) for row in second),
     ]
+    order += [row | {"n": 400} for row in rows if not row["masked"]]
+    return [row for row in order if row["n"] in (sizes if kind == "digits" else [50])]
 
 
 def usable(row: dict[str, Any]) -> bool:
@@ -119,13 +117,13 @@ def usable(row: dict[str, Any]) -> bool:
     return gap >= 0.1 and row["p"] < 0.01 if row["masked"] else gap <= 0.05 or row["p"] >= 0.05
 
 
-def audit(subjects: Subjects, kind: str, file: Path, out: Path, only: str, hours: float) -> None:
-    """Audit after audit, until all of the plan are done or the time is over."""
-    version, end = code(), time.time() + 3600 * hours
+def audit(subjects: Subjects, kind: str, rows: list[dict[str, Any]], out: Path) -> None:
+    """Audit after audit, until all of the plan are done."""
+    version = code()
     done = {(r["name"], r["norm"], r["n"]) for r in _lines(out) if r["version"] == version and r["kind"] == kind}
     models = subjects.models()
-    for row in plan(kind, file):
-        if (row["name"], row["norm"], row["n"]) in done or only not in row["name"] or time.time() > end:
+    for row in rows:
+        if (row["name"], row["norm"], row["n"]) in done:
             continue
         model = models[row["name"]][2]()
         x, y = subjects.images(row["n"])
@@ -226,7 +224,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results of audits; default CACHE/results.jsonl")
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--n", type=int, default=100, help="images for measure")
-    parser.add_argument("--hours", type=float, default=10.0, help="audit: begin none after so long")
+    parser.add_argument("--sizes", default="100,50,400", help="audit: numbers of images")
+    parser.add_argument("--masked", choices=("yes", "no", "both"), default="both", help="audit: which models")
     parser.add_argument("--version", help="table: of this version of the code; default the last of each audit")
     parser.add_argument("--data", type=Path, help="resnet20: the folder cifar10-jpeg")
     parser.add_argument("--weights", type=Path, help="resnet20: resnet20-12fca82f.th")
@@ -242,7 +241,8 @@ def main() -> None:
     if args.what == "measure":
         measure(subjects, file, args.only, args.n)
     else:
-        audit(subjects, args.kind, file, out, args.only, args.hours)
+        rows = plan(args.kind, file, [int(n) for n in args.sizes.split(",")], args.masked)
+        audit(subjects, args.kind, [row for row in rows if args.only in row["name"]], out)
 
 
 if __name__ == "__main__":
