@@ -78,7 +78,8 @@ class Asked:
     click.option("--steps", type=int, help="Iterations."),
     click.option(
         "--step-size",
-        help="Length of an iteration in pixel units.  Each step has it.  [default: 5 eps / steps on average, ever shorter; with madry20 2.5 eps / steps]",
+        help="Length of every iteration in pixel units.  [default: ever shorter, 5 eps / steps on average; "
+        "with madry20 2.5 eps / steps]",
     ),
     click.option("--eot", type=int, help="Paths that a gradient averages."),
     click.option("--restarts", type=int, help="Attempts, each from a random start."),
