@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -155,7 +155,7 @@ class Suite:
 
     Attributes:
         steps: from a radius to the sequence at that radius; `standard` or one's own.
-        surrogates: the networks that ``through`` names.
+        surrogates: the networks that ``through`` names, or targets that stand for one.
         noise, repeat: what the attacker knows of the report's paths and how often he may ask, see `Report`.
         seed: of all panels.
         state: a folder that keeps the result of every finished attack on every batch. After a kill, the same call
@@ -165,7 +165,7 @@ class Suite:
     """
 
     steps: Callable[[float], Sequence[Step]]
-    surrogates: dict[str, nn.Module] = field(default_factory=dict)
+    surrogates: Mapping[str, nn.Module | Target] = field(default_factory=dict)
     noise: str = "fresh"
     repeat: int = 1
     seed: int = 0

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..attacks.norms import BALLS, check_eps
 from ..attacks.pgd import PGD
+from ..attacks.suite_run import SuiteRun
 from ..models.vote import Vote, as_voter
 from ..models.voting import Voter
 from ..outcomes import Outcomes, Rate
@@ -45,6 +46,7 @@ CHECKS: tuple[RunCheck, ...] = (  # in the order of their numbers
     battery.own_attacks_find_no_more,
     gradients.image_by_image,
     gradients.test_time_optimisation,
+    optimisation.common_attack,
 )
 
 PROGRESS = battery.PROGRESS + len(CHECKS)
@@ -108,6 +110,7 @@ class Audit:
         landscape: None where no attack runs, where the noise cannot be fixed, or where the model is right on no image.
         x, images: clean and adversarial images ``(N, C, H, W)``, on the CPU.
         remarks: how a vote was laid over a stranger's randomised module, and what does not hold, see `Vote.remarks`.
+        run: of the audit's attacks as a suite, if evidence was asked for; a bundle is made of it by `evidence_of`.
         truth, before, after: labels ``(N,)``, on the CPU: the true ones, and the decisions on ``x`` and on ``images``.
     """
 
@@ -124,6 +127,7 @@ class Audit:
     before: Tensor
     after: Tensor
     remarks: tuple[str, ...] = ()
+    run: SuiteRun | None = None
 
     @property
     def passed(self) -> bool:
@@ -223,6 +227,7 @@ def audit(
     queries: int = 500,
     draws: int = 10_000,
     batch_size: int | None = None,
+    evidence: bool = False,
     tick: Callable[[int], object] = lambda n: None,
     **settings: Any,
 ) -> Audit:
@@ -240,6 +245,7 @@ def audit(
         draws: random points an image; for a randomised model, points in all.
         batch_size: images that go through a module at a time, each on all paths of a gradient; see `ModuleTarget`. It
             does not change the figures of a module without noise. An ensemble has its own ``chunk``.
+        evidence: also run the audit's attacks for evasion, so that `Audit.run` becomes a bundle by `evidence_of`.
         tick: called with numbers that add up to `PROGRESS`.
         settings: of the attack in doubt, see `default_attack`.
 
@@ -263,14 +269,14 @@ def audit(
         # These raise where something cannot be audited: before anything is attacked.
         _ = case.classes, None if case.barred else case.surrogate_targets
         if case.barred is None and len(case.correct_rows):
-            battery.own_attacks(case, tick)
+            battery.own_attacks(case, tick, evidence)
         else:
             tick(battery.PROGRESS)
         checks = []
         for run_check in CHECKS:
             checks.append(run_check(case))
             tick(1)
-        return _audit_of(case, checks)
+        return _audit_of(case, checks, evidence)
 
 
 def _voter(model: nn.Module, x: Tensor) -> Voter:
@@ -285,7 +291,7 @@ def _voter(model: nn.Module, x: Tensor) -> Voter:
     return voter
 
 
-def _audit_of(case: AuditCase, checks: list[Check]) -> Audit:
+def _audit_of(case: AuditCase, checks: list[Check], evidence: bool) -> Audit:
     """The outcomes of the checks, with what the report shows of their case."""
     attacked = None if case.barred else case.white_box
     images, after = (case.x, case.clean) if attacked is None else (attacked.images, attacked.labels)
@@ -303,6 +309,7 @@ def _audit_of(case: AuditCase, checks: list[Check]) -> Audit:
         before=case.clean.cpu(),
         after=after.cpu(),
         remarks=_remarks(case.model),
+        run=battery.own_attacks(case).run if evidence and attacked and len(case.correct_rows) else None,
     )
 
 
