@@ -93,6 +93,16 @@ def test_a_radius_is_no_lucky_draw(attack):
     assert right.mean() < 0.5
 
 
+def test_a_wrong_answer_takes_more_than_none():
+    x = gray(*[7.0] * 6)
+    denial, evasion = (
+        minimal_norm(ito.Vote(Loud(), 20), x, torch.zeros(6, dtype=torch.long), steps=40, goal=goal)
+        for goal in ("denial", "evasion")
+    )
+    assert evasion.radii.mean() >= denial.radii.mean()
+    assert (ito.Vote(Loud(), 400).predict(evasion.images, full=True).labels == 1).all()
+
+
 def test_what_cannot_be_found_is_infinite():
     class Constant(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
