@@ -45,6 +45,8 @@ class Asked:
             "random_start": self.random_start,
         }
         settings: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
+        if step_size is not None:
+            settings["decay"] = False  # whoever names a length means every step
         return replace(PRESETS[self.preset], norm=self.norm, eps=0.0, **settings)
 
     def at(self, eps: float) -> PGD:
@@ -74,7 +76,11 @@ class Asked:
         help="madry20: the setting of the tables that the paper quotes.",
     ),
     click.option("--steps", type=int, help="Iterations."),
-    click.option("--step-size", help="Length of an iteration in pixel units.  [default: 2.5 eps / steps]"),
+    click.option(
+        "--step-size",
+        help="Length of every iteration in pixel units.  [default: ever shorter, 5 eps / steps on average; "
+        "with madry20 2.5 eps / steps]",
+    ),
     click.option("--eot", type=int, help="Paths that a gradient averages."),
     click.option("--restarts", type=int, help="Attempts, each from a random start."),
     click.option("--objective", type=options.one_objective, help="What the attack raises.  [default: mean-loss]"),
@@ -214,7 +220,8 @@ def _sentences(sweep: Sweep, attacks: list[PGD], seconds: float) -> None:
     first = attacks[0]
     start = "a random start" if first.random_start else "the image itself"
     length = f"{first.step_size:g}" if first.step_size and len({a.step for a in attacks}) == 1 else "eps"
-    length = f"2.5 eps / {first.steps}" if first.step_size is None else length
+    length = f"{5 if first.decay else 2.5:g} eps / {first.steps}" if first.step_size is None else length
+    length += " on average, which shrink to nothing," if first.decay else ""
     costs = [*(cost for level in sweep.cost for cost in level.values()), *sweep.evasion_cost]
     gradients = output.count(sum(cost.gradients for cost in costs), "gradient")
     beside = f" for the ensemble and {sum(cost.gradients for cost in sweep.resnet_cost):,} for the ResNet"

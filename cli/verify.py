@@ -87,6 +87,10 @@ def command(
     with output.progress(work(evidence, sample), "verify", "images") as bar:
         verification = verify_bundle(evidence, ensemble, split, suite, seed, sample, batch_size, bar.update)
     folder = None if opened is None else opened.folder
+    if chosen.model is not None and any(c.name == "ensemble" and not c.stands for c in verification.claims):
+        click.echo(
+            f"Warning: {chosen.model}() made another network. It must make the same one at every call.", err=True
+        )
     _finish(bundle, folder, replace(verification, claims=(files, *verification.claims)), as_json)
 
 

@@ -117,8 +117,8 @@ class L1:
         Each entry of the change shrinks by the same number ``t``, but not beyond 0, and is clipped at ``limit``. The
         length falls linearly in ``t`` between the numbers at which an entry ceases to be clipped, or becomes 0.
         """
-        delta = (x - origin).flatten(1).double()
-        base = origin.flatten(1).double()
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # which MPS does not have
+        delta, base = (x - origin).flatten(1).to(wide), origin.flatten(1).to(wide)
         size, limit = delta.abs(), torch.where(delta > 0, 1 - base, base)
         eps = (eps.flatten(1) if isinstance(eps, Tensor) else eps) * (
             1 - 1e-6

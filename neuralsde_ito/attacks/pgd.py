@@ -23,7 +23,8 @@ class PGD(Attack):
     """Steps of one length along the steepest direction, projected onto the ball; see `Attack` for the other settings.
 
     Attributes:
-        step_size: length of a step, in pixel units; by default ``2.5 eps / steps``.
+        step_size: length of a step, in pixel units, on average where the steps decay; by default ``2.5 eps / steps``,
+            and ``5 eps / steps`` where they decay.
         random_start: whether the first attempt begins at a random point of the ball (all later ones do).
         momentum: share of the last direction that is kept; each gradient is divided by its mean absolute value
             first (Dong et al. 2018, https://arxiv.org/abs/1710.06081).
@@ -49,7 +50,7 @@ class PGD(Attack):
     @property
     def step(self) -> float:
         """The step size in pixel units."""
-        return 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        return (5 if self.decay else 2.5) * self.eps / self.steps if self.step_size is None else self.step_size
 
     def length(self, step: int) -> float:
         """The length of a step, in pixel units; steps count from 0."""
@@ -81,7 +82,7 @@ class PGD(Attack):
 
 # `madry20`: the 20-step column of the Madry toolbox's README, which the paper's Table 1 quotes.
 PRESETS: dict[str, PGD] = {
-    "default": PGD(),
+    "default": PGD(decay=True),
     "madry20": PGD(steps=20, random_start=False, eot=1),
     "fgsm": PGD(steps=1, random_start=False, keep="last"),
 }

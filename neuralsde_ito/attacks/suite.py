@@ -79,33 +79,23 @@ def standard(norm: str, eps: float, noisy: bool, effort: float = 1.0) -> list[St
     def rise(steps: int) -> PGD:
         # The momentum averages many steps of few paths. Long steps first, short ones last: pixels must be able to cross
         # the ball, and the end is a polish. No image leaves early: what barely fools the selection may fail the report.
-        return PGD(
-            norm,
-            eps,
-            steps,
-            eot=8,
-            objective="mean-logits",
-            stop=False,
-            step_size=5 * eps / steps or None,
-            momentum=0.9,
-            decay=True,
-        )
+        return PGD(norm, eps, steps, eot=8, objective="mean-logits", stop=False, momentum=0.9, decay=True)
 
     if noisy:
         # What barely fools a surrogate seldom fools the ensemble: transfers do not stop early.
         return [
-            Step("transfer, ResNet", PGD(norm, eps, n(20), stop=False), "resnet"),
-            Step("transfer, noise-free", PGD(norm, eps, n(20), stop=False), "noise-free"),
+            Step("transfer, ResNet", PGD(norm, eps, n(20), stop=False, decay=True), "resnet"),
+            Step("transfer, noise-free", PGD(norm, eps, n(20), stop=False, decay=True), "noise-free"),
             Step("PGD, mean logits", rise(n(30))),
             Step("PGD from the best", rise(n(30)), warm=True),
             Step("Square", Square(norm, eps, n(200), eot=8, patience=n(10)), warm=True),
         ]
     return [
-        Step("PGD, cross-entropy", PGD(norm, eps, n(20))),
+        # Long steps first: a third of the gradients of APGD, and most images fall.
+        Step("PGD, cross-entropy", PGD(norm, eps, n(20), decay=True)),
         Step("APGD, cross-entropy", APGD(norm, eps, n(100), objective="mean-loss")),
-        Step("APGD, DLR", APGD(norm, eps, n(100))),
-        Step("APGD, targeted DLR", APGD(norm, eps, n(100), objective="targeted-dlr", targets=9)),
-        Step("Square", Square(norm, eps, n(5000))),
+        Step("APGD, targeted DLR", APGD(norm, eps, n(50), objective="targeted-dlr", targets=9)),
+        Step("Square", Square(norm, eps, n(5000), patience=n(100)), warm=True),
     ]
 
 

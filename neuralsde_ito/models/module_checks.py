@@ -31,7 +31,7 @@ from ..noise.replay import global_generators
 from ..outcomes import Rate
 from ..validation import ItoError, check_images, check_labels
 from .inspection import alike, answers, as_called
-from .vote import Vote
+from .vote import Vote, as_voter
 from .voting import Voter
 
 _DIRECTIONS, _STEP = 16, 1e-6  # of finite differences, in float64
@@ -115,7 +115,7 @@ class _Case:
     def voter(self, module: nn.Module | None = None, x: Tensor | None = None) -> Voter:
         """The network as a voter that has seen images."""
         module = self.module if module is None else module
-        voter = module if isinstance(module, Voter) else Vote(module, self.inferences)
+        voter = as_voter(module, self.inferences)
         with as_called(voter):
             voter.observe(self.x if x is None else x)
         return voter
@@ -312,8 +312,8 @@ def _the_gradient_is_that_of_the_function(case: _Case) -> None:
     error = float(torch.stack(errors).median())
     assert error <= 1e-3, (
         f"Autograd's gradient and finite differences on the same path differ by {error:.2g} (median of relative "
-        "errors): something inside has a backward that is not its own; if that is on purpose (straight-through), say "
-        "so with every figure."
+        "errors): something inside is detached, or has a backward that is not its own; if that is on purpose "
+        "(straight-through), say so with every figure."
     )
 
 

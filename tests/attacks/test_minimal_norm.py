@@ -43,6 +43,12 @@ def test_the_distance_of_a_plane_is_found(norm):
     torch.testing.assert_close(BALLS[norm].length(result.images - x), result.radii)
 
 
+def test_bisection_over_radii_agrees():
+    x = gray(7.0, 6.0, 9.0)
+    found = ito.least_norm(ito.Vote(Plane()), x, ZEROS, lambda eps: PGD("l2", eps), most=1.0)
+    torch.testing.assert_close(found, torch.tensor([0.25, 0.5, 0]), rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_decisions_alone_find_it_too(norm):
     x = gray(7.0, 6.0, 9.0)
@@ -85,6 +91,16 @@ def test_a_radius_is_no_lucky_draw(attack):
     assert result.radii[:12].median() < 1.35 / 4
     right = ito.Vote(Loud(), 400).predict(result.images[:12], seed=7, full=True).votes[0, :, 0] / 400
     assert right.mean() < 0.5
+
+
+def test_a_wrong_answer_takes_more_than_none():
+    x = gray(*[7.0] * 6)
+    denial, evasion = (
+        minimal_norm(ito.Vote(Loud(), 20), x, torch.zeros(6, dtype=torch.long), steps=40, goal=goal)
+        for goal in ("denial", "evasion")
+    )
+    assert evasion.radii.mean() >= denial.radii.mean()
+    assert (ito.Vote(Loud(), 400).predict(evasion.images, full=True).labels == 1).all()
 
 
 def test_what_cannot_be_found_is_infinite():

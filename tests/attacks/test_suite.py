@@ -440,7 +440,7 @@ def test_the_report_chooses_no_least_norm(ensemble, x, y, monkeypatch):
 # --- other libraries ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", sorted(BALLS))
+@pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_foolbox_attacks_an_ensemble_as_it_is(ensemble, x, y, norm):
     eps = {"linf": 0.05, "l2": 0.3}[norm]
     found = peer_attack("foolbox", ensemble, x, y, norm, eps)

@@ -697,6 +697,22 @@ def test_json_holds_no_nan(here: Path, capfd: pytest.CaptureFixture) -> None:
 # --- words ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("words", "lengths"),
+    [
+        ({}, [1.5 * 0.25, 0.5 * 0.25]),  # 5 eps / steps on average
+        ({"step_size": "0.02"}, [0.02, 0.02]),
+        ({"preset": "madry20"}, [0.125, 0.125]),
+    ],
+)
+def test_the_default_attacks_steps_shrink_unless_their_length_is_typed(words: dict, lengths: list[float]) -> None:
+    from neuralsde_ito.cli.attack import Asked
+
+    rest = dict.fromkeys(("step_size", "eot", "restarts", "objective", "random_start"))
+    attack = Asked(**{"norm": "linf", "radii": (), "preset": "default", "steps": 2, **rest, **words}).at(0.1)
+    assert [attack.length(step) for step in range(2)] == pytest.approx(lengths)
+
+
 def test_the_names_of_the_options_are_those_of_the_library() -> None:
     from neuralsde_ito.cli import options
 

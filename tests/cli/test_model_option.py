@@ -42,6 +42,12 @@ def noisy():
     return Net(0.2).eval()
 
 
+def other():
+    net = Net(0.2).eval()
+    net.means += 0.01
+    return net
+
+
 def from_numpy():
     return FromNumpy().eval()
 
@@ -194,8 +200,9 @@ def test_suite_bundle_and_verify(here, capfd):
     assert not list(Path("runs/mynets.noisy").glob("suite-*/"))  # nothing is left to be resumed
     code, out, err = ito_sde(f"verify ev/linf-0.1 {words} --sample 3 --seed 5", capfd)
     assert code == 0, out + err
-    code, out, _ = ito_sde("verify ev/linf-0.1 --model mynets:plain --data digits --inferences 5 --sample 3", capfd)
-    assert code == 1  # another network
+    code, out, err = ito_sde("verify ev/linf-0.1 --model mynets:other --data digits --inferences 5 --sample 3", capfd)
+    assert code == 1
+    assert "mynets:other() made another network. It must make the same one at every call." in err
     code, _, err = ito_sde("verify ev/linf-0.1", capfd)  # code that a bundle names is not run unasked
     assert code == 1
     assert "'mynets:noisy' made it: give --model mynets:noisy --data digits." in err

@@ -79,6 +79,10 @@ def test_sound_networks_pass(make):
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
+def test_an_ito_resnet_passes(tmp_path):
+    assert failures(ensemble(tmp_path).members[0], torch.rand(4, 1, 8, 8)) == {}
+
+
 def test_an_ensemble_passes(tmp_path):
     digits = ito.load_data("digits").test
     _, x, y = next(digits.batches(40, torch.device("cpu")))
