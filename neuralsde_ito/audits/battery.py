@@ -212,7 +212,7 @@ def _run(case: AuditCase, tick: Callable[[int], object], evidence: bool) -> Batt
     doubted, by_kin, by_all = (own == case.y for own in labels)
     n = len(case.correct_rows)
     return BatteryResult(
-        names,
+        [*names, *(f"{name}, evasion" for name in names)],
         kin,
         best.images,
         stages[kin - 1],
