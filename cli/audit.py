@@ -65,6 +65,7 @@ white_box = options.gathered(
 @click.option("--limit", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="Use N test images.")
 @options.seed
 @click.option("--html", **options.out_file, metavar="FILE", help="Write a report, one page.")
+@click.option("--bundle", **options.out_folder, metavar="DIR", help="Keep evidence that 'ito-sde verify' checks.")
 @click.option("--strict", is_flag=True, help="Exit with 1 unless the verdict is sound and no check fails.")
 @options.as_json
 @click.pass_context
@@ -77,6 +78,7 @@ def command(
     limit: int,
     seed: int | None,
     html: Path | None,
+    bundle: Path | None,
     strict: bool,
     as_json: bool,
 ) -> None:
@@ -101,6 +103,8 @@ def command(
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)
     settings |= {"seed": opened.config.seed if seed is None else seed, "queries": queries, "draws": draws}
     index, x, y = next(images.test.batches(len(images.test), opened.device))
+    if bundle is not None:
+        options.check_folder(bundle, new=True)
     start = time.monotonic()
     with output.progress(PROGRESS, "audit", "steps") as bar:
         result = audit(
@@ -111,10 +115,13 @@ def command(
             parse_eps(eps),
             index=index,
             surrogates={} if opened.resnet is None else {"resnet": opened.resnet},
+            evidence=bundle is not None,
             tick=bar.update,
             **settings,
         )
     report = _about(opened, images.name, settings, round(time.monotonic() - start, 1)) | result.as_dict()
+    if bundle is not None:
+        _save_bundle(bundle, result, opened, report)
     if html is not None:
         from .report import write_report
 
@@ -124,8 +131,29 @@ def command(
     else:
         output.describe_defender(opened)
         _print(result, eps, report, html)
+        if bundle is not None:
+            model = f" --model {opened.model} --data {chosen.data}" if opened.model else ""
+            click.echo(f"Evidence  {bundle}    (check it: ito-sde verify {bundle}{model})")
     if strict and (result.failed or not result.sound):
         context.exit(1)
+
+
+def _save_bundle(folder: Path, result: Audit, opened: options.Defender, report: dict[str, Any]) -> None:
+    """Write the evidence of the audit's attacks.
+
+    Raises:
+        ItoError: no attack ran.
+    """
+    from neuralsde_ito.audits.bundle import evidence_of, save_bundle
+    from neuralsde_ito.validation import ItoError
+
+    from .verify import whole_test_split
+
+    if result.run is None:
+        raise ItoError(f"There is no evidence to keep: {result.summary}")
+    about = opened.about | {"data": {"name": report["data"]}}
+    split = whole_test_split(opened.config)
+    save_bundle(folder, evidence_of(result.run, split, command=report["command"], config=about))
 
 
 def _about(opened: options.Defender, data: str, settings: dict[str, Any], seconds: float) -> dict[str, Any]:

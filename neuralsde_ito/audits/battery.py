@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -23,13 +23,16 @@ from ..attacks.images import Images
 from ..attacks.norms import BALLS
 from ..attacks.pgd import PGD
 from ..attacks.square import Square
-from ..attacks.suite import Step, Suite
-from ..attacks.targets import ModuleTarget
+from ..attacks.suite import Step, Suite, SuiteResult, join_results
+from ..attacks.suite_run import SuiteRun
+from ..attacks.targets import ModuleTarget, Target
 from ..models.ensemble import ItoEnsemble
 from ..models.votes import decide
+from ..models.voting import Voter
 from ..noise.keys import PathRange, make_keys
 from ..outcomes import ABSTAIN
-from .case import AuditCase
+from ..validation import ItoError
+from .case import AuditCase, input_gradients_only
 from .check import KIN_SHARE, OTHER_SHARE, Finding, NotApplicable, Undecided, check, from_to, require_correct
 from .gradient_free import NES
 from .straight_through import StraightThrough
@@ -68,7 +71,7 @@ def battery(case: AuditCase) -> tuple[Suite, int]:
     """The audit's attacks, and how many of them follow the model's own gradients; these come first."""
     norm, eps, noisy = case.attack.norm, case.attack.eps, case.randomised
     network = case.network
-    surrogates: dict[str, Any] = dict(case.surrogates)  # modules, and a target
+    surrogates: dict[str, nn.Module | Target] = dict(case.surrogates)
     pgd = partial(PGD, norm, eps, momentum=0.9, eot=8)
     kin = [Step(IN_DOUBT, case.attack)]
     if noisy:
@@ -145,6 +148,7 @@ class BatteryResult:
         labels: ``(N,)``, the model's decisions on them, by several votes together.
         source: ``(N,)``, the number of the attack that made each; -1: the clean image.
         attacked, fooled: of each attack, the images that it was run on, and those on which it reached its goal.
+        run: the whole suite's run, if evidence was asked for.
         by_kin: what the kin found beyond the attack in doubt.
         by_others: what the others found beyond the kin.
     """
@@ -159,6 +163,7 @@ class BatteryResult:
     fooled: tuple[int, ...]
     by_kin: Finding
     by_others: Finding
+    run: SuiteRun | None = None
 
     @property
     def masked(self) -> bool:
@@ -174,31 +179,40 @@ class BatteryResult:
         return self.names[int(made.mode().values)] if len(made) else IN_DOUBT
 
 
-def own_attacks(case: AuditCase, tick: Callable[[int], object] = lambda n: None) -> BatteryResult:
-    """Run the audit's own attacks, once a case; ``tick`` is called with numbers that add up to `PROGRESS`."""
+def own_attacks(
+    case: AuditCase, tick: Callable[[int], object] = lambda n: None, evidence: bool = False
+) -> BatteryResult:
+    """Run the audit's own attacks, once a case.
+
+    Args:
+        case: the audit's case.
+        tick: called with numbers that add up to `PROGRESS`.
+        evidence: also run them for evasion, and let the report vote: what a bundle of evidence holds.
+    """
     if "own attacks" not in case.shared:
-        case.shared["own attacks"] = _run(case, tick)
+        case.shared["own attacks"] = _run(case, tick, evidence)
     found: BatteryResult = case.shared["own attacks"]
     return found
 
 
-def _run(case: AuditCase, tick: Callable[[int], object]) -> BatteryResult:
+def _run(case: AuditCase, tick: Callable[[int], object], evidence: bool) -> BatteryResult:
     suite, kin = battery(case)
     eps, images = case.attack.eps, Images(case.x, case.y, case.index)
     names = [step.name for step in suite.steps(eps)]
     stages = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about gradients that are not finite: check 3 reports them
-        # Only denial: the steps for evasion, which come after it, tell nothing more of gradients.
-        for number, (_, result) in enumerate(itertools.islice(suite.run(case.model, images, [eps]), len(names))):
+        # The steps for evasion come after those for denial, and tell nothing more of gradients.
+        wanted = 2 * len(names) if evidence else len(names)
+        for number, (_, result) in enumerate(itertools.islice(suite.run(case.model, images, [eps]), wanted)):
             stages.append(result.denial.images)
-            tick(PROGRESS * (number + 1) // len(names) - PROGRESS * number // len(names))
+            tick(PROGRESS * (number + 1) // wanted - PROGRESS * number // wanted)
     best = result.denial
     labels = _labels(case, case.white_box.images, stages[kin - 1], best.images)
     doubted, by_kin, by_all = (own == case.y for own in labels)
     n = len(case.correct_rows)
     return BatteryResult(
-        names,
+        [*names, *(f"{name}, evasion" for name in names)],
         kin,
         best.images,
         stages[kin - 1],
@@ -208,7 +222,42 @@ def _run(case: AuditCase, tick: Callable[[int], object]) -> BatteryResult:
         result.fooled[: len(names)],
         Finding(doubted, by_kin, n, KIN_SHARE, case.randomised),
         Finding(by_kin, by_all, n, OTHER_SHARE, case.randomised),
+        _suite_run(case, suite, images, result) if evidence else None,
     )
+
+
+def _suite_run(case: AuditCase, suite: Suite, images: Images, result: SuiteResult) -> SuiteRun:
+    """The run as evidence has it; its description is what `suite_of_audit` needs to make the suite again."""
+    votes = suite.report.votes(case.model, images.x, images.index).cpu()
+    settings = {"attack": asdict(case.attack), "queries": case.queries, "surrogates": sorted(case.surrogates)}
+    description = {"name": "audit", "effort": 1.0, "batch_size": len(images), **settings}
+    return SuiteRun(case.model, suite, images.to("cpu"), votes, (join_results([result]),), description)
+
+
+def suite_of_audit(
+    settings: Mapping[str, Any], model: Voter, images: Images, seed: int, surrogates: Mapping[str, nn.Module]
+) -> Suite:
+    """The suite of an audit's attacks, made again from what evidence says of it.
+
+    Args:
+        settings: the description of the run, see `_suite_run`.
+        model: the model that was audited.
+        images: all images that were audited: the substitute is fitted on them.
+        seed: of all noise.
+        surrogates: networks by name; those that the audit had are taken.
+
+    Raises:
+        ItoError: settings that no audit has, or a surrogate that is not there.
+    """
+    try:
+        names, attack, queries = settings["surrogates"], PGD(**settings["attack"]), settings["queries"]
+        own = {name: surrogates[name] for name in names if name != "noise-free"}
+    except (KeyError, TypeError) as error:
+        raise ItoError(f"the bundle's audit cannot be made again ({error})") from None
+    model.observe(images.x)
+    case = AuditCase(model, images.x, images.y, attack, seed, images.index, own, queries)
+    with input_gradients_only(model):
+        return battery(case)[0]
 
 
 def kin_survivors(case: AuditCase) -> Tensor:

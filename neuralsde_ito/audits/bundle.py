@@ -25,6 +25,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from ..attacks.fingerprints import fingerprint, fingerprint_choice, fingerprint_split
+from ..attacks.images import Images
 from ..attacks.norms import BALLS, check_eps
 from ..attacks.report import NOISES, Report
 from ..attacks.suite import Suite
@@ -35,6 +36,7 @@ from ..models.votes import check_rule
 from ..models.voting import Voter
 from ..outcomes import ABSTAIN, Outcomes, WorstCase
 from ..validation import ItoError, check_images, one_of, shown
+from .battery import suite_of_audit
 
 IMAGES, RECORDS, SUMMARY = "images.safetensors", "records.json", "summary.json"
 FORMAT = 2
@@ -168,6 +170,9 @@ def suite_of(evidence: Evidence, ensemble: Voter, resnet: nn.Module | None) -> S
     """
     settings = evidence.config.get("suite")
     settings = settings if isinstance(settings, dict) else {}
+    if settings.get("name") == "audit":
+        images = Images(evidence.originals, evidence.truth, evidence.index).to(ensemble.device)
+        return suite_of_audit(settings, ensemble, images, evidence.seed, {} if resnet is None else {"resnet": resnet})
     if settings.get("name") != "standard":
         raise ItoError("the bundle names no suite")
     return SuiteSettings(evidence.norm, (evidence.eps,), settings.get("effort", 0.0)).suite(ensemble, resnet)

@@ -24,6 +24,7 @@ LEVEL = 0.01  # the significance level of the tests
 # A sound model loses at most these shares of its images to a longer attack along its gradients, and beyond these to any
 # other attack (docs/audit.md).
 KIN_SHARE, OTHER_SHARE = 0.05, 0.01
+COMMON_SHARE = 0.10  # and this one to all attacks together, beyond 20 plain steps
 LUCK = 0.05  # the level of the sign test, to which the least difference is added
 
 

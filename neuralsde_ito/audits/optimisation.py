@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..attacks.norms import BALLS
+from ..attacks.pgd import PGD
 from .battery import found_beyond_kin, kin_survivors, own_attacks, suspicion
 from .case import AuditCase, JudgedAttack
 from .check import (
+    COMMON_SHARE,
     KIN_SHARE,
     LEVEL,
     Finding,
@@ -194,3 +196,30 @@ def one_step(case: AuditCase) -> tuple[str, bool]:
         case.attack, steps=1, step_size=case.attack.eps, random_start=False, keep="last", restarts=1, stop=False
     )
     return found_beyond_kin(case, case.judge(fgsm, rows).images[rows], rows)
+
+
+@check(
+    24,
+    "common attack",
+    "20 plain steps leave more than all attacks together, beyond a sound model's",
+    "this project",
+    "The attack that is commonly reported tells about as much as all attacks together.",
+    "The attack that is commonly reported is far from the bottom line: part of the gradients is masked, and figures by "
+    "such an attack say little.",
+)
+def common_attack(case: AuditCase) -> tuple[str, bool]:
+    """PGD of 20 steps without momentum on the cross-entropy, against the best of all attacks."""
+    require_correct(case)
+    finding = beyond_the_common_attack(case)
+    figure = f"{from_to(finding.before, finding.after)}: {finding.net}; {finding.needed} are too many"
+    return figure, finding.beyond
+
+
+def beyond_the_common_attack(case: AuditCase) -> Finding:
+    """What all attacks together found beyond 20 plain steps, once a case."""
+    if "common attack" not in case.shared:
+        common = PGD(case.attack.norm, case.attack.eps, steps=20, eot=8)
+        left, best = case.judge(common).correct, own_attacks(case).by_others.after
+        case.shared["common attack"] = Finding(left, best, len(case.correct_rows), COMMON_SHARE, case.randomised)
+    finding: Finding = case.shared["common attack"]
+    return finding

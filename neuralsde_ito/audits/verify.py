@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from scipy.stats import binom, hypergeom
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks.apgd import APGD
 from ..attacks.fingerprints import fingerprint, fingerprint_choice, fingerprint_split
@@ -55,6 +55,7 @@ from .bundle import (
     votes_in,
     votes_of,
 )
+from .gradient_free import NES
 
 LEVEL = 0.01  # at most this share of honest bundles fails by chance, all tests together
 # The level of each test: clean, denial, evasion, three of order, two other attacks, images attacked, costs.
@@ -553,16 +554,20 @@ def _limits(step: Step, ensemble: Voter, suite: Suite, x: Tensor, classes: int) 
     attack = step.attack
     if step.through != "itself":
         model = suite.surrogates[step.through]
-        with evaluating(model):
-            distinct = as_target(model, x).distinct
+        if isinstance(model, nn.Module):
+            with evaluating(model):
+                distinct = as_target(model, x).distinct
+        else:
+            distinct = model.distinct
     elif suite.noise == "known":
         distinct = KnownPaths(ensemble, x, suite.seed).distinct
     else:
         distinct = None if ensemble.noisy else len(ensemble.members)
     eot, selection = distinct or attack.eot, distinct or attack.selection
     attempts = attack.restarts * (min(attack.targets, classes - 1) if attack.objective in TARGETED else 1)
-    ascents = 0 if isinstance(attack, Square) else attack.steps + isinstance(attack, APGD)
+    ascents = 0 if isinstance(attack, Square | NES) else attack.steps + isinstance(attack, APGD)
     least = ascents if not attack.stop else min(ascents, 1)
     # A query at each iterate, one more where the goal seems reached, and those that compare attempts.
-    queries = attempts * ((attack.steps + 2) * (eot + 2 * selection) + selection) + selection
+    asked = 2 * attack.pairs * eot if isinstance(attack, NES) else eot
+    queries = attempts * ((attack.steps + 2) * (asked + 2 * selection) + selection) + selection
     return {"gradients": (least * eot, attempts * ascents * eot), "queries": (selection, queries)}
