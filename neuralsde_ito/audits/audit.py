@@ -75,7 +75,9 @@ class BestAttack:
     """What all attacks together left: the attack in doubt and the audit's own.
 
     Attributes:
-        masked: whether the audit's own attacks found more than the attack in doubt, see `Finding.beyond`.
+        masked: whether the audit's own attacks found more than the attack in doubt, or than the attack that is commonly
+            reported (check 24), see `Finding.beyond`.
+        beaten, left: the name of the attack than which they found more, and how many images it left right.
         attack: the name of the attack of the audit that found most; the attack in doubt, if none found more.
         outcomes: of the decisions ``labels``.
         images: ``(N, C, H, W)``, on the CPU.
@@ -84,6 +86,8 @@ class BestAttack:
     """
 
     masked: bool
+    beaten: str
+    left: int
     attack: str
     outcomes: Outcomes
     images: Tensor
@@ -92,7 +96,8 @@ class BestAttack:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but images and labels, ready for JSON."""
-        return {"attack": self.attack, "masked": self.masked, **self.outcomes.as_dict()}
+        about = {"attack": self.attack, "masked": self.masked, "beaten": self.beaten, "left": self.left}
+        return about | self.outcomes.as_dict()
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,9 @@ class Audit:
     def verdict(self) -> str:
         """``"masked"``, ``"undecided"`` or ``"sound as far as seen"``.
 
-        Masked: an attack of the audit's own found more than the attack in doubt, beyond chance and beyond what it finds
-        on sound models. Undecided: without such a proof, a check failed or is suspicious.
+        Masked: an attack of the audit's own found more than the attack in doubt, or than the attack that is commonly
+        reported, beyond chance and beyond what it finds on sound models. Undecided: without such a proof, a check
+        failed or is suspicious.
         """
         if self.best is not None and self.best.masked:
             return MASKED
@@ -167,10 +173,9 @@ class Audit:
         tally = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
         if self.verdict == MASKED:
             assert self.best is not None
-            assert self.attacked is not None
-            left, claimed = (100 * o.rate("correct").value for o in (self.best.outcomes, self.attacked))
+            left, claimed = (100 * count / self.clean.n for count in (self.best.outcomes.correct, self.best.left))
             return (
-                f"Masked: with {self.best.attack!r} {left:.1f} % are left correct, where the attack in doubt left "
+                f"Masked: with {self.best.attack!r} {left:.1f} % are left correct, where {self.best.beaten} left "
                 f"{claimed:.1f} % (checks: {tally})."
             )
         if self.verdict == SOUND:
@@ -326,7 +331,20 @@ def _best(case: AuditCase) -> BestAttack:
     found = battery.own_attacks(case)
     made_by = tuple("" if source < 0 else found.names[source] for source in found.source.tolist())
     outcomes = Outcomes.of(found.labels, case.y)
-    return BestAttack(found.masked, found.strongest, outcomes, found.images.cpu(), found.labels.cpu(), made_by)
+    common = optimisation.beyond_the_common_attack(case)
+    beaten, left = battery.IN_DOUBT, found.by_kin.before
+    if not found.masked and common.beyond:
+        beaten, left = "the attack that is commonly reported", common.before
+    return BestAttack(
+        found.masked or common.beyond,
+        beaten,
+        int(left.sum()),
+        found.strongest,
+        outcomes,
+        found.images.cpu(),
+        found.labels.cpu(),
+        made_by,
+    )
 
 
 def _landscape(case: AuditCase, size: int = 21) -> Landscape | None:

@@ -87,7 +87,7 @@ def test_the_truth_lies_below_what_a_masked_gradient_claims():
 def line(name: str = "mlp", **changes) -> dict:
     row = {"kind": "digits", "version": "a", "name": name, "norm": "linf", "n": 50, "eps": 0.1, "masked": False}
     row |= {"randomised": False, "verdict": "sound", "failed": {}, "claimed": 40.0, "best": 38.0, "truth": 0.38}
-    return row | {"seconds": 9} | changes
+    return row | {"busy": 9} | changes
 
 
 def test_the_table_counts_and_names_what_was_judged_wrongly(tmp_path):
