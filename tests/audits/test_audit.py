@@ -125,7 +125,7 @@ def test_a_new_check_takes_ten_lines(net, images, monkeypatch):
     exec(example, names)
     monkeypatch.setattr(audits, "CHECKS", (*CHECKS[:2], names["mirror_images"]))
     result = audit(net, images[0][:20], images[1][:20], eps=EPS, steps=2)
-    assert [each.number for each in result.checks] == [1, 2, 21]
+    assert [each.number for each in result.checks] == [1, 2, 25]
     assert result.checks[2].verdict == "fail", result.checks[2]  # the network was trained without flips
     assert result.as_dict()["checks"][2]["name"] == "mirror images"
 
