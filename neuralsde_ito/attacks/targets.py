@@ -228,6 +228,7 @@ def as_target(model: nn.Module, x: Tensor, batch_size: int | None = None) -> Tar
     if isinstance(voter, ItoEnsemble):
         return EnsembleTarget(voter)
     assert isinstance(voter, Vote)
+    batch_size = batch_size or voter.chunk
     check_module(voter.module, x, batch_size)
     return ModuleTarget(voter, x, batch_size)
 

@@ -266,7 +266,7 @@ def audit(
         stack.enter_context(torch.inference_mode(False))  # inference mode records no gradient
         x, y = recordable(x), recordable(y)
         index = None if index is None else recordable(index)
-        voter = _voter(model, x)
+        voter = _voter(model, x, batch_size)
         attack = default_attack(norm, eps, voter.noisy, **settings)
         case = AuditCase(voter, x, y, attack, seed, index, surrogates, queries, draws, batch_size)
         for network in (case.model, *case.surrogates.values()):
@@ -284,14 +284,16 @@ def audit(
         return _audit_of(case, checks, evidence)
 
 
-def _voter(model: nn.Module, x: Tensor) -> Voter:
-    """The model as one that votes, which has seen the images."""
+def _voter(model: nn.Module, x: Tensor, batch_size: int | None) -> Voter:
+    """The model as one that votes, which has seen the images, at most ``batch_size`` at a time."""
     if not isinstance(model, nn.Module):
         raise ItoError(f"A model must be an nn.Module, got {shown(model)}; wrap a function in one.")
     voter = as_voter(model)
     check_images(x, voter.channels)
     if isinstance(voter, Vote) and not gives_gradient(voter.module, x):
         voter = Vote(WithoutGradient(voter.module), voter.inferences, voter.rule)
+    if isinstance(voter, Vote):
+        voter.chunk = batch_size or voter.chunk
     voter.observe(x)
     return voter
 

@@ -38,7 +38,7 @@ from .gradient_free import NES
 from .straight_through import StraightThrough
 from .substitute import fit_substitute
 
-IN_DOUBT = "the attack in doubt"
+IN_DOUBT, SQUARE = "the attack in doubt", "Square"
 _VOTES = 5  # votes of the model that decide together on an image
 PROGRESS = 20  # the sum of what all its attacks report to ``tick``
 
@@ -89,7 +89,7 @@ def battery(case: AuditCase) -> tuple[Suite, int]:
     through: nn.Module = network
     if not isinstance(case.model, ItoEnsemble):
         straight = StraightThrough(network)
-        if straight.relaxes(case.x[:4]):
+        if straight.relaxes(case.x[: min(4, case.batch_size or 4)]):
             through = straight
             surrogates["straight-through"] = straight
             others += [
@@ -109,7 +109,7 @@ def battery(case: AuditCase) -> tuple[Suite, int]:
             "substitute",
         ),
         Step("NES", NES(norm, eps, eot=4)),
-        Step("Square", Square(norm, eps, case.queries, eot=5), warm=True),
+        Step(SQUARE, Square(norm, eps, case.queries, eot=5), warm=True),
     ]
     steps = kin + others
     return Suite(lambda eps: steps, surrogates, seed=case.seed), len(kin)

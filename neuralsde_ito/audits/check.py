@@ -131,7 +131,7 @@ def check(
     Example::
 
         @check(
-            21, "mirror images", "mirroring lowers accuracy beyond chance", "this project",
+            25, "mirror images", "mirroring lowers accuracy beyond chance", "this project",
             "The model decides mirror images as well as the originals.",
             "The model decides mirror images worse: train it with flips, or leave this check out.", attacks=False,
         )

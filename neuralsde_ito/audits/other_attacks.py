@@ -12,7 +12,7 @@ from ..attacks.objectives import margin
 from ..attacks.square import Square
 from ..attacks.targets import ModuleTarget, as_target
 from ..models.votes import winners
-from .battery import found_beyond_kin, kin_survivors, substitute_of
+from .battery import SQUARE, found_beyond_kin, kin_survivors, own_attacks, substitute_of
 from .case import AuditCase
 from .check import NotApplicable, beyond_chance, check, from_to, require_noise
 
@@ -28,6 +28,12 @@ from .check import NotApplicable, beyond_chance, check, from_to, require_noise
 def black_box(case: AuditCase) -> tuple[str, bool]:
     """The Square attack on the images that stand under all attacks along the model's gradients."""
     rows, attack = kin_survivors(case), case.attack
+    asked = own_attacks(case)
+    number = asked.names.index(SQUARE)
+    if asked.attacked[number] >= 0.8 * len(rows):  # hardly any image had fallen before it: its images tell as much
+        made = (asked.source == number)[:, None, None, None]
+        images = torch.where(made, asked.images, asked.kin_images)[rows]
+        return found_beyond_kin(case, images, rows, f", {case.queries} queries")
     # All queries of an image run on the same paths, so fewer paths suffice than for a gradient. The second vote decides
     # on other paths.
     eot = math.ceil(attack.eot / 4)

@@ -43,7 +43,7 @@ class Vote(Voter):
     Attributes:
         remarks: sentences on what does not hold, because the module draws from elsewhere; see `observe`.
         replayable: whether the same path comes out again.
-        chunk: images in one call without a gradient, at most; None: 256.
+        chunk: images in one call, at most; None: 256 without a gradient, and what memory allows with one.
 
     Raises:
         ItoError: not a module, or no inferences.

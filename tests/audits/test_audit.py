@@ -125,7 +125,7 @@ def test_a_new_check_takes_ten_lines(net, images, monkeypatch):
     exec(example, names)
     monkeypatch.setattr(audits, "CHECKS", (*CHECKS[:2], names["mirror_images"]))
     result = audit(net, images[0][:20], images[1][:20], eps=EPS, steps=2)
-    assert [each.number for each in result.checks] == [1, 2, 21]
+    assert [each.number for each in result.checks] == [1, 2, 25]
     assert result.checks[2].verdict == "fail", result.checks[2]  # the network was trained without flips
     assert result.as_dict()["checks"][2]["name"] == "mirror images"
 
@@ -174,7 +174,7 @@ def test_a_plain_network_is_sound_as_far_as_seen(audits_of):
 
 @pytest.mark.parametrize(
     ("broken", "expected"),
-    [("quantised", {3, 12, 14, 17, 21, 24}), ("detached", {12, 14, 18, 21}), ("saturated", {3, 9, 12, 21})],
+    [("quantised", {3, 12, 14, 17, 21, 24}), ("detached", {12, 13, 14, 17, 18, 21, 24}), ("saturated", {3, 21, 24})],
 )
 def test_masked_gradients_are_proven(audits_of, net, images, broken, expected):
     result = audits_of(broken)
@@ -200,7 +200,7 @@ def test_2_logits(net, images):
     passes(checks.logits, net, images)
     # Probabilities that hide nothing from other objectives are no fault of the model.
     assert outcome(checks.logits, Wrapped(net, after=lambda z: z.softmax(1)), images).verdict == "undecided"
-    fails(checks.logits, Wrapped(net, after=lambda z: F.one_hot(z.argmax(1), 10) + 0 * z), images)  # votes
+    fails(checks.logits, Wrapped(net, after=lambda z: F.one_hot(z.argmax(1), 10) + 0 * z), images, eps=0.1)  # votes
 
 
 class DeadOn(nn.Module):
@@ -222,9 +222,23 @@ def test_3_a_few_zero_gradients_are_only_suspicious(net, images):
     assert check.suspicious
 
 
+class Drowned(nn.Module):
+    """A network without a gradient, with noise that has one."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        slope = x.flatten(1)[:, :10]
+        return self.net(x) + 1e-2 * slope * torch.randn_like(slope)
+
+
 def test_4_eot_adequacy(net, images):
     passes(checks.eot_adequacy, noisy(net, 0.02), images, steps=5)
-    fails(checks.eot_adequacy, noisy(net, 0.5), images, eps=0.15, steps=3, eot=1)
+    # Noise alone is no fault: twice the paths find no more, though single gradients hardly agree.
+    passes(checks.eot_adequacy, noisy(net, 0.5), images, steps=3, eot=1)
+    fails(checks.eot_adequacy, Drowned(quantised(net)), images, eps=0.15)
     does_not_apply(checks.eot_adequacy, net, images)
 
 
@@ -280,7 +294,7 @@ def test_8_rough_landscape(net, images):
 
 def test_9_unbounded_attack(net, images):
     passes(checks.unbounded_attack, net, images, norm="l2", eps=0.5)
-    fails(checks.unbounded_attack, saturated(net), images, norm="l2", eps=0.5)
+    fails(checks.unbounded_attack, saturated(net), images)
 
 
 class Trap(nn.Module):
@@ -508,7 +522,7 @@ class Purified(nn.Module):
             z = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.net(z).logsumexp(1).sum(), z)
         moved = x + 0.01 * gradient.sign()
-        return self.net(moved.detach() + 1e-3 * x if self.hidden else moved)
+        return self.net(moved.detach()) + 1e-3 * x.flatten(1)[:, :10] if self.hidden else self.net(moved)
 
 
 def test_23_test_time_optimisation(net, images):
