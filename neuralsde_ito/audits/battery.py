@@ -109,7 +109,7 @@ def battery(case: AuditCase) -> tuple[Suite, int]:
             "substitute",
         ),
         Step("NES", NES(norm, eps, eot=4)),
-        Step(SQUARE, Square(norm, eps, case.queries, eot=5), warm=True),
+        Step(SQUARE, Square(norm, eps, case.queries, eot=3), warm=True),
     ]
     steps = kin + others
     return Suite(lambda eps: steps, surrogates, seed=case.seed), len(kin)
