@@ -368,8 +368,9 @@ def _sentences(report: dict[str, Any]) -> None:
     known = [entry["ito"]["noises"]["known"]["gradients"] for entry in report["attacked"] if entry["ito"]["noises"]]
     output.worst_sentence()
     output.sentence(
-        "Each attack runs on the images that are not yet denied, by votes on noise of the selection. Images that are "
-        "denied without a wrong answer are then attacked for evasion. Survivors: the images of a row that it did not "
+        "Each attack runs on the images that are not yet denied, by votes on noise of the selection; the searches by "
+        "PGD through the model also on those that are denied by fewer than 70 % of the votes. Images that are denied "
+        "without a wrong answer are then attacked for evasion. Survivors: the images of a row that it did not "
         f"fool, in % of all images. Report: the decision on the best candidate of each image, {paths}{votes}. "
         f"Candidates, not labels, are carried to larger radii. {paired}{gradients:,} gradients and {queries:,} "
         f"queries in {report['seconds']:.0f} s."
