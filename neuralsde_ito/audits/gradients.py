@@ -91,7 +91,7 @@ def zero_gradients(case: AuditCase) -> tuple[str, bool]:
     if not bool(bad.any()):
         return figure, False
     note = "Some gradients vanish, yet attacks that follow none find no more: compare with the objective dlr."
-    return suspicion(case, figure, float(bad.double().mean()) > 0.5, note)
+    return suspicion(case, figure, bool(odd.any()) or float(bad.double().mean()) > 0.5, note)
 
 
 @check(
@@ -111,6 +111,8 @@ def eot_adequacy(case: AuditCase) -> tuple[str, bool]:
     cosine = float(F.cosine_similarity(first, second).nan_to_num(-1.0).median())
     if cosine >= 0.9:
         return f"cosine {cosine:.3f}", False
+    if not bool(first.isfinite().all(1).any()):
+        return f"cosine {cosine:.3f}: no gradient is finite", True
     twice = case.judge(replace(case.attack, eot=2 * case.attack.eot)).correct
     finding = Finding(case.white_box.correct, twice, len(case.correct_rows), KIN_SHARE, True)
     return f"cosine {cosine:.3f}; {from_to(case.white_box.correct, twice)}", finding.beyond or own_attacks(case).masked

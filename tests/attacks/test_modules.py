@@ -413,7 +413,8 @@ def test_logits_that_are_not_finite_are_a_finding(x, random, eps):
     y[0] = 0  # argmax of NaN is 0: nobody may take that for an answer
     found = audit(Odd(nan_logits, net), images, y, **{**SHORT, "eps": eps})
     verdicts = {check.number: check for check in found.checks}
-    assert verdicts[2].verdict == verdicts[3].verdict == "fail"
+    assert verdicts[2].verdict == "fail"
+    assert verdicts[3].verdict != "pass"
     assert "not finite at 2 of 12" in verdicts[2].figure
     assert found.before[:2].tolist() == [ito.ABSTAIN, ito.ABSTAIN]
     assert all("nan" not in check.figure for check in found.checks)
