@@ -3,7 +3,7 @@
 Each defence is put into the same residual network and trained for a short time. Five columns judge it on the same
 images and radius: no attack, the protocol under which it was published, EOTPGD (torchattacks), AutoAttack and the suite
 of this project. Every figure is a vote on noise that the attack has not seen. The last column is the audit's verdict. A
-finished cell is kept in ``CACHE/DATA.jsonl`` and not made again; ``--redo suite,audit`` makes these columns again.
+finished cell is kept in ``CACHE/DATA-EPS.jsonl`` and not made again; ``--redo suite,audit`` makes these columns again.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def images(args: argparse.Namespace, part: str) -> tuple[Tensor, Tensor]:
 
 def cell(column: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One cell: which images are right, gradients an image; or the audit's verdict."""
-    (model, net), (x, y), eps = defended(name, args), images(args, "test"), RADII[args.data]
+    (model, net), (x, y), eps = defended(name, args), images(args, "test"), args.eps
     voter, module = as_voter(model, INFERENCES), DEFENCES[name][0]
     voter.observe(x)
     gradients, start = 0, time.time()
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--data", choices=tuple(RADII), default="digits")
     parser.add_argument("--folder", type=Path, help="cifar10-jpeg: the folder of images")
     parser.add_argument("--weights", type=Path, help="cifar10-jpeg: resnet20-12fca82f.th")
+    parser.add_argument("--eps", type=float, help="radius of the attacks; default 0.1 (digits), 1/255 (cifar10-jpeg)")
     parser.add_argument("--n", type=int, default=100, help="images")
     parser.add_argument("--audited", type=int, default=50, help="images for the audit")
     parser.add_argument("--steps", type=int, default=1000, help="of training")
@@ -200,14 +201,15 @@ def main() -> None:
     parser.add_argument("--redo", default="", help="columns that are made again")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    file = args.cache / f"{args.data}.jsonl"
+    args.eps = args.eps or RADII[args.data]  # training keeps its own
+    file = args.cache / f"{args.data}-{args.eps:.3g}.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     rows = {(row["name"], row["column"]): row for row in map(json.loads, lines)}
     for column in filter(None, args.columns.split(",")):
         for name in DEFENCES:
             if args.only in name and ((name, column) not in rows or column in args.redo.split(",")):
                 torch.manual_seed(0)
-                row = {"name": name, "column": column, "eps": RADII[args.data], "n": args.n}
+                row = {"name": name, "column": column, "eps": args.eps, "n": args.n}
                 row |= cell(column, name, args)
                 rows[name, column] = row
                 file.parent.mkdir(parents=True, exist_ok=True)
