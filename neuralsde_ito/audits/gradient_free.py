@@ -46,7 +46,9 @@ class NES(Attack):
             mean = gradient.abs().mean((1, 2, 3), keepdim=True)
             velocity = self.momentum * velocity + gradient / mean.where(mean > 0, torch.ones_like(mean))
             length = 2.5 * self.eps / self.steps
-            active.iterate = self.project(active.iterate + length * ball.steepest(velocity), active.origin)
+            active.iterate = self.project(
+                active.iterate + length * ball.steepest(velocity, active.iterate), active.origin
+            )
             (velocity,) = active.drop(fooled, velocity)
 
     def _gradient(self, active: ActiveSet, step: int) -> Tensor:

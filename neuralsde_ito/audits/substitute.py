@@ -102,7 +102,7 @@ def _steps_on(network: nn.Module, x: Tensor, clean: Tensor, norm: str, eps: floa
             z = z.detach().requires_grad_()
             loss = F.cross_entropy(network(z), target, reduction="sum")
             (gradient,) = torch.autograd.grad(loss if aim is None else -loss, z)
-            z = ball.project(z + 0.35 * eps * ball.steepest(gradient), x, 1.2 * eps).clamp(0, 1)
+            z = ball.project(z + 0.35 * eps * ball.steepest(gradient, z), x, 1.2 * eps).clamp(0, 1)
             if step in (1, 3, 5):
                 images.append(z.detach())
     return torch.cat(images)
