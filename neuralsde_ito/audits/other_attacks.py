@@ -30,7 +30,9 @@ def black_box(case: AuditCase) -> tuple[str, bool]:
     rows, attack = kin_survivors(case), case.attack
     asked = own_attacks(case)
     number = asked.names.index(SQUARE)
-    if asked.attacked[number] >= 0.8 * len(rows):  # hardly any image had fallen before it: its images tell as much
+    # Queries of a randomised model are dear. They are not made again where hardly any image had fallen before them, or
+    # where the verdict no longer hangs on them.
+    if asked.attacked[number] >= 0.8 * len(rows) or (case.randomised and asked.masked):
         made = (asked.source == number)[:, None, None, None]
         images = torch.where(made, asked.images, asked.kin_images)[rows]
         return found_beyond_kin(case, images, rows, f", {case.queries} queries")

@@ -31,6 +31,18 @@ class Claims(Function):
         return torch.zeros_like(gradient)
 
 
+class Asks(Claims):
+    """Its forward asks more of its context than storage."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone() if ctx.needs_input_grad[0] else x + 0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
 claims = Claims.apply  # bound before anything looks at the class
 
 
@@ -95,6 +107,12 @@ def test_a_network_without_such_steps_keeps_its_gradient():
     assert not through.relaxes(x)
     gradients = [torch.autograd.grad(m(z := x.clone().requires_grad_()).sum(), z)[0] for m in (net, through)]
     assert torch.equal(*gradients)
+
+
+def test_a_function_whose_forward_cannot_be_repeated_keeps_its_claim():
+    x = torch.rand(2, 1, 2, 5).requires_grad_()
+    (gradient,) = torch.autograd.grad(StraightThrough(Through(Asks.apply))(x).sum(), x)
+    assert torch.equal(gradient, torch.full_like(x, 2))
 
 
 # --- without gradients ----------------------------------------------------------------------------------
