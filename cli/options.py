@@ -289,8 +289,7 @@ class DefenderOptions(RunOptions):
         """
         if self.model is None:
             without_effect({"data"}, "Without --model", "leave it out, a run has data of its own")
-            opened = self.open()
-            return Defender(opened.run, opened.device, opened.ensemble, opened.resnet)
+            return self.open()
         without_effect({"run"}, "With --model")
         return open_model(self)
 
@@ -304,33 +303,6 @@ a_model = stacked(
     click.option("--data", metavar="NAME|DIR", help="With --model: digits, cifar10, cifar100, or a folder of images."),
 )
 defender = gathered("chosen", DefenderOptions, on_run, a_model, votes)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A finished run with its networks on a device.
-
-    Attributes:
-        run: the run.
-        device: where the networks are.
-        ensemble: with the number of inferences and the rule that the flags ask for.
-        resnet: the ResNet from which the members began.
-    """
-
-    run: Run
-    device: torch.device
-    ensemble: ItoEnsemble
-    resnet: nn.Sequential
-
-    @property
-    def config(self) -> Config:
-        """The run's configuration."""
-        return self.run.config
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return self.run.folder
 
 
 @dataclass(frozen=True)
@@ -396,6 +368,18 @@ class Defender:
             raise ItoError(f"{whose} for {norm}: give --eps.")
         labels = {parse_eps(text): text for text in reversed(written)}
         return dict(sorted(labels.items()))
+
+
+@dataclass(frozen=True)
+class Opened(Defender):
+    """A finished run with its networks on a device.
+
+    Attributes:
+        ensemble: with the number of inferences and the rule that the flags ask for.
+    """
+
+    ensemble: ItoEnsemble
+    resnet: nn.Sequential
 
 
 def open_model(chosen: DefenderOptions) -> Defender:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -135,9 +136,7 @@ class Vote(Voter):
     def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
         """See `Voter.path_logits`. Each path is one call of the module."""
         self.observe(x.detach())
-        return self._logits(
-            x, PathRange(paths.seed, paths.purpose, image_names(paths.index, x), paths.first, paths.count)
-        )
+        return self._logits(x, replace(paths, index=image_names(paths.index, x)))
 
     def _logits(self, x: Tensor, paths: PathRange) -> Tensor:
         if not self._noisy:

@@ -25,7 +25,7 @@ _WHOLE = ("aten::randperm", "aten::_cudnn_rnn", "aten::lstm", "aten::gru", "aten
 
 
 class Replay(TorchDispatchMode):
-    """Inside, torch's random operations draw what the keys name. Gradients pass as usual.
+    """Inside, torch's random operations draw what the keys name, from whatever generator. Gradients pass as usual.
 
     Args:
         keys: int64 ``(N,)``, one for each image of the batch, for draws of which the first size is ``N``.
@@ -33,20 +33,18 @@ class Replay(TorchDispatchMode):
 
     Attributes:
         draws: operations that drew, so far.
-        own_generator: whether one of them asked for a generator of its own; it gets the addressed numbers instead.
     """
 
     def __init__(self, keys: Tensor, common: Tensor) -> None:
         super().__init__()
         self.keys, self.common = keys.cpu(), common.cpu()
-        self.draws, self.own_generator = 0, False
+        self.draws = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        self.own_generator |= kwargs.get("generator") is not None
-        if "generator" in kwargs:
+        if "generator" in kwargs:  # one of the module's own: the addressed numbers take its place
             kwargs["generator"] = None
         self.draws += 1
         generator = _generator(args, kwargs)
