@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from ..attacks.norms import BALLS, check_eps
 from ..attacks.pgd import PGD
 from ..attacks.suite_run import SuiteRun
+from ..models.inspection import check_weights
 from ..models.vote import Vote, as_voter
 from ..models.voting import Voter
 from ..outcomes import Outcomes, Rate
 from ..validation import ItoError, check_images, recordable, shown
 from . import battery, binarisation, gradients, optimisation, other_attacks, reporting
-from .case import AuditCase, WithoutGradient, gives_gradient, input_gradients_only
+from .case import AuditCase, WithoutGradient, check_precision, gives_gradient, input_gradients_only
 from .check import FAIL, NOT_APPLICABLE, PASS, UNDECIDED, Check, RunCheck
 
 CHECKS: tuple[RunCheck, ...] = (  # in the order of their numbers
@@ -290,6 +291,8 @@ def _voter(model: nn.Module, x: Tensor, batch_size: int | None) -> Voter:
         raise ItoError(f"A model must be an nn.Module, got {shown(model)}; wrap a function in one.")
     voter = as_voter(model)
     check_images(x, voter.channels)
+    check_precision(x)
+    check_weights(voter)
     if isinstance(voter, Vote) and not gives_gradient(voter.module, x):
         voter = Vote(WithoutGradient(voter.module), voter.inferences, voter.rule)
     if isinstance(voter, Vote):

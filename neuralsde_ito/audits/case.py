@@ -120,6 +120,18 @@ def input_gradients_only(model: nn.Module) -> Iterator[None]:
                 p.requires_grad_(True)
 
 
+def check_precision(x: Tensor) -> None:
+    """Refuse images in half precision.
+
+    Raises:
+        ItoError: they are not in float32 or float64.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ItoError(
+            f"An attack's steps are lost in {x.dtype}: give the images in float32, and let the model convert them."
+        )
+
+
 def gives_gradient(model: nn.Module, x: Tensor) -> bool:
     """Whether any gradient comes back from a module's output to images ``(N, C, H, W)``."""
     with torch.enable_grad(), as_called(model):
@@ -177,10 +189,7 @@ class AuditCase:
                 raise ItoError(f"A model must be an nn.Module, got {shown(network)}; wrap a function in one.")
         self.model = as_voter(model)
         _check_channels(self.model, x)
-        if x.dtype not in (torch.float32, torch.float64):
-            raise ItoError(
-                f"An attack's steps are lost in {x.dtype}: give the images in float32, and let the model convert them."
-            )
+        check_precision(x)
         self.x, self.y, self.attack, self.seed = x.detach(), check_labels(y, len(x)).to(x.device), attack or PGD(), seed
         self.index = image_names(index, x)
         if len(self.index.unique()) < len(x):

@@ -445,7 +445,9 @@ def test_rough_where_the_loss_is_no_number(x):
         case = AuditCase(model, x, y, PGD(eps=1e-6, steps=1))
         case.__dict__["survivors"] = torch.arange(12)
         _ = case.white_box
-        assert checks.rough_landscape(case).verdict == "fail"
+        rough = checks.rough_landscape(case)  # a sign: no attack proves it
+        assert rough.verdict == "undecided"
+        assert rough.suspicious
 
 
 def test_a_loss_that_is_not_finite_has_not_come_to_rest(x):
@@ -523,7 +525,9 @@ def test_logits_in_half_precision(x, dtype):
     assert found.checks[1].verdict == "pass"
     assert found.checks[17].verdict != "fail"
     halves = Odd(lambda logits, _: logits.softmax(1).to(dtype), net)
-    assert audit(halves, x, y, **SHORT).checks[1].verdict == "fail"  # probabilities still, to their precision
+    assert (
+        audit(halves, x, y, **SHORT).checks[1].verdict == "undecided"
+    )  # a sign: probabilities still, to their precision
 
 
 def test_images_in_double_precision(x):

@@ -14,7 +14,7 @@ import neuralsde_ito as ito
 from neuralsde_ito import ItoEnsemble, files
 from neuralsde_ito.audits import bundle
 from neuralsde_ito.files import write_atomically
-from neuralsde_ito.models.ensemble import Prediction
+from neuralsde_ito.models.voting import Prediction
 
 
 @pytest.fixture
