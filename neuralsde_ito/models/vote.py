@@ -152,7 +152,7 @@ class Vote(Voter):
             x, index = (torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) for t in (x, index))
             return self._call(x, seed, purpose, number, index)[:-more]
         keys = make_keys(seed, purpose, 0, number, index)
-        common = make_keys(seed, purpose, 1, number)  # there is no second member: no image has this key
+        common = int(make_keys(seed, purpose, 1, number))  # there is no second member: no image has this key
         with replayed(keys, common, self._others):
             return answers(self.module, x)
 

@@ -61,6 +61,11 @@ def absorb(state: Tensor, field: Tensor | int) -> Tensor:
     return mix_(state * M1 + _mixed_integer(field))
 
 
+def absorb_integer(state: int, field: int) -> int:
+    """`absorb` of integers alone: the same number, without a tensor."""
+    return _mixed_integer(state * M1 + _mixed_integer(field) - GOLDEN)
+
+
 def _mixed_integer(field: int) -> int:
     """`mix_` of ``field`` plus the increment, in Python's integers: any 64 bits, signed or not."""
     z = (int(field) + GOLDEN) % 2**64
@@ -75,7 +80,7 @@ def fold_address(address: tuple[int, ...]) -> int:
     """One number for an address: the fields mixed in one after the other, as in a key."""
     state = len(address)
     for field in address:
-        state = _mixed_integer(state * M1 + _mixed_integer(field) - GOLDEN)
+        state = absorb_integer(state, field)
     return state
 
 
@@ -102,11 +107,16 @@ def make_keys(
         ItoError: an unknown purpose, or a tensor that does not hold whole numbers.
     """
     one_of("purpose", purpose, PURPOSES)
-    device = next((f.device for f in (index, inference, member, seed) if isinstance(f, Tensor)), None)
-    state = torch.full((), PURPOSES.index(purpose) + 1, dtype=torch.int64, device=device)
-    for field in (seed, member, inference, index):
-        state = absorb(state, field)
-    return state
+    fields = (seed, member, inference, index)
+    device = next((f.device for f in reversed(fields) if isinstance(f, Tensor)), None)
+    folded, state = PURPOSES.index(purpose) + 1, None
+    for field in fields:
+        if state is None and not isinstance(field, Tensor):  # the first fields need no tensor
+            folded = absorb_integer(folded, field)
+        else:
+            state = torch.tensor(folded, device=device) if state is None else state
+            state = absorb(state, field)
+    return torch.tensor(folded, device=device) if state is None else state
 
 
 @outside_of_graphs

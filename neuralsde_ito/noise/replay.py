@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .keys import absorb
+from .keys import absorb, absorb_integer
 
 # Draws that are no rows: a permutation of as many elements as there are images is still one permutation.
 _WHOLE = ("aten::randperm", "aten::_cudnn_rnn", "aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu")
@@ -29,15 +29,15 @@ class Replay(TorchDispatchMode):
 
     Args:
         keys: int64 ``(N,)``, one for each image of the batch, for draws of which the first size is ``N``.
-        common: int64 without dimension, for all other draws.
+        common: one key, for all other draws.
 
     Attributes:
         draws: operations that drew, so far.
     """
 
-    def __init__(self, keys: Tensor, common: Tensor) -> None:
+    def __init__(self, keys: Tensor, common: int) -> None:
         super().__init__()
-        self.keys, self.common = keys.cpu(), common.cpu()
+        self.keys, self.common = keys.cpu(), common
         self.draws = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -50,7 +50,7 @@ class Replay(TorchDispatchMode):
         generator = _generator(args, kwargs)
         n = len(self.keys)
         if func._schema.name in _WHOLE or not any(_rows(value) == n for value in args):
-            generator.manual_seed(int(absorb(self.common, self.draws)))
+            generator.manual_seed(absorb_integer(self.common, self.draws))
             return func(*args, **kwargs)
         rows = []
         for i, seed in enumerate(absorb(self.keys, self.draws).tolist()):
@@ -111,7 +111,7 @@ def global_generators() -> Iterator[Callable[[], list[str]]]:
 
 
 @contextmanager
-def replayed(keys: Tensor, common: Tensor, others: bool = False) -> Iterator[Replay]:
+def replayed(keys: Tensor, common: int, others: bool = False) -> Iterator[Replay]:
     """`Replay`, after which all global generators are as before.
 
     Args:
@@ -124,6 +124,6 @@ def replayed(keys: Tensor, common: Tensor, others: bool = False) -> Iterator[Rep
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []))
         if others:
             stack.enter_context(global_generators())
-            random.seed(int(common))
-            np.random.seed(int(common) % 2**32)  # noqa: NPY002
+            random.seed(common)
+            np.random.seed(common % 2**32)  # noqa: NPY002
         yield stack.enter_context(Replay(keys, common))
