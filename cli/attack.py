@@ -14,6 +14,7 @@ from . import options, output
 
 if TYPE_CHECKING:
     from neuralsde_ito.attacks import PGD
+    from neuralsde_ito.attacks.precision import PrecisionTrial
     from neuralsde_ito.attacks.sweep import Sweep
 
 
@@ -86,6 +87,7 @@ class Asked:
     click.option("--objective", type=options.one_objective, help="What the attack raises.  [default: mean-loss]"),
     click.option("--random-start/--no-random-start", default=None, help="Begin at a random point of the ball."),
 )
+@options.precision
 @click.option(
     "--surrogate",
     "surrogates",
@@ -111,6 +113,7 @@ class Asked:
 def command(
     chosen: options.DefenderOptions,
     asked: Asked,
+    precision: str,
     surrogates: tuple[str, ...],
     limit: int | None,
     seed: int | None,
@@ -140,11 +143,12 @@ def command(
         asked.at(parse_eps(text))
     opened, norm = chosen.defender(), asked.norm
     labels = opened.radii(norm, asked.radii)
-    attacks = [asked.at(eps) for eps in labels]
     names = surrogates or (SURROGATES if opened.resnet else SURROGATES[:1])
     images = load_dataset(opened.config, train_limit=1, test_limit=limit or opened.config.attack.images)
     seed = opened.config.seed if seed is None else seed
     options.check_folder(opened.folder)
+    trial = opened.in_precision(precision, images)
+    attacks = [replace(asked.at(eps), precision=trial.precision) for eps in labels]
     if save is not None:
         for text in labels.values():
             options.check_file(save / f"{output.radius_name(norm, text)}.safetensors")
@@ -173,7 +177,7 @@ def command(
     output.describe_defender(opened)
     _table(sweep, attacks[0], labels, images.name)
     click.echo()
-    _sentences(sweep, attacks, seconds)
+    _sentences(sweep, attacks, seconds, trial)
     click.echo(f"\nPicture   {record.with_suffix('.png')}")
     click.echo(f"Record    {record}")
     if save is not None:
@@ -215,7 +219,7 @@ def _table(sweep: Sweep, attack: PGD, labels: dict[float, str], data: str) -> No
     output.table(rows, headers)
 
 
-def _sentences(sweep: Sweep, attacks: list[PGD], seconds: float) -> None:
+def _sentences(sweep: Sweep, attacks: list[PGD], seconds: float, trial: PrecisionTrial) -> None:
     """What was done, what it cost, and what the columns mean."""
     first = attacks[0]
     start = "a random start" if first.random_start else "the image itself"
@@ -246,6 +250,7 @@ def _sentences(sweep: Sweep, attacks: list[PGD], seconds: float) -> None:
         f"leave less.{paired}"
     )
     output.invalid_sentence(sweep.invalid)
+    output.precision_sentence(trial)
     output.sentence(
         "Next: 'ito-sde suite' attacks more strongly; 'ito-sde audit' checks whether figures can be trusted."
     )

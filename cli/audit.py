@@ -60,6 +60,7 @@ white_box = options.gathered(
 @click.command("audit")
 @options.defender
 @white_box
+@options.precision
 @click.option("--queries", type=int, default=500, show_default=True, help="Queries an image of the black-box attack.")
 @click.option("--draws", type=int, default=10_000, show_default=True, help="Random points in the ball, in all.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="Use N test images.")
@@ -73,6 +74,7 @@ def command(
     context: click.Context,
     chosen: options.DefenderOptions,
     attack: WhiteBoxOptions,
+    precision: str,
     queries: int,
     draws: int,
     limit: int,
@@ -102,6 +104,7 @@ def command(
     *_, eps = opened.radii(attack.norm, (attack.eps,) if attack.eps else (), also=False).values()
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)
     settings |= {"seed": opened.config.seed if seed is None else seed, "queries": queries, "draws": draws}
+    trial = opened.in_precision(precision, images)
     index, x, y = next(images.test.batches(len(images.test), opened.device))
     if bundle is not None:
         options.check_folder(bundle, new=True)
@@ -117,6 +120,7 @@ def command(
             surrogates={} if opened.resnet is None else {"resnet": opened.resnet},
             evidence=bundle is not None,
             tick=bar.update,
+            precision=trial.precision,
             **settings,
         )
     report = _about(opened, images.name, settings, round(time.monotonic() - start, 1)) | result.as_dict()
@@ -131,6 +135,7 @@ def command(
     else:
         output.describe_defender(opened)
         _print(result, eps, report, html)
+        output.precision_sentence(trial)
         if bundle is not None:
             model = f" --model {opened.model} --data {chosen.data}" if opened.model else ""
             click.echo(f"Evidence  {bundle}    (check it: ito-sde verify {bundle}{model})")

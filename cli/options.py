@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from neuralsde_ito.attacks.precision import PrecisionTrial
+    from neuralsde_ito.data import Dataset
     from neuralsde_ito.models.ensemble import ItoEnsemble
     from neuralsde_ito.models.voting import Voter
     from neuralsde_ito.runs.config import Config
@@ -42,6 +44,7 @@ SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 NOISES = ("fresh", "fixed", "known")
 PEERS = ("foolbox", "torchattacks", "autoattack")
 RULES = ("hierarchical", "flat")
+PRECISIONS = ("float32", "bfloat16")
 ARCHITECTURES = (
     *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
     *("cifar-resnet18", "cifar-resnet34", "cifar-resnet50"),
@@ -220,6 +223,13 @@ runs_root = click.option(
 )
 device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 norm = click.option("--norm", type=one_norm, default="linf", show_default=True, help="Norm of the perturbation.")
+precision = click.option(
+    "--precision",
+    type=click.Choice(("auto", *PRECISIONS)),
+    default=PRECISIONS[0],
+    show_default=True,
+    help="Of gradients. auto: whichever a short trial finds quicker; decisions are float32 either way.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 seed = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the noise.  [default: the run's]", metavar="N"
@@ -368,6 +378,17 @@ class Defender:
             raise ItoError(f"{whose} for {norm}: give --eps.")
         labels = {parse_eps(text): text for text in reversed(written)}
         return dict(sorted(labels.items()))
+
+    def in_precision(self, asked: str, images: Dataset) -> PrecisionTrial:
+        """The precision of gradients: the one that was asked for, or for ``auto`` what a trial on test images says."""
+        from neuralsde_ito.attacks.precision import PrecisionTrial, try_precisions
+
+        if asked != "auto":
+            return PrecisionTrial(asked, "")
+        _, x, y = next(images.test.batches(32, self.device))
+        # Processes that share the work need one answer.
+        first: PrecisionTrial = world().gather(try_precisions(self.ensemble, x, y))[0]
+        return first
 
 
 @dataclass(frozen=True)

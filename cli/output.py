@@ -19,6 +19,7 @@ from neuralsde_ito.sde.schedules import Schedule
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from neuralsde_ito.attacks.precision import PrecisionTrial
     from neuralsde_ito.outcomes import Outcomes, Paired, Rate
     from neuralsde_ito.runs.config import Config
     from neuralsde_ito.runs.evaluate import Evaluation
@@ -101,6 +102,13 @@ def invalid_sentence(invalid: int, before: str = "") -> None:
     """Print how many inferences were invalid and cast no vote; nothing if all are valid."""
     if invalid:
         sentence(f"{before}{count(invalid, 'inference')} had logits that are not finite and voted for nobody.")
+
+
+def precision_sentence(trial: PrecisionTrial) -> None:
+    """Print in which precision gradients were taken, and why; nothing where it is the default and nobody asked."""
+    if trial.why or trial.precision != "float32":
+        why = f" {trial.why}" if trial.why else ""
+        sentence(f"Gradients were taken in {trial.precision}, decisions in float32.{why}")
 
 
 def seconds(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,6 +73,7 @@ class Asked:
     metavar="N",
     help="Attack N test images, a fixed choice.  [default: the run's]",
 )
+@options.precision
 @click.option("--resume", is_flag=True, help="Go on where the same command was interrupted.")
 @click.option(
     "--bundle",
@@ -92,6 +93,7 @@ def command(
     chosen: options.DefenderOptions,
     asked: Asked,
     limit: int | None,
+    precision: str,
     resume: bool,
     bundle: Path | None,
     peers: tuple[str, ...],
@@ -123,9 +125,10 @@ def command(
     opened, norm = chosen.defender(), asked.norm
     labels = opened.radii(norm, asked.radii, also=not asked.radii)
     seed = opened.config.seed if asked.seed is None else asked.seed
-    settings = asked.settings(tuple(sorted(labels)), seed)
     data = load_dataset(opened.config, train_limit=1, test_limit=limit or opened.config.attack.images)
     options.check_folder(opened.folder)
+    trial = opened.in_precision(precision, data)
+    settings = replace(asked.settings(tuple(sorted(labels)), seed), precision=trial.precision)
     for text in labels.values():
         if bundle is not None:
             options.check_folder(bundle / output.radius_name(norm, text), new=True)
@@ -160,6 +163,7 @@ def command(
     ensemble = opened.ensemble
     output.describe_defender(opened)
     _tables(both, report, names)
+    output.precision_sentence(trial)
     click.echo(f"\nRecord    {record}")
     own = opened.config.ensemble
     vote = f" --inferences {ensemble.inferences}" if ensemble.inferences != own.inferences else ""
@@ -193,7 +197,7 @@ def _report(
         "command": output.command_line(),
         **opened.about,
         "suite": "standard",
-        **{key: said[key] for key in ("norm", "eps", "noise", "repeat", "effort", "seed", "batch_size")},
+        **{key: said[key] for key in ("norm", "eps", "noise", "repeat", "effort", "seed", "batch_size", "precision")},
         "data": data,
         "images": len(truth),
         "vote": opened.vote,

@@ -41,6 +41,28 @@ INLINE float logarithm(float u) {
     return (float)e * 0.693147181f + (m + m * m * r);
 }
 
+/* Numbers of a state: float32, or bfloat16, the upper half of a float32. They are widened before any arithmetic and rounded
+ * once, to the nearest even, at the end. `brief` is a constant wherever these are inlined. */
+INLINE float get(const void *x, int64_t i, int brief) {
+    if (!brief)
+        return ((const float *)x)[i];
+    const uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE void put(void *x, int64_t i, float value, int brief) {
+    uint32_t bits;
+    if (!brief) {
+        ((float *)x)[i] = value;
+        return;
+    }
+    memcpy(&bits, &value, sizeof bits);
+    bits += value == value ? 0x7fffu + (bits >> 16 & 1) : 0; /* a NaN that torch makes stays one without its lower half */
+    ((uint16_t *)x)[i] = (uint16_t)(bits >> 16);
+}
+
 INLINE void mix(union halves *out, const int64_t *elements, int64_t key, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         uint64_t word = (uint64_t)(key ^ elements[i]) * 0xBF58476D1CE4E5B9u;
@@ -86,18 +108,19 @@ INLINE void by_pixels(float *noise, const float *cosines, const float *sines, in
 /* out = x + scale * normals, for states of `rows` images with 2 * half numbers each. They are contiguous
  * (channels = 1), or channels_last with an even number of channels (at most 256) and of pixels. `elements` are in the
  * order of the state. `x` and `out` may be the same. */
-INLINE void add_normals(float *out, const float *x, const int64_t *keys, int64_t rows, const int64_t *elements,
-                        int64_t half, int64_t channels, float scale) {
+INLINE void add(void *out, const void *x, const int64_t *keys, int64_t rows, const int64_t *elements, int64_t half,
+                int64_t channels, float scale, int brief) {
     float cosines[TILE], sines[TILE], noise[2 * TILE];
     const int64_t pairs = channels / 2, most = TILE / channels * channels;
-    for (int64_t row = 0; row < rows; row++, out += 2 * half, x += 2 * half)
+    for (int64_t row = 0; row < rows; row++)
         for (int64_t from = 0; from < half; from += most) {
+            const int64_t first = 2 * half * row + from, second = first + half, pixels = 2 * half * row + 2 * from;
             const int64_t n = half - from < most ? half - from : most;
             box_muller(cosines, sines, elements, keys[row], half, from, n, scale);
             if (channels == 1)
                 for (int64_t i = 0; i < n; i++) {
-                    out[from + i] = x[from + i] + cosines[i];
-                    out[half + from + i] = x[half + from + i] + sines[i];
+                    put(out, first + i, get(x, first + i, brief) + cosines[i], brief);
+                    put(out, second + i, get(x, second + i, brief) + sines[i], brief);
                 }
             else {
                 if (pairs == 8) /* a constant lets the compiler unroll the short loop */
@@ -105,28 +128,54 @@ INLINE void add_normals(float *out, const float *x, const int64_t *keys, int64_t
                 else
                     by_pixels(noise, cosines, sines, n, pairs);
                 for (int64_t i = 0; i < 2 * n; i++)
-                    out[2 * from + i] = x[2 * from + i] + noise[i];
+                    put(out, pixels + i, get(x, pixels + i, brief) + noise[i], brief);
             }
         }
 }
 
+INLINE void add_normals(void *out, const void *x, const int64_t *keys, int64_t rows, const int64_t *elements,
+                        int64_t half, int64_t channels, float scale, int brief) {
+    if (brief)
+        add(out, x, keys, rows, elements, half, channels, scale, 1);
+    else
+        add(out, x, keys, rows, elements, half, channels, scale, 0);
+}
+
 /* x = relu(x + skip), or relu(x) without a skip. `passed`, if it is given, receives which numbers went through; NaN
  * goes through. */
-INLINE void rectify(float *x, const float *skip, uint8_t *passed, int64_t n) {
+INLINE void rectify_all(void *x, const void *skip, uint8_t *passed, int64_t n, int brief) {
     for (int64_t i = 0; i < n; i++) {
-        const float sum = skip ? x[i] + skip[i] : x[i]; /* the compiler tests `skip` once, before the loop */
+        float sum = get(x, i, brief);
+        if (skip) /* the compiler tests `skip` once, before the loop */
+            sum += get(skip, i, brief);
         if (passed)
             passed[i] = !(sum <= 0.0f);
-        x[i] = sum <= 0.0f ? 0.0f : sum;
+        put(x, i, sum <= 0.0f ? 0.0f : sum, brief);
     }
 }
 
+INLINE void rectify(void *x, const void *skip, uint8_t *passed, int64_t n, int brief) {
+    if (brief)
+        rectify_all(x, skip, passed, n, 1);
+    else
+        rectify_all(x, skip, passed, n, 0);
+}
+
 /* x = x + skip (or x without a skip) where the number went through, otherwise 0. */
-INLINE void gate(float *x, const float *skip, const uint8_t *passed, int64_t n) {
+INLINE void gate_all(void *x, const void *skip, const uint8_t *passed, int64_t n, int brief) {
     for (int64_t i = 0; i < n; i++) {
-        const float sum = skip ? x[i] + skip[i] : x[i];
-        x[i] = passed[i] ? sum : 0.0f;
+        float sum = get(x, i, brief);
+        if (skip)
+            sum += get(skip, i, brief);
+        put(x, i, passed[i] ? sum : 0.0f, brief);
     }
+}
+
+INLINE void gate(void *x, const void *skip, const uint8_t *passed, int64_t n, int brief) {
+    if (brief)
+        gate_all(x, skip, passed, n, 1);
+    else
+        gate_all(x, skip, passed, n, 0);
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -154,10 +203,11 @@ INLINE void gate(float *x, const float *skip, const uint8_t *passed, int64_t n) 
 #endif
 
 /* If the parameters or their meaning change, change the name: then a library that was built earlier is not used. */
-PUBLIC(ito_add_normals_2, add_normals,
-       (float *out, const float *x, const int64_t *keys, int64_t rows, const int64_t *elements, int64_t half,
-        int64_t channels, float scale),
-       (out, x, keys, rows, elements, half, channels, scale))
-PUBLIC(ito_rectify_1, rectify, (float *x, const float *skip, uint8_t *passed, int64_t n), (x, skip, passed, n))
-PUBLIC(ito_gate_1, gate, (float *x, const float *skip, const uint8_t *passed, int64_t n),
-       (x, skip, passed, n))
+PUBLIC(ito_add_normals_3, add_normals,
+       (void *out, const void *x, const int64_t *keys, int64_t rows, const int64_t *elements, int64_t half,
+        int64_t channels, float scale, int brief),
+       (out, x, keys, rows, elements, half, channels, scale, brief))
+PUBLIC(ito_rectify_2, rectify, (void *x, const void *skip, uint8_t *passed, int64_t n, int brief),
+       (x, skip, passed, n, brief))
+PUBLIC(ito_gate_2, gate, (void *x, const void *skip, const uint8_t *passed, int64_t n, int brief),
+       (x, skip, passed, n, brief))

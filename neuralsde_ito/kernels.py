@@ -19,10 +19,10 @@ def _load() -> ctypes.CDLL | None:
     spec = find_spec(f"{__package__}._kernels")  # it is found like a module, but is a plain library without one
     if spec is None or spec.origin is None:
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     try:
         library = ctypes.CDLL(spec.origin)
-        library.ito_add_normals_2.argtypes = [
+        library.ito_add_normals_3.argtypes = [
             pointer,
             pointer,
             pointer,
@@ -31,10 +31,11 @@ def _load() -> ctypes.CDLL | None:
             number,
             number,
             ctypes.c_float,
+            flag,
         ]
-        library.ito_rectify_1.argtypes = [pointer, pointer, pointer, number]
-        library.ito_gate_1.argtypes = [pointer, pointer, pointer, number]
-        for function in (library.ito_add_normals_2, library.ito_rectify_1, library.ito_gate_1):
+        library.ito_rectify_2.argtypes = [pointer, pointer, pointer, number, flag]
+        library.ito_gate_2.argtypes = [pointer, pointer, pointer, number, flag]
+        for function in (library.ito_add_normals_3, library.ito_rectify_2, library.ito_gate_2):
             function.restype = None
     except (OSError, AttributeError):  # built for another system, or from another version of kernels.c
         return None
@@ -58,19 +59,19 @@ def ordinary(x: Tensor) -> bool:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether `kernels.c` was compiled and takes such a tensor: float32 on a CPU."""
+    """Whether `kernels.c` was compiled and takes such a tensor: float32 or bfloat16 on a CPU."""
     return (
         library is not None
         and type(x) is Tensor
         and ordinary(x)
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and x.dtype in (torch.float32, torch.bfloat16)
     )
 
 
 def layout(x: Tensor, out: Tensor) -> int:
     """How `add_normals` goes through ``(N, ...)``: 1 if contiguous, the channels if channels_last, 0 not at all."""
-    if not (takes(x) and takes(out)) or x.stride() != out.stride() or x.is_neg():
+    if not (takes(x) and takes(out)) or x.dtype != out.dtype or x.stride() != out.stride() or x.is_neg():
         return 0
     if x.is_contiguous():
         return 1 - math.prod(x.shape[1:]) % 2
@@ -82,6 +83,8 @@ def layout(x: Tensor, out: Tensor) -> int:
 def add_normals(x: Tensor, addressed: Tensor, elements: Tensor, scale: float, channels: int, out: Tensor) -> None:
     """``out = x + scale * normals`` for addressed keys ``(N,)`` and mixed elements ``(1, C)``; it releases the GIL.
 
+    In bfloat16 the sum is made in float32 and rounded once.
+
     Args:
         x, out: states ``(N, ...)`` of one `layout`; they may be the same tensor.
         addressed: see `noise.normals`.
@@ -90,7 +93,7 @@ def add_normals(x: Tensor, addressed: Tensor, elements: Tensor, scale: float, ch
         channels: the `layout`.
     """
     assert library is not None
-    library.ito_add_normals_2(
+    library.ito_add_normals_3(
         out.data_ptr(),
         x.data_ptr(),
         addressed.data_ptr(),
@@ -99,6 +102,7 @@ def add_normals(x: Tensor, addressed: Tensor, elements: Tensor, scale: float, ch
         elements.numel(),
         channels,
         scale,
+        _brief(x),
     )
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # a graph that saved the old content must notice
@@ -118,7 +122,7 @@ def rectify_(x: Tensor, skip: Tensor | None = None, remember: bool = True) -> Te
     assert library is not None
     passed = torch.empty_like(x, dtype=torch.bool) if remember else None
     mask = None if passed is None else passed.data_ptr()
-    library.ito_rectify_1(x.data_ptr(), _skip_pointer(x, skip), mask, x.numel())
+    library.ito_rectify_2(x.data_ptr(), _skip_pointer(x, skip), mask, x.numel(), _brief(x))
     return passed
 
 
@@ -130,8 +134,14 @@ def gate_(gradient: Tensor, passed: Tensor, skip: Tensor | None = None) -> Tenso
     assert library is not None
     if gradient.stride() != passed.stride():
         gradient = torch.empty_like(passed, dtype=gradient.dtype).copy_(gradient)
-    library.ito_gate_1(gradient.data_ptr(), _skip_pointer(gradient, skip), passed.data_ptr(), gradient.numel())
+    skip_pointer = _skip_pointer(gradient, skip)
+    library.ito_gate_2(gradient.data_ptr(), skip_pointer, passed.data_ptr(), gradient.numel(), _brief(gradient))
     return gradient
+
+
+def _brief(x: Tensor) -> bool:
+    """Whether the numbers of a state are bfloat16."""
+    return x.dtype == torch.bfloat16
 
 
 def _skip_pointer(x: Tensor, skip: Tensor | None) -> int | None:

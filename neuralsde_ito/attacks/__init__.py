@@ -9,9 +9,11 @@ from .minimal_norm import SmallestPerturbations, decision_based, minimal_norm
 from .norms import BALLS, parse_eps
 from .objectives import OBJECTIVES
 from .pgd import PGD, PRESETS, fgsm, pgd
+from .precision import PrecisionTrial, try_precisions
 from .square import Square
 
 __all__ = [  # noqa: RUF022  (in the order of reading)
     "BALLS", "parse_eps", "OBJECTIVES", "Attack", "AttackResult", "ActiveSet", "PGD", "PRESETS", "pgd", "fgsm", "APGD",
     "Square", "minimal_norm", "decision_based", "SmallestPerturbations",
+    "try_precisions", "PrecisionTrial",
 ]  # fmt: skip

@@ -115,20 +115,24 @@ class ActiveSet:
 
         Args:
             logits: the iterate's, ``(P, K, classes)``.
-            draw: of the selection. Under noise, success on ``logits`` may be luck: images that are near enough to the
-                goal are judged on this draw, too. Others are not, as that costs as much as a gradient.
+            draw: of the selection. Success on ``logits`` may be luck under noise, and rounding in bfloat16: images that
+                are near enough to the goal are judged on this draw, too. Others are not, as that costs as much as a
+                gradient.
         """
         if not self.stop:
             return torch.zeros_like(self.rows, dtype=torch.bool)
-        labels = self.panels.labels[self.rows]
-        if not self.panels.noisy:
-            fooled = goal_reached(logits, labels, self.goal)
-        else:
+        labels, noisy = self.panels.labels[self.rows], self.panels.noisy
+        if noisy:
             fooled = share_not_won(logits, labels, self.goal) <= 2 * _BEYOND_LUCK
-            if bool(fooled.any()):
-                near = fooled.nonzero()[:, 0]
-                again = self.panels.judge(self.iterate[near], self.rows[near], draw)
+        else:
+            fooled = goal_reached(logits, labels, self.goal)
+        if (noisy or self.panels.precision != "float32") and bool(fooled.any()):
+            near = fooled.nonzero()[:, 0]
+            again = self.panels.judge(self.iterate[near], self.rows[near], draw)
+            if noisy:
                 fooled[near] = share_not_won(again, labels[near], self.goal) <= _BEYOND_LUCK
+            else:
+                fooled[near] = goal_reached(again, labels[near], self.goal)
         self._result[self._positions[fooled]] = self.iterate[fooled]
         return fooled
 

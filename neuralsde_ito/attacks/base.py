@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .active import START, ActiveSet
 from .norms import BALLS, check_eps
 from .objectives import OBJECTIVES, TARGETED, nan_lowest, targeted_loss, zero_invalid
 from .panels import AIMED, GOALS, Panels, goal_reached
-from .targets import Target, as_target
+from .targets import PRECISIONS, Target, as_target
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Attack:
         stop: whether an image leaves the batch as soon as it is fooled beyond luck. Without noise: it is fooled. With
             noise: the right class wins at most 30 % of the gradient's paths and at most 15 % of a draw of the
             selection's (under evasion: at most these shares are not won by one wrong class).
+        precision: of gradients, ``float32`` or ``bfloat16``, which is quicker on processors that have it. What settles
+            an image and what chooses among attempts is float32 either way.
         goal: ``denial``, the right class loses its majority, so that the answer is wrong or there is none; or
             ``evasion``, a wrong class gets the majority. They differ where there are several paths.
 
@@ -84,8 +86,10 @@ class Attack:
     targets: int = 9
     stop: bool = True
     goal: str = "denial"
+    precision: str = field(default="float32", kw_only=True)
 
     def __post_init__(self) -> None:
+        one_of("precision", self.precision, PRECISIONS)
         one_of("norm", self.norm, BALLS)
         one_of("objective", self.objective, OBJECTIVES)
         one_of("goal", self.goal, GOALS)
@@ -161,7 +165,7 @@ class Attack:
     ) -> AttackResult:
         """Attempt after attempt, one for each restart and each class to aim at, on the images that still survive."""
         draws = self.steps + 2  # of one attempt: the start, each step or query, and one to spare
-        panels = Panels(target, y, seed, index, self.eot, self.selection, draws)
+        panels = Panels(target, y, seed, index, self.eot, self.selection, draws, self.precision)
         if panels.noisy and self.eot == 1:
             warnings.warn(
                 "A randomised model is attacked with one path a gradient (eot=1): the attack is weak, "

@@ -16,7 +16,7 @@ from ..models.votes import winners
 from ..noise.keys import PathRange
 from ..validation import check_labels
 from .objectives import Objective, nan_lowest, zero_invalid
-from .targets import Ascent, Target
+from .targets import Ascent, Target, in_precision
 
 GOALS = ("denial", "evasion")
 AIMED = "aimed"  # the goal of an attack that is given the class to aim at: the model answers with it
@@ -62,6 +62,7 @@ class Panels:
     """The panels of one attack on ``N`` images. ``rows`` ``(K,)`` are the numbers of images ``x`` among all ``N``.
 
     Attributes:
+        precision: of gradients, and of the loss and logits that come with them; a name in `PRECISIONS`.
         labels: ``(N,)`` the right classes, or ``(N, 2)`` the right class and the class aimed at.
         attempt: the number of the attempt under way.
         queries, gradients: inferences made so far, without and with a gradient.
@@ -69,10 +70,19 @@ class Panels:
     """
 
     def __init__(
-        self, target: Target, y: Tensor, seed: int, index: Tensor, eot: int, selection: int, draws: int
+        self,
+        target: Target,
+        y: Tensor,
+        seed: int,
+        index: Tensor,
+        eot: int,
+        selection: int,
+        draws: int,
+        precision: str = "float32",
     ) -> None:
         """``draws``: how many draws of each panel an attempt uses at most."""
-        self.target, self.labels, self.seed, self.index, self.draws = target, y, seed, index, draws
+        self.target, self.precision = in_precision(target, precision), precision
+        self.labels, self.seed, self.index, self.draws = y, seed, index, draws
         self.attempt = 0
         self.blind = torch.zeros(len(y), dtype=torch.bool, device=y.device)
         # Without noise a draw is all paths that there are, and the same on both panels.

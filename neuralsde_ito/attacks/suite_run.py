@@ -32,6 +32,7 @@ from ..models.recast import recast
 from ..models.voting import Voter
 from ..outcomes import Outcomes, Paired
 from ..validation import ItoError, one_of, shown, whole_number
+from .base import Attack
 from .fingerprints import fingerprint, fingerprint_choice
 from .images import Images
 from .norms import BALLS, check_eps
@@ -39,6 +40,7 @@ from .other_libraries import peer_attack
 from .panels import GOALS
 from .report import Report, invalid, worst_labels
 from .suite import Step, Suite, SuiteResult, check_rising, join_results, standard, with_known_paths
+from .targets import PRECISIONS
 
 OnAttack = Callable[[str, Step, SuiteResult], object]
 
@@ -54,6 +56,7 @@ class SuiteSettings:
         noise, repeat: what the attacker knows of the report's paths and how often he may ask, see `Report`.
         seed: of all panels.
         batch_size: images at a time; not in the result.
+        precision: of all gradients, see `Attack`.
 
     Raises:
         ItoError: a setting that cannot be.
@@ -66,9 +69,11 @@ class SuiteSettings:
     repeat: int = 1
     seed: int = 0
     batch_size: int = 250
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         one_of("norm", self.norm, BALLS)
+        one_of("precision", self.precision, PRECISIONS)
         if not isinstance(self.radii, Sequence) or isinstance(self.radii, str) or not len(self.radii):
             raise ItoError(
                 f"radii must be one or more radii in pixel units, such as (8 / 255,), got {shown(self.radii)}."
@@ -93,9 +98,15 @@ class SuiteSettings:
         noisy, names = ensemble.noisy, ("itself", *surrogates)
 
         def steps(eps: float) -> list[Step]:
-            return [step for step in standard(self.norm, eps, noisy, self.effort) if step.through in names]
+            every = standard(self.norm, eps, noisy, self.effort)
+            return [replace(step, attack=precise(step.attack)) for step in every if step.through in names]
 
-        known = partial(with_known_paths, self.norm, effort=self.effort)
+        def precise(attack: Attack) -> Attack:
+            return replace(attack, precision=self.precision)
+
+        def known(eps: float) -> Attack:
+            return precise(with_known_paths(self.norm, eps, self.effort))
+
         return Suite(steps, surrogates, self.noise, self.repeat, self.seed, known=known)
 
     def attacks(self, ensemble: Voter, images: int, resnet: bool = True) -> int:
@@ -115,7 +126,8 @@ class SuiteRun:
         images: all ``N`` images before the attack, on the CPU.
         clean_votes: int64 ``(repeat, members, N, classes)``, the report's votes on them, on the CPU.
         results: at each radius, rising; on the CPU.
-        description: what evidence says of the suite, as JSON has it: ``name``, ``effort``, ``batch_size``.
+        description: what evidence says of the suite, as JSON has it: ``name``, ``effort``, ``batch_size``,
+            ``precision``.
     """
 
     ensemble: Voter
@@ -312,7 +324,8 @@ def run_suite(
     if resnet is not None:
         plain = ItoEnsemble([recast(resnet, 0.0, image_shape=_shape(images))], 1)
         defenders["resnet"] = (plain, settings.suite(plain))
-    description = {"name": "standard", "effort": settings.effort, "batch_size": settings.batch_size}
+    description: dict[str, Any] = {"name": "standard", "effort": settings.effort, "batch_size": settings.batch_size}
+    description["precision"] = settings.precision
     runs: dict[str, SuiteRun] = {}
     for name, (defender, suite) in defenders.items():
         suite.state = None if folder is None else folder / name

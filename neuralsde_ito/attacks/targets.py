@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.ensemble import ItoEnsemble
-from ..models.inference import piece_of
+from ..models.inference import in_bfloat16, piece_of
 from ..models.inspection import as_called, check_module
 from ..models.recast import ItoResNet
 from ..models.vote import Vote, as_voter
@@ -20,10 +22,13 @@ from ..modules import well_known
 from ..noise.keys import PathRange
 from ..parallel import in_pieces, out_of_memory
 from ..sde.solvers import find_solver
-from ..validation import ItoError, check_labels, whole_number
+from ..validation import ItoError, check_labels, one_of, whole_number
 from .objectives import Objective
 
 _GRAPH_BYTES = {"cpu": 1 << 28}  # that one graph of a module may keep; on a GPU 4 GiB
+
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Ascent(NamedTuple):
@@ -56,6 +61,26 @@ class Target(Protocol):
     def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
         """An objective and its gradient along numbered paths."""
         ...
+
+
+def in_precision(target: Target, precision: str) -> Target:
+    """The target with its gradients, and the loss and logits that come with them, in this precision.
+
+    `Target.path_logits` stays as it is: what decides, chooses and reports is never in bfloat16.
+
+    Args:
+        target: one of float32.
+        precision: a name in `PRECISIONS`.
+
+    Raises:
+        ItoError: an unknown name, or a target that has no gradients in bfloat16.
+    """
+    if one_of("precision", precision, PRECISIONS) == "float32":
+        return target
+    convert: Callable[[], Target] | None = getattr(target, "in_bfloat16", None)
+    if convert is None:
+        raise ItoError(f"{type(target).__name__} has no gradients in bfloat16 (no method in_bfloat16).")
+    return convert()
 
 
 NO_GRADIENT = (
@@ -101,6 +126,8 @@ class ModuleTarget:
         ItoError: the output is not logits, or the batch size is not a positive number.
     """
 
+    brief = False  # whether gradients are taken in bfloat16
+
     def __init__(self, model: nn.Module, x: Tensor, batch_size: int | None = None) -> None:
         self.vote, self.x = model if isinstance(model, Vote) else Vote(model), x
         self.batch_size = None if batch_size is None else whole_number("batch_size", batch_size)
@@ -108,6 +135,12 @@ class ModuleTarget:
         self._image_bytes: int | None = None  # that the graph of one image keeps
         self.vote.observe(x)
         self.distinct = None if self.vote.noisy else 1
+
+    def in_bfloat16(self) -> ModuleTarget:
+        """The same target, whose gradients go through torch's autocast to bfloat16."""
+        target = copy.copy(self)
+        target.brief = True
+        return target
 
     def readout(self, logits: Tensor, index: Tensor) -> Tensor:
         """What is attacked of the logits ``(P, N, classes)`` of images named ``index`` ``(N,)``: by default all."""
@@ -129,7 +162,9 @@ class ModuleTarget:
         """See `Target`."""
 
         def piece(part: slice) -> Ascent:
-            return _ascend(objective, x[part], y[part], partial(self._along, paths.of(part)))
+            narrower = torch.autocast(x.device.type, torch.bfloat16) if self.brief else nullcontext()
+            with narrower:
+                return _ascend(objective, x[part], y[part], partial(self._along, paths.of(part)))
 
         return _joined(in_pieces(piece, len(x), self.at_once(paths.count), x.device, side_by_side=False))
 
@@ -178,13 +213,32 @@ class EnsembleTarget:
                 )
         self.distinct = None if ensemble.noisy else len(ensemble.members)
         self.ensemble = ensemble
+        self.brief = False  # whether gradients are taken in bfloat16
         self._quick: ItoEnsemble | None = None
+        self._brief: ItoEnsemble | None = None
 
     def quick(self, x: Tensor) -> ItoEnsemble:
         """The quick copy; the first images ``x`` are needed to make it."""
         if self._quick is None:
             self._quick = self.ensemble.quick(x)
         return self._quick
+
+    def in_bfloat16(self) -> EnsembleTarget:
+        """The same target, the blocks of which compute gradients in bfloat16; see `neuralsde_ito.models.inference`."""
+        target = copy.copy(self)
+        target.brief = True
+        return target
+
+    def _of_gradients(self, x: Tensor) -> ItoEnsemble:
+        """The quick copy of which gradients are taken."""
+        quick = self.quick(x)
+        if not self.brief:
+            return quick
+        if self._brief is None:
+            members = [in_bfloat16(member) for member in quick.members]
+            self._brief = ItoEnsemble(members, quick.inferences, quick.rule, quick.paths_per_call)
+            self._brief.chunk = quick.chunk
+        return self._brief
 
     @torch.no_grad()
     def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
@@ -193,7 +247,7 @@ class EnsembleTarget:
 
     def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
         """See `Target`."""
-        quick = self.quick(x)
+        quick = self._of_gradients(x)
         members: list[ItoResNet] = list(quick.members)
         size = quick.chunk or min(piece_of(member, x, gradient=True) for member in members)
 
@@ -248,6 +302,12 @@ class KnownPaths:
         self.target, self.seed = as_target(ensemble, x), seed
         self.count = self.target.distinct or len(ensemble.members) * ensemble.inferences
         self.distinct = self.count if eot is None or eot >= self.count else None
+
+    def in_bfloat16(self) -> KnownPaths:
+        """The same target with gradients in bfloat16."""
+        known = copy.copy(self)
+        known.target = in_precision(self.target, "bfloat16")
+        return known
 
     def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
         """Logits ``(P, N, classes)`` along all paths of the report, whatever ``paths`` are asked for."""

@@ -52,6 +52,9 @@ CHECKS: tuple[RunCheck, ...] = (  # in the order of their numbers
 
 PROGRESS = battery.PROGRESS + len(CHECKS)
 MASKED, SOUND = "masked", "sound as far as seen"
+_PRECISE = (
+    "The attack in doubt and the checks on its gradients take them in {}; the audit's own attacks take them in float32."
+)
 
 __all__ = ["Audit", "Check", "Landscape", "audit"]
 
@@ -318,17 +321,21 @@ def _audit_of(case: AuditCase, checks: list[Check], evidence: bool) -> Audit:
         truth=case.y.cpu(),
         before=case.clean.cpu(),
         after=after.cpu(),
-        remarks=_remarks(case.model),
+        remarks=_remarks(case),
         run=battery.own_attacks(case).run if evidence and attacked and len(case.correct_rows) else None,
     )
 
 
-def _remarks(model: Voter) -> tuple[str, ...]:
-    """What is to be known of the vote over a stranger's module; nothing where it has no noise."""
+def _remarks(case: AuditCase) -> tuple[str, ...]:
+    """What is to be known of the precision, and of the vote over a stranger's module that has noise."""
+    model = case.model
+    precise: tuple[str, ...] = ()
+    if case.attack.precision != "float32":
+        precise = (_PRECISE.format(case.attack.precision),)
     if not isinstance(model, Vote) or not model.noisy:
-        return ()
+        return precise
     laid = f"The module is random: {model.inferences} inferences vote on an image, and more than half decide."
-    return (laid, *model.remarks)
+    return (*precise, laid, *model.remarks)
 
 
 def _best(case: AuditCase) -> BestAttack:

@@ -175,7 +175,10 @@ def suite_of(evidence: Evidence, ensemble: Voter, resnet: nn.Module | None) -> S
         return suite_of_audit(settings, ensemble, images, evidence.seed, {} if resnet is None else {"resnet": resnet})
     if settings.get("name") != "standard":
         raise ItoError("the bundle names no suite")
-    return SuiteSettings(evidence.norm, (evidence.eps,), settings.get("effort", 0.0)).suite(ensemble, resnet)
+    precision = settings.get("precision", "float32")  # bundles of earlier versions do not say
+    return SuiteSettings(evidence.norm, (evidence.eps,), settings.get("effort", 0.0), precision=precision).suite(
+        ensemble, resnet
+    )
 
 
 def votes_of(

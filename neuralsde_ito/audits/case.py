@@ -18,7 +18,7 @@ from ..attacks.norms import BALLS
 from ..attacks.objectives import Objective
 from ..attacks.panels import right_share
 from ..attacks.pgd import PGD
-from ..attacks.targets import NO_GRADIENT, Ascent, Target, as_target
+from ..attacks.targets import NO_GRADIENT, Ascent, Target, as_target, in_precision
 from ..models.ensemble import ItoEnsemble, NoiseFree
 from ..models.inspection import MIXING, answers, as_called, check_weights, mixing
 from ..models.recast import ItoResNet
@@ -46,6 +46,11 @@ class RecordingTarget:
         self.last, self.closest = x.clone(), x.clone()
         self.share = torch.full((len(x),), torch.inf, device=x.device)
         self._sorted_index, self._order = index.sort()
+
+    def in_bfloat16(self) -> RecordingTarget:
+        """The same record, of gradients in bfloat16."""
+        self.target = in_precision(self.target, "bfloat16")
+        return self
 
     def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
         """The target's logits; they are not recorded."""
@@ -255,8 +260,8 @@ class AuditCase:
 
     @cached_property
     def target(self) -> Target:
-        """The model as attacks see it."""
-        return as_target(self.model, self.x, self.batch_size)
+        """The model as attacks see it, with gradients in the precision of the attack in doubt."""
+        return in_precision(as_target(self.model, self.x, self.batch_size), self.attack.precision)
 
     @cached_property
     def surrogate_targets(self) -> dict[str, Target]:

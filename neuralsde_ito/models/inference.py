@@ -110,6 +110,39 @@ def folded(model: ItoResNet) -> FrozenResNet:
     return quick
 
 
+class _Cast(nn.Module):
+    """Numbers in another precision."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+def in_bfloat16(quick: ItoResNet) -> ItoResNet:
+    """A copy of a quick copy whose blocks compute in bfloat16: for gradients, not for decisions.
+
+    Images, stem, head and normals stay in float32: bfloat16 keeps eight bits, and a step of 1 / 255 on an image would
+    be lost in it.
+
+    Raises:
+        ItoError: the blocks are not single Euler steps with additive noise, run code of their own, or are not float32.
+    """
+    floats = all(p.dtype == torch.float32 for p in quick.parameters())
+    if not (isinstance(quick, FrozenResNet) and well_known(quick) and quick.one_euler_step and floats):
+        raise ItoError(
+            "Gradients in bfloat16 are there for float32 networks of known modules without hooks, with one Euler step "
+            "a block and additive noise; take precision='float32'."
+        )
+    copy = copied(quick)
+    copy.stem = nn.Sequential(copy.stem, _Cast(torch.bfloat16))
+    copy.head = nn.Sequential(_Cast(torch.float32), copy.head)
+    copy.sdes.to(torch.bfloat16)  # type: ignore[attr-defined]
+    return copy.eval()
+
+
 def close_logits(logits: Tensor, expected: Tensor) -> bool:
     """Whether logits ``(N, classes)`` differ from the ``expected`` ones by no more than the tolerance."""
     finite = expected.isfinite().all(-1)

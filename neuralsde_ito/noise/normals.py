@@ -89,8 +89,9 @@ def add_normals(x: Tensor, keys: Tensor, scale: float, *address: int, in_place: 
     """
     if not (kernels.ordinary(x) and kernels.ordinary(keys)):
         _check(keys)
-        draws = transformable_normals(absorb(keys, fold_address(address)), math.prod(x.shape[1:]), x.dtype)
-        return x + scale * draws.reshape(x.shape)
+        work = torch.promote_types(x.dtype, torch.float32)
+        draws = transformable_normals(absorb(keys, fold_address(address)), math.prod(x.shape[1:]), work)
+        return (x + scale * draws.reshape(x.shape)).to(x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         return _AddNormals.apply(x, keys, scale, address)
     return _add(x, keys, scale, address, x if in_place else torch.empty_like(x))
@@ -143,7 +144,8 @@ def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: T
 
         def add(rows: slice, buffers: _Buffers) -> None:
             draws = buffers.write_normals(buffers.draws, 1.0)
-            torch.add(x[rows], draws[:, :size].reshape(x[rows].shape).to(x.dtype), alpha=scale, out=out[rows])
+            # Sums of a narrower state are made in float32 and rounded once.
+            torch.add(x[rows], draws[:, :size].reshape(x[rows].shape), alpha=scale, out=out[rows])
 
         _with_buffers(addressed, (size + 1) // 2, torch.float64 if x.dtype == torch.float64 else torch.float32, add)
     return out

@@ -721,11 +721,13 @@ def test_the_names_of_the_options_are_those_of_the_library() -> None:
     from neuralsde_ito.attacks.other_libraries import PEERS
     from neuralsde_ito.attacks.report import NOISES
     from neuralsde_ito.attacks.sweep import SURROGATES
+    from neuralsde_ito.attacks.targets import PRECISIONS
     from neuralsde_ito.models.resnets import ARCHITECTURES
     from neuralsde_ito.models.votes import RULES
 
     assert tuple(BALLS) == options.NORMS
     assert tuple(PRESETS) == options.PRESETS
+    assert PRECISIONS == options.PRECISIONS
     assert tuple(OBJECTIVES) == options.OBJECTIVES
     assert tuple(SURROGATES) == options.SURROGATES
     assert tuple(NOISES) == options.NOISES
