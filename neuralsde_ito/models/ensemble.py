@@ -15,6 +15,7 @@ from ..modules import ModuleListOf, mixes_images
 from ..noise.keys import PathRange, fresh_keys, make_keys
 from ..validation import ItoError, image_names, whole_number
 from .inference import infer, piece_of, quicken
+from .kept import kept
 from .recast import ItoResNet
 from .voting import Inferences, Voter
 
@@ -106,14 +107,18 @@ class ItoEnsemble(Voter):
         return quick
 
     def _begin(self, x: Tensor, seed: int, purpose: str, index: Tensor) -> tuple[int, list[Inferences]]:
-        quick = self.quick(x)
-        first = quick.members[0](x[:1].repeat(2, 1, 1, 1), make_keys(seed, purpose, index=index[:1].repeat(2)))
+        quick, classes = kept(self, x, self._quick_and_classes)
 
         def inferences(m: int, images: Tensor, rows: Tensor, numbers: Tensor) -> Tensor:
             keys = make_keys(seed, purpose, m, numbers, index[images[rows]])
             return infer(quick.members[m], x[images], rows, keys, self.chunk)
 
-        return first.shape[1], [partial(inferences, m) for m in range(len(self.members))]
+        return classes, [partial(inferences, m) for m in range(len(self.members))]
+
+    def _quick_and_classes(self, x: Tensor) -> tuple[ItoEnsemble, int]:
+        """The quick copy for images like ``x``, and how many classes it tells apart."""
+        quick, two = self.quick(x), torch.arange(2, device=x.device)
+        return quick, quick.members[0](x[:1].repeat(2, 1, 1, 1), make_keys(0, "selection", index=two)).shape[1]
 
 
 class NoiseFree(nn.Module):
