@@ -85,7 +85,7 @@ class BestAttack:
         attack: the name of the attack of the audit that found most; the attack in doubt, if none found more.
         outcomes: of the decisions ``labels``.
         images: ``(N, C, H, W)``, on the CPU.
-        labels: ``(N,)``, the decisions on them, by several votes together.
+        labels: ``(N,)``, the decisions on them, by one vote on noise that no attack has seen.
         made_by: of each image, the name of the attack that made it; empty: it is the clean one.
     """
 
@@ -344,9 +344,9 @@ def _best(case: AuditCase) -> BestAttack:
     made_by = tuple("" if source < 0 else found.names[source] for source in found.source.tolist())
     outcomes = Outcomes.of(found.labels, case.y)
     common = optimisation.beyond_the_common_attack(case)
-    beaten, left = battery.IN_DOUBT, found.by_kin.before
+    beaten, left = battery.IN_DOUBT, case.white_box.correct
     if not found.masked and common.beyond:
-        beaten, left = "the attack that is commonly reported", common.before
+        beaten, left = "the attack that is commonly reported", optimisation.common_attack_of(case).correct
     return BestAttack(
         found.masked or common.beyond,
         beaten,

@@ -153,7 +153,7 @@ class BatteryResult:
         names: of the attacks, by number. The first is the attack in doubt; ``kin`` in all follow the model's gradients.
         images: ``(N, C, H, W)``, each image's best candidate.
         kin_images: ``(N, C, H, W)``, the best candidates of the kin alone.
-        labels: ``(N,)``, the model's decisions on them, by several votes together.
+        labels: ``(N,)``, the model's decisions on them, by one vote: that of the figure of the attack in doubt.
         source: ``(N,)``, the number of the attack that made each; -1: the clean image.
         attacked, fooled: of each attack, the images that it was run on, and those on which it reached its goal.
         run: the whole suite's run, if evidence was asked for.
@@ -216,15 +216,14 @@ def _run(case: AuditCase, tick: Callable[[int], object], evidence: bool) -> Batt
             stages.append(result.denial.images)
             tick(PROGRESS * (number + 1) // wanted - PROGRESS * number // wanted)
     best = result.denial
-    labels = _labels(case, case.white_box.images, stages[kin - 1], best.images)
-    doubted, by_kin, by_all = (own == case.y for own in labels)
+    doubted, by_kin, by_all = right_by_several_votes(case, case.white_box.images, stages[kin - 1], best.images)
     n = len(case.correct_rows)
     return BatteryResult(
         [*names, *(f"{name}, evasion" for name in names)],
         kin,
         best.images,
         stages[kin - 1],
-        labels[-1],
+        case.decide(best.images),
         best.source,
         result.attacked[: len(names)],
         result.fooled[: len(names)],
@@ -295,8 +294,8 @@ def found_beyond_kin(case: AuditCase, images: Tensor, rows: Tensor, what: str = 
     found = own_attacks(case)
     others = found.kin_images.clone()
     others[rows] = images
-    kin, other = _labels(case, found.kin_images, others)
-    finding = Finding(kin == case.y, other == case.y, len(case.correct_rows), OTHER_SHARE, case.randomised)
+    kin, other = right_by_several_votes(case, found.kin_images, others)
+    finding = Finding(kin, other, len(case.correct_rows), OTHER_SHARE, case.randomised)
     figure = f"{finding.net} of {len(rows)} survivors{what}; {finding.needed} are too many"
     if len(rows) < finding.needed:
         raise Undecided(figure, f"With {len(rows)} survivors it could not fail: audit more images, or a smaller eps.")
@@ -339,8 +338,11 @@ def own_attacks_find_no_more(case: AuditCase) -> tuple[str, bool]:
     return figure, False
 
 
-def _labels(case: AuditCase, *stages: Tensor) -> list[Tensor]:
-    """Decisions ``(N,)`` on the images of each stage, by several votes together on noise that nothing has seen."""
+def right_by_several_votes(case: AuditCase, *stages: Tensor) -> list[Tensor]:
+    """Whether the images of each stage are decided rightly, bool ``(N,)``: by several votes on fresh noise, as one.
+
+    Two attacks are compared by these: one vote on an image near one half is luck. The model's figures are one vote's.
+    """
     votes, model = range(_VOTES if case.randomised else 1), case.model
     done: list[tuple[Tensor, Tensor]] = []
     for images in stages:
@@ -355,4 +357,4 @@ def _labels(case: AuditCase, *stages: Tensor) -> list[Tensor]:
             )
             labels[rows] = decide(cast.sum(0), model.rule, len(votes) * model.inferences)
         done.append((images, labels))
-    return [labels for _, labels in done]
+    return [labels == case.y for _, labels in done]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..attacks.norms import BALLS
 from ..attacks.pgd import PGD
-from .battery import found_beyond_kin, kin_survivors, own_attacks, suspicion
+from .battery import found_beyond_kin, kin_survivors, own_attacks, right_by_several_votes, suspicion
 from .case import AuditCase, JudgedAttack
 from .check import (
     COMMON_SHARE,
@@ -217,9 +217,17 @@ def common_attack(case: AuditCase) -> tuple[str, bool]:
 
 def beyond_the_common_attack(case: AuditCase) -> Finding:
     """What all attacks together found beyond 20 plain steps, once a case."""
-    if "common attack" not in case.shared:
-        common = PGD(case.attack.norm, case.attack.eps, steps=20, eot=8)
-        left, best = case.judge(common).correct, own_attacks(case).by_others.after
-        case.shared["common attack"] = Finding(left, best, len(case.correct_rows), COMMON_SHARE, case.randomised)
-    finding: Finding = case.shared["common attack"]
+    if "beyond the common attack" not in case.shared:
+        left = right_by_several_votes(case, common_attack_of(case).images)[0]
+        best, n = own_attacks(case).by_others.after, len(case.correct_rows)
+        case.shared["beyond the common attack"] = Finding(left, best, n, COMMON_SHARE, case.randomised)
+    finding: Finding = case.shared["beyond the common attack"]
     return finding
+
+
+def common_attack_of(case: AuditCase) -> JudgedAttack:
+    """The attack that is commonly reported, once a case."""
+    if "common attack" not in case.shared:
+        case.shared["common attack"] = case.judge(PGD(case.attack.norm, case.attack.eps, steps=20, eot=8))
+    judged: JudgedAttack = case.shared["common attack"]
+    return judged

@@ -14,11 +14,12 @@ from ..attacks.objectives import Objective
 from ..attacks.other_libraries import peer_attack
 from ..attacks.pgd import PGD
 from ..attacks.suite_run import SuiteSettings
-from ..attacks.targets import Ascent, EnsembleTarget
+from ..attacks.targets import Ascent, EnsembleTarget, Target, in_precision
 from ..models.ensemble import ItoEnsemble
-from ..models.inference import quicken
+from ..models.inference import in_bfloat16, quicken
 from ..models.recast import ItoResNet
 from ..noise.keys import PathRange
+from ..validation import ItoError
 from .measuring import Row
 from .turns import Pause, run_in_turns
 
@@ -63,6 +64,8 @@ def bench_attack(ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float]
             "ours, every image to the end": partial(ours, eps, stop=False, keep="last"),
             "ours": partial(ours, eps),
         }
+        if _has_bfloat16(single, x):
+            cases["ours, gradients in bfloat16"] = partial(ours, eps, precision="bfloat16")
         rows += _attack_rows("attack", cases, eps, correct, x.device)
     return rows
 
@@ -85,13 +88,26 @@ class _PausingModule(nn.Module):
 class _PausingTarget:
     """A target that pauses before every gradient."""
 
-    def __init__(self, target: EnsembleTarget, pause: Pause) -> None:
-        self.path_logits, self.distinct = target.path_logits, target.distinct
-        self._ascend, self._pause = target.ascend, pause
+    def __init__(self, target: Target, pause: Pause) -> None:
+        self.target, self.path_logits, self.distinct = target, target.path_logits, target.distinct
+        self._pause = pause
+
+    def in_bfloat16(self) -> _PausingTarget:
+        return _PausingTarget(in_precision(self.target, "bfloat16"), self._pause)
 
     def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
         self._pause()
-        return self._ascend(objective, x, y, paths)
+        return self.target.ascend(objective, x, y, paths)
+
+
+def _has_bfloat16(ensemble: ItoEnsemble, x: Tensor) -> bool:
+    """Whether gradients can be taken in bfloat16."""
+    try:
+        for member in ensemble.members:
+            in_bfloat16(quicken(member, x))
+    except ItoError:
+        return False
+    return True
 
 
 def _attack_rows(
@@ -135,8 +151,9 @@ def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, rad
     def peer(eps: float, pause: Pause) -> AttackResult:
         return peer_attack("autoattack", ensemble, x, y, "linf", eps)
 
-    def ours(eps: float, pause: Pause) -> AttackResult:
-        [result] = SuiteSettings("linf", (eps,)).suite(ensemble, net).attack(ensemble, Images(x, y, index), [eps])
+    def ours(eps: float, pause: Pause, precision: str = "float32") -> AttackResult:
+        suite = SuiteSettings("linf", (eps,), precision=precision).suite(ensemble, net)
+        [result] = suite.attack(ensemble, Images(x, y, index), [eps])
         fooled = result.denial.labels != y
         costs = sum(result.queries), sum(result.gradients)
         return AttackResult(result.denial.images, fooled, *costs, torch.zeros_like(fooled))
@@ -147,5 +164,7 @@ def bench_suite(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, y: Tensor, rad
     rows = []
     for eps in radii:
         cases: dict[str, Case] = {"AutoAttack": partial(peer, eps), "ours, standard": partial(ours, eps)}
+        if _has_bfloat16(ensemble, x):
+            cases["ours, gradients in bfloat16"] = partial(ours, eps, precision="bfloat16")
         rows += _attack_rows("suite", cases, eps, correct, x.device)
     return rows

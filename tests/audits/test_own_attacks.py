@@ -8,15 +8,44 @@ from torch.nn import functional as F
 
 import neuralsde_ito as ito
 from neuralsde_ito.attacks import PGD
-from neuralsde_ito.audits.audit import audit, default_attack
+from neuralsde_ito.attacks.suite import Step, Suite
+from neuralsde_ito.audits import battery
+from neuralsde_ito.audits.audit import _best, audit, default_attack
 from neuralsde_ito.audits.battery import SmoothedTarget
 from neuralsde_ito.audits.bundle import evidence_of, load_bundle, save_bundle, suite_of
+from neuralsde_ito.audits.case import AuditCase
 from neuralsde_ito.audits.check import KIN_SHARE, OTHER_SHARE, Finding
 from neuralsde_ito.audits.gradient_free import NES
 from neuralsde_ito.audits.straight_through import StraightThrough
 from neuralsde_ito.audits.substitute import fit_substitute
 from neuralsde_ito.audits.verify import verify_bundle
 from neuralsde_ito.noise.keys import PathRange
+
+
+class Loud(nn.Module):
+    """A model of two classes whose votes are near one half on every image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        right = x.flatten(1).mean(1) - 0.45 + torch.randn(len(x))
+        return torch.stack([right, torch.zeros_like(right)], 1)
+
+
+def test_the_bottom_line_is_a_figure_of_one_vote_as_that_of_the_attack_in_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By many votes together, images near one half would be right more often than by the model's own vote."""
+    torch.manual_seed(0)
+    vote, x, y = ito.Vote(Loud()), torch.rand(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64)
+    vote.observe(x)
+    case = AuditCase(vote, x, y, PGD("linf", 0.01, 2, eot=4), 0, None, {}, 5, 10, None)
+    steps = [Step(battery.IN_DOUBT, case.attack)]
+    monkeypatch.setattr(battery, "battery", lambda case: (Suite(lambda eps: steps, {}, seed=case.seed), 1))
+    best = _best(case)
+    decided = vote.predict(best.images, seed=0).labels
+    assert torch.equal(best.labels, decided)
+    assert best.outcomes.correct == int((decided == y).sum())
+    same = (best.images == case.white_box.images).flatten(1).all(1)
+    assert torch.equal(best.labels[same], case.white_box.labels[same])
 
 
 class Claims(Function):
