@@ -1,14 +1,18 @@
-"""The compiled passes of `kernels.c`: what would take several tensor operations is done in one pass over the memory.
+"""Compiled passes: what would take several tensor operations is done in one pass over the memory.
 
-They are there if the package was built with a C compiler (not on Windows, whose libraries need more). Otherwise, and
-for states that they cannot take, `noise.normals` and autograd do the same with tensor operations.
+On a CPU they are those of `kernels.c`, if the package was built with a C compiler (not on Windows, whose libraries need
+more); on a GPU those of `triton_kernels`, if Triton is installed. Otherwise, and for states that they cannot take,
+`noise.normals` and autograd do the same with tensor operations.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import warnings
+from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -45,6 +49,22 @@ def _load() -> ctypes.CDLL | None:
 library = _load()
 
 
+@cache
+def on_gpu(device: torch.device) -> ModuleType | None:
+    """`triton_kernels`, imported at the first call, if this is a GPU on which Triton runs them; otherwise None."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    try:
+        from . import triton_kernels
+
+        x = torch.zeros(1, 2, device=device)
+        triton_kernels.add_normals(x, torch.zeros(1, dtype=torch.int64, device=device), 1.0, 1, x)
+    except Exception as error:  # what compilers and drivers raise has no common class
+        warnings.warn(f"Triton does not work on {device}; tensor operations take its place. ({error})", stacklevel=2)
+        return None
+    return triton_kernels
+
+
 def ordinary(x: Tensor) -> bool:
     """Whether a tensor is plain memory: not batched, dual, traced or fake.
 
@@ -59,23 +79,21 @@ def ordinary(x: Tensor) -> bool:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether `kernels.c` was compiled and takes such a tensor: float32 or bfloat16 on a CPU."""
-    return (
-        library is not None
-        and type(x) is Tensor
-        and ordinary(x)
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-    )
+    """Whether a compiled pass takes such a tensor: float32 or bfloat16 on a CPU or a GPU."""
+    if type(x) is not Tensor or not ordinary(x) or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return on_gpu(x.device) is not None or (library is not None and x.device.type == "cpu")
 
 
 def layout(x: Tensor, out: Tensor) -> int:
     """How `add_normals` goes through ``(N, ...)``: 1 if contiguous, the channels if channels_last, 0 not at all."""
     if not (takes(x) and takes(out)) or x.dtype != out.dtype or x.stride() != out.stride() or x.is_neg():
         return 0
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if on_gpu(x.device):
+        return 1 if x.is_contiguous() else x.shape[1] if last else 0
     if x.is_contiguous():
         return 1 - math.prod(x.shape[1:]) % 2
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     even = last and x.shape[1] % 2 == 0 and x.shape[2] * x.shape[3] % 2 == 0
     return x.shape[1] if even and 0 < x.shape[1] <= 256 else 0
 
@@ -119,10 +137,13 @@ def rectify_(x: Tensor, skip: Tensor | None = None, remember: bool = True) -> Te
     Returns:
         With ``remember``, bool in the shape and memory format of ``x``: which numbers went through.
     """
-    assert library is not None
     passed = torch.empty_like(x, dtype=torch.bool) if remember else None
-    mask = None if passed is None else passed.data_ptr()
-    library.ito_rectify_2(x.data_ptr(), _skip_pointer(x, skip), mask, x.numel(), _brief(x))
+    skip = _alike(x, skip)
+    if gpu := on_gpu(x.device):
+        gpu.rectify(x, skip, passed)
+    else:
+        assert library is not None
+        library.ito_rectify_2(x.data_ptr(), _pointer(skip), _pointer(passed), x.numel(), _brief(x))
     return passed
 
 
@@ -131,11 +152,14 @@ def gate_(gradient: Tensor, passed: Tensor, skip: Tensor | None = None) -> Tenso
 
     In place where ``gradient`` has the memory format of ``passed``.
     """
-    assert library is not None
     if gradient.stride() != passed.stride():
         gradient = torch.empty_like(passed, dtype=gradient.dtype).copy_(gradient)
-    skip_pointer = _skip_pointer(gradient, skip)
-    library.ito_gate_2(gradient.data_ptr(), skip_pointer, passed.data_ptr(), gradient.numel(), _brief(gradient))
+    skip = _alike(gradient, skip)
+    if gpu := on_gpu(gradient.device):
+        gpu.gate(gradient, skip, passed)
+    else:
+        assert library is not None
+        library.ito_gate_2(gradient.data_ptr(), _pointer(skip), _pointer(passed), gradient.numel(), _brief(gradient))
     return gradient
 
 
@@ -144,9 +168,13 @@ def _brief(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
-def _skip_pointer(x: Tensor, skip: Tensor | None) -> int | None:
-    """The address of a skip in the memory format of ``x``; one in another format is added to ``x`` here."""
+def _alike(x: Tensor, skip: Tensor | None) -> Tensor | None:
+    """A skip in the memory format of ``x``; one in another format is added to ``x`` here."""
     if skip is not None and skip.stride() != x.stride():
         x += skip
         return None
-    return None if skip is None else skip.data_ptr()
+    return skip
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -43,7 +43,7 @@ def fingerprint_choice(index: Tensor, y: Tensor, x: Tensor) -> str:
 
     Pixels count in steps of 1/65,535, so that the last bit of a division by 255 does not matter.
     """
-    return _digest(index, y, (x.double() * 65535).round())
+    return _digest(index, y, (x.cpu().double() * 65535).round())
 
 
 def _digest(*columns: Tensor) -> str:

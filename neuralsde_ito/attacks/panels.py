@@ -88,6 +88,7 @@ class Panels:
         # Without noise a draw is all paths that there are, and the same on both panels.
         self.eot, self.selection = target.distinct or eot, target.distinct or selection
         self.queries = self.gradients = 0
+        self._checked: Tensor | None = None  # the labels that `_check` has seen
 
     @property
     def noisy(self) -> bool:
@@ -102,7 +103,12 @@ class Panels:
         self.gradients += self.eot * len(rows)
         first = (self.attempt * self.draws + draw) * self.eot
         paths = PathRange(self.seed, "gradient", self.index[rows], first, self.eot)
-        loss, logits, gradient = self.target.ascend(objective, x, self.labels[rows], paths)
+
+        def checked(logits: Tensor, labels: Tensor) -> Tensor:
+            self._check(logits)
+            return objective(logits, labels)
+
+        loss, logits, gradient = self.target.ascend(checked, x, self.labels[rows], paths)
         self.blind[rows] |= ~gradient.isfinite().flatten(1).all(1)
         return Ascent(nan_lowest(loss), logits, gradient.nan_to_num(0, 0, 0))
 
@@ -126,5 +132,11 @@ class Panels:
         count = self.eot if panel == "gradient" else self.selection
         self.queries += count * len(rows)
         logits = self.target.path_logits(x, PathRange(self.seed, panel, self.index[rows], draw * count, count))
-        check_labels(self.labels[rows].flatten(), self.labels[rows].numel(), logits.shape[-1])
+        self._check(logits)
         return logits
+
+    def _check(self, logits: Tensor) -> None:
+        """Refuse labels of no class of these logits; once, because reading them waits for a GPU."""
+        if self._checked is not self.labels:
+            check_labels(self.labels.flatten(), self.labels.numel(), logits.shape[-1])
+            self._checked = self.labels

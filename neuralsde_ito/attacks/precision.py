@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.inspection import as_called
-from ..noise.keys import PathRange
 from ..validation import ItoError, check_images, check_labels, recordable
 from .objectives import OBJECTIVES
-from .targets import PRECISIONS, Ascent, as_target, in_precision
+from .panels import Panels
+from .targets import PRECISIONS, Ascent, as_target
 
 _IMAGES, _PATHS, _TURNS = 32, 8, 3
 _LEAST_COSINE = 0.9  # of the median image; 0.97 to 0.99 was measured where bfloat16 computes what it should
@@ -47,15 +47,14 @@ def try_precisions(model: nn.Module, x: Tensor, y: Tensor) -> PrecisionTrial:
     check_images(x)
     with torch.inference_mode(False), as_called(model):
         x, y = recordable(x.detach())[:_IMAGES], recordable(check_labels(y, len(x)))[:_IMAGES]
-        target = as_target(model, x)
-        paths = PathRange(0, "gradient", torch.arange(len(x), device=x.device), 0, target.distinct or _PATHS)
+        target, rows = as_target(model, x), torch.arange(len(x), device=x.device)
         seconds, last = dict.fromkeys(PRECISIONS, float("inf")), dict[str, Ascent]()
         try:
-            targets = {precision: in_precision(target, precision) for precision in PRECISIONS}
+            every = {p: Panels(target, y, 0, rows, _PATHS, _PATHS, 1, p) for p in PRECISIONS}
             for _ in range(_TURNS):
-                for precision, each in targets.items():
+                for precision, panels in every.items():
                     begun = time.perf_counter()
-                    last[precision] = each.ascend(OBJECTIVES["mean-loss"], x, y, paths)
+                    last[precision] = panels.ascend(OBJECTIVES["mean-loss"], x, rows, 0)
                     if x.device.type == "cuda":
                         torch.cuda.synchronize(x.device)
                     seconds[precision] = min(seconds[precision], time.perf_counter() - begun)

@@ -22,7 +22,7 @@ from ..modules import well_known
 from ..noise.keys import PathRange
 from ..parallel import in_pieces, out_of_memory
 from ..sde.solvers import find_solver
-from ..validation import ItoError, check_labels, one_of, whole_number
+from ..validation import ItoError, one_of, whole_number
 from .objectives import Objective
 
 _GRAPH_BYTES = {"cpu": 1 << 28}  # that one graph of a module may keep; on a GPU 4 GiB
@@ -94,7 +94,6 @@ def _ascend(objective: Objective, x: Tensor, y: Tensor, path_logits: Callable[[T
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = path_logits(x)
-        check_labels(y.flatten(), y.numel(), logits.shape[-1])
         loss = objective(logits, y)
         gradient = None
         if loss.requires_grad:

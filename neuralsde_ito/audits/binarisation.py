@@ -104,7 +104,7 @@ def _plant(case: AuditCase, model: nn.Module, rows: Tensor) -> tuple[_Readouts, 
     if int(apart.sum()) < 5:
         raise NotApplicable("A linear readout of the logits tells too few surface points from inner ones.")
     level = inside + 0.999 * (score - inside)
-    by_chance = float(((random * weight).sum(-1) > level).any(0)[apart].double().mean())
+    by_chance = float(((random * weight).sum(-1) > level).any(0)[apart].cpu().double().mean())
     return _Readouts(weight[apart], centre[apart], level[apart]), apart, by_chance
 
 

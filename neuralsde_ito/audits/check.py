@@ -203,4 +203,4 @@ def percent(share: float) -> str:
 
 def from_to(before: Tensor, after: Tensor) -> str:
     """``98.3 % to 60 % right``, the accuracies of two bool tensors."""
-    return f"{percent(float(before.double().mean()))} to {percent(float(after.double().mean()))} right"
+    return f"{percent(float(before.cpu().double().mean()))} to {percent(float(after.cpu().double().mean()))} right"

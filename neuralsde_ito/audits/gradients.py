@@ -57,7 +57,7 @@ def logits(case: AuditCase) -> tuple[str, bool]:
     with torch.no_grad():
         # Not `case.logits`, which converts half precision: the tolerance below depends on the model's own dtype.
         output = torch.cat([case.network(part) for part in case.x.split(case.batch_size or 256)])
-    finite, exact = output.isfinite().all(1), output.double()
+    finite, exact = output.isfinite().all(1), output.cpu().double()
     if not bool(finite.all()):
         return f"not finite at {int((~finite).sum())} of {len(exact)} images", True
     off = float((exact.sum(1) - 1).abs().max())
@@ -87,11 +87,11 @@ def zero_gradients(case: AuditCase) -> tuple[str, bool]:
     gradient = _clean_gradients(case, panel=0)
     zero, odd = (gradient == 0).all(1), ~gradient.isfinite().all(1)
     not_finite = f", not finite at {int(odd.sum())} of {len(odd)}" if bool(odd.any()) else ""
-    figure, bad = f"{percent(float(zero.double().mean()))} of images{not_finite}", zero | odd
+    figure, bad = f"{percent(float(zero.cpu().double().mean()))} of images{not_finite}", zero | odd
     if not bool(bad.any()):
         return figure, False
     note = "Some gradients vanish, yet attacks that follow none find no more: compare with the objective dlr."
-    return suspicion(case, figure, bool(odd.any()) or float(bad.double().mean()) > 0.5, note)
+    return suspicion(case, figure, bool(odd.any()) or float(bad.cpu().double().mean()) > 0.5, note)
 
 
 @check(

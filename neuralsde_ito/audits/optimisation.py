@@ -155,7 +155,7 @@ def unbounded_attack(case: AuditCase) -> tuple[str, bool]:
     require_correct(case)
     eps = BALLS[case.attack.norm].diameter(case.x[0].numel())
     judged = case.judge(case.attack_at(eps)).correct
-    accuracy = float(judged.double().mean())
+    accuracy = float(judged.cpu().double().mean())
     figure = f"{percent(accuracy)} right at eps {eps:.3g}"
     # Chance alone makes some images right: by the exact binomial test.
     if accuracy <= 1 / case.classes or binom.sf(int(judged.sum()) - 1, len(judged), 1 / case.classes) > LEVEL:
@@ -177,7 +177,7 @@ def monotone(case: AuditCase) -> tuple[str, bool]:
     require_correct(case)
     correct = [judged.correct for judged in case.sweep.values()]
     rises = any(beyond_chance(larger, smaller) for i, smaller in enumerate(correct) for larger in correct[i + 1 :])
-    shares = ", ".join(f"{100 * float(right.double().mean()):.3g}" for right in correct)
+    shares = ", ".join(f"{100 * float(right.cpu().double().mean()):.3g}" for right in correct)
     return f"{shares} % at eps/4, eps/2, eps, 2 eps", rises
 
 

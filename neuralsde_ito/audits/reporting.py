@@ -25,7 +25,7 @@ def selection_bias(case: AuditCase) -> tuple[str, bool]:
     require_noise(case, "selection and report are the same")
     rows = require_correct(case)
     logits = case.path_logits(case.white_box.images[rows], rows, case.attack.selection, purpose="report")
-    correct = (winners(logits) == case.y[rows]).double().mean(0) > 0.5
+    correct = (winners(logits) == case.y[rows]).float().mean(0) > 0.5
     claimed = ~case.white_box.claimed[rows]
     paired = Paired.of(claimed, correct)
     # A figure that fresh paths correct downward harms nobody.

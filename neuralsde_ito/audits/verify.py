@@ -377,7 +377,7 @@ class _Again:
             if votes.shape != claimed.shape:
                 yield Claim(title, f"of {claimed.shape[3]} classes", f"of {votes.shape[3]} classes", False)
                 continue
-            changed = (votes - claimed).abs().sum((0, 1, 3)).double() / 2  # inferences of each image
+            changed = (votes - claimed).abs().sum((0, 1, 3)).cpu().double() / 2  # inferences of each image
             each, total = evidence.repeat * claimed.shape[1] * evidence.inferences, int(votes.sum())
             flips = int((self._decide(votes) != self._decide(claimed)).sum())
             stands = (

@@ -28,16 +28,15 @@ class FrozenResNet(ItoResNet):
     def manual_gradient(self) -> bool:
         """Whether `_FrozenBlocks` computes the blocks and their gradient: it knows only some blocks and one solver."""
         rest = list(self.sdes)[1:]
-        return (
-            kernels.library is not None
-            and self.one_euler_step
-            and len(rest) > 0
-            and all(_is_torchvisions(s.block) for s in rest)
-        )
+        if not (self.one_euler_step and rest and all(_is_torchvisions(s.block) for s in rest)):
+            return False
+        first: BasicBlock = rest[0].block
+        weight = first.conv1.weight.detach()
+        return kernels.library is not None if weight.device.type == "cpu" else kernels.takes(weight)
 
     def solve_blocks(self, state: Tensor, keys: Tensor, copies: int) -> Tensor:
         """See `ItoResNet.solve_blocks`."""
-        if self.manual_gradient and kernels.takes(state) and not torch.is_autocast_enabled("cpu"):
+        if self.manual_gradient and kernels.takes(state) and not torch.is_autocast_enabled(state.device.type):
             return _FrozenBlocks.apply(state, keys, copies, list(self.sdes))
         return super().solve_blocks(state, keys, copies)
 

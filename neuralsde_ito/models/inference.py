@@ -148,10 +148,10 @@ def close_logits(logits: Tensor, expected: Tensor) -> bool:
     finite = expected.isfinite().all(-1)
     if not torch.equal(finite, logits.isfinite().all(-1)):
         return False
-    logits, expected = logits[finite].double(), expected[finite].double()
+    tf32 = logits.device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    logits, expected = logits[finite].cpu().double(), expected[finite].cpu().double()  # MPS has no float64
     if not len(expected):
         return True
-    tf32 = logits.device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     spread = (expected.amax(-1) - expected.amin(-1)).amax()
     return bool((logits - expected).abs().amax() <= (_TOLERANCE_TF32 if tf32 else _TOLERANCE) * spread)
 

@@ -114,7 +114,8 @@ def make_keys(
         if state is None and not isinstance(field, Tensor):  # the first fields need no tensor
             folded = absorb_integer(folded, field)
         else:
-            state = torch.tensor(folded, device=device) if state is None else state
+            # Filled on the device: a copy from a CPU would wait for a GPU.
+            state = torch.full((), folded, dtype=torch.int64, device=device) if state is None else state
             state = absorb(state, field)
     return torch.tensor(folded, device=device) if state is None else state
 
@@ -171,6 +172,6 @@ class PathRange:
         for member in range(members):
             positions = [p for p in range(self.count) if (self.first + p) % members == member]
             if positions:
-                inferences = [(self.first + p) // members for p in positions]
-                inference = torch.tensor(inferences, device=self.index.device)[:, None]
+                first = (self.first + positions[0]) // members
+                inference = torch.arange(first, first + len(positions), device=self.index.device)[:, None]
                 yield member, positions, make_keys(self.seed, self.purpose, member, inference, self.index)

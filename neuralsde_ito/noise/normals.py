@@ -8,8 +8,9 @@ Keys and elements are mixed as SplitMix64 mixes its counter (Steele, Lea, Flood 
 https://doi.org/10.1145/2714064.2660195). A mixed key and a mixed element together give a 64-bit word, and a word gives
 two normals by Box-Muller.
 
-The same normals are computed in three ways: by `kernels.c` in one pass, where it was compiled and takes the state; by
-tensor operations on buffers; and by operations that ``torch.func`` and tracing know (`transformable_normals`).
+The same normals are computed in three ways: in one pass, where `kernels` takes the state (`kernels.c` on a CPU, Triton
+on a GPU); by tensor operations on buffers; and by operations that ``torch.func`` and tracing know
+(`transformable_normals`).
 Here *addressed* keys ``(N,)`` are keys into which `absorb` has mixed the address of a component of a cell.
 """
 
@@ -152,7 +153,10 @@ def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: T
 
 
 def _add_in_one_pass(x: Tensor, addressed: Tensor, scale: float, channels: int, out: Tensor) -> None:
-    """``out = x + scale * normals`` by `kernels.c`, for states with ``channels`` from `kernels.layout`."""
+    """``out = x + scale * normals`` by `kernels`, for states with ``channels`` from `kernels.layout`."""
+    if gpu := kernels.on_gpu(x.device):
+        gpu.add_normals(x, addressed, scale, channels, out)
+        return
     half = math.prod(x.shape[1:]) // 2
     elements = mixed_elements(half, addressed.device, channels)
 

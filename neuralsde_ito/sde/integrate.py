@@ -184,8 +184,9 @@ def solve_torchsde(
     form = "additive" if solver.additive_view and not sde.schedule.multiplicative else solver.form
     view = sde.view(form, tuple(x.shape[1:]))
     h = (sde.t1 - sde.t0) / steps
-    # float64 times: in float32 their sum may miss the end, and torchsde then adds a step.
-    ts = torch.tensor([sde.t0 + first * h, sde.t0 + last * h], dtype=torch.float64, device=x.device)
+    # float64 times: in float32 their sum may miss the end, and torchsde then adds a step. On a CPU, because torchsde
+    # reads them at each step, which would wait for a GPU, and because MPS has no float64.
+    ts = torch.tensor([sde.t0 + first * h, sde.t0 + last * h], dtype=torch.float64, device="cpu")
     y = rearrange(x, "n ... -> n (...)")
     if solver.method == "milstein" and not kernels.ordinary(y):
         raise ItoError(
@@ -212,11 +213,13 @@ def _solve_torchdiffeq(sde: BlockSDE, solver: Solver, steps: int, x: Tensor, fir
     if sde.jump:
         return x
     h = (sde.t1 - sde.t0) / steps
-    ts = torch.tensor([sde.t0 + first * h, sde.t0 + last * h], dtype=torch.float64, device=x.device)
+    kind = torch.float32 if x.device.type == "mps" else torch.float64  # which MPS does not have
+    ts = torch.tensor([sde.t0 + first * h, sde.t0 + last * h], dtype=kind, device=x.device)
     # torchdiffeq's default tolerances (1e-7) are below float32's rounding: steps shrink without end.
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if solver.adaptive else {"options": {"step_size": h}}
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if solver.adaptive else {}
+    options = {"dtype": kind} if solver.adaptive else {"step_size": h}
 
     def drift(t: Tensor, y: Tensor) -> Tensor:
         return (sde.block(y) - y) / (sde.t1 - sde.t0)
 
-    return torchdiffeq.odeint(drift, x, ts, method=solver.method, **tolerance)[-1].to(x.dtype)
+    return torchdiffeq.odeint(drift, x, ts, method=solver.method, options=options, **tolerance)[-1].to(x.dtype)

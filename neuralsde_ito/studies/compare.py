@@ -196,7 +196,7 @@ def _compare(
             except NotFinite as where:
                 rows.append(SolverRow(solver, n, subject.evaluations(solver, n), diverged=str(where)))
                 continue
-            squared = (solution.state - fine.state).flatten(1).square().sum(1).double()
+            squared = (solution.state - fine.state).flatten(1).square().sum(1).cpu().double()
             if bool((squared > 0).all()):
                 fitted.append(n)
                 squares.append(squared)

@@ -158,8 +158,8 @@ class Network:
         return {
             "mean_error": float((logits.softmax(1).mean(0) - fine.softmax(1).mean(0)).abs().max()),
             "logit_error": float((logits - fine).norm() / fine.norm()),
-            "agreement": float((answers == winners(fine)).double().mean()),
-            "accuracy": None if self.y is None else float((answers == self.y).double().mean()),
+            "agreement": float((answers == winners(fine)).cpu().double().mean()),
+            "accuracy": None if self.y is None else float((answers == self.y).cpu().double().mean()),
         }
 
 
@@ -190,6 +190,11 @@ class UnitTime:
         return scale * (self.sde.g(t, y) if hasattr(self.sde, "g") else self.sde.f_and_g(t, y)[1])
 
 
+def _precise(y: Tensor) -> torch.dtype:
+    """The dtype of times: float64, which MPS does not have."""
+    return torch.float32 if y.device.type == "mps" else torch.float64
+
+
 class Equation:
     """An SDE in torchsde's protocol, solved by torchsde on our paths. Implements `Subject`; the output is the state.
 
@@ -213,7 +218,7 @@ class Equation:
         self.name = type(sde).__name__
         self.noise = f"{sde.noise_type} noise, {'Itô' if sde.sde_type == 'ito' else 'Stratonovich'}"
         self.additive = sde.noise_type == "additive"
-        begin = torch.zeros((), dtype=torch.float64, device=y0.device)
+        begin = torch.zeros((), dtype=_precise(y0), device=y0.device)
         with torch.no_grad():
             self.channels = self.sde.g(begin, y0).shape[-1]
             _, self.unit_seconds = timed(lambda: (self.sde.f(begin, y0), self.sde.g(begin, y0)), y0.device)
@@ -257,7 +262,7 @@ class Equation:
 
     def _states(self, y0: Tensor, solver: str, steps: int, parts: int) -> Tensor:
         """The states at ``parts + 1`` equidistant times, ``(parts + 1, N, D)``."""
-        ts = torch.linspace(0, 1, parts + 1, dtype=torch.float64, device=y0.device)
+        ts = torch.linspace(0, 1, parts + 1, dtype=_precise(y0), device=y0.device)
         path = BrownianPath(self.keys, self.channels, 0, 0.0, 1.0, dtype=y0.dtype)
         return torchsde.sdeint(self.sde, y0, ts, bm=path, method=find_solver(solver).method, dt=1 / steps).to(y0.dtype)
 

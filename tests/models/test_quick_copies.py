@@ -9,20 +9,33 @@ import pytest
 import torch
 from problems import random_images, random_resnet, smooth_chain, trained
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import neuralsde_ito as ito
-from neuralsde_ito.attacks.objectives import mean_loss
-from neuralsde_ito.attacks.targets import as_target
+from neuralsde_ito import kernels
+from neuralsde_ito.attacks.active import ActiveSet
+from neuralsde_ito.attacks.norms import BALLS
+from neuralsde_ito.attacks.objectives import OBJECTIVES, TARGETED, mean_loss
+from neuralsde_ito.attacks.panels import Panels
+from neuralsde_ito.attacks.targets import EnsembleTarget, as_target
 from neuralsde_ito.models import inference as engine
 from neuralsde_ito.models.frozen import FrozenResNet
 from neuralsde_ito.models.inference import infer, piece_of, quicken
 from neuralsde_ito.models.recast import ItoResNet
 from neuralsde_ito.models.resnets import CifarResNet
-from neuralsde_ito.noise.keys import PathRange
+from neuralsde_ito.noise import normals as noise
+from neuralsde_ito.noise.keys import PathRange, fresh_keys
 from neuralsde_ito.parallel import in_pieces
 
 
@@ -305,27 +318,168 @@ def test_a_default_device_changes_nothing():
     assert torch.equal(found.votes, wanted)
 
 
+# --- a GPU that is not here -----------------------------------------------------------------------------
+
+
+fake = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+
+
+class AbsentGPU(TorchDispatchMode):
+    """Inside, a GPU's tensors are fake, and whatever a program would have to wait for is an error.
+
+    It waits until the GPU has done all that it was given: to copy a tensor from it or to it, and to read one (``bool``,
+    ``item``, a mask as an index), which no fake tensor can answer. float64 on it is an error too: MPS has none. A CPU's
+    tensors are real.
+    """
+
+    has_float64 = False
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.mode = torch.device(device), FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode.__deepcopy__ = lambda memo: self.mode  # a fake tensor's copy belongs to the same mode
+
+    def __enter__(self):
+        self.mode.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.mode.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        places = {leaf.type for leaf in leaves if isinstance(leaf, torch.device)} | {t.device.type for t in tensors}
+        if func._schema.name in ("aten::_to_copy", "aten::copy_"):
+            assert len(places) == 1, f"a copy between {places}"
+        if places - {"cpu"} and not self.has_float64:
+            kinds = {t.dtype for t in tensors if t.device.type != "cpu"} | {*filter(_is_dtype, leaves)}
+            assert torch.float64 not in kinds, "MPS has no float64"
+        if places == {"cpu"} and not any(isinstance(t, FakeTensor) for t in tensors):
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def put(self, value: Tensor) -> Tensor:
+        fake = self.mode.from_tensor(value.detach())
+        with self.mode:
+            return fake.to(self.device)
+
+    def move(self, model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            weights = {
+                name: nn.Parameter(self.put(p), False) for name, p in module._parameters.items() if p is not None
+            }
+            module._parameters.update(weights)
+            module._buffers.update({name: self.put(value) for name, value in module._buffers.items()})
+        return model
+
+
+def _is_dtype(leaf: object) -> bool:
+    return isinstance(leaf, torch.dtype)
+
+
+@fake
 def test_a_gpu_s_copy_stays_on_it():
-    model, mode = ready(small()), FakeTensorMode()
-    mode.__deepcopy__ = lambda memo: mode  # a fake tensor's copy belongs to the same mode
-
-    def moved(value: Tensor) -> Tensor:
-        fake = mode.from_tensor(value.detach())
-        with mode:
-            return fake.to("cuda:0")
-
-    for module in model.modules():
-        weights = {name: nn.Parameter(moved(p), False) for name, p in module._parameters.items() if p is not None}
-        module._parameters.update(weights)
-        module._buffers.update({name: moved(value) for name, value in module._buffers.items()})
-    with mode:
-        x, keys = torch.rand(2, 3, 12, 12, device="cuda:0"), torch.arange(2, device="cuda:0")
+    gpu, model = AbsentGPU("cuda:0"), ready(small())
+    gpu.move(model)
+    x, keys = gpu.put(torch.rand(2, 3, 12, 12)), gpu.put(torch.arange(2))
+    with gpu:
         for one in (model, engine.folded(model)):
             logits = one(x, keys)
             assert (logits.device.type, tuple(logits.shape)) == ("cuda", (2, 5))
         assert infer(one, x, keys.repeat(3), keys.repeat(3)).device.type == "cuda"
     # What the fake mode has made is not kept for real tensors.
     assert ito.recast(ito.load_resnet("resnet8"))(torch.rand(2, 3, 32, 32)).isfinite().all()
+
+
+@pytest.fixture(params=["cuda:0", "cpu"])
+def gpu(request, monkeypatch):
+    """A GPU, with the ways of real tensors. Where no such card is, no backward pass runs, and gives zeros here; it runs
+    where a CPU's fake tensors stand for those of a GPU."""
+    monkeypatch.setattr(kernels, "ordinary", lambda x: True)
+    monkeypatch.setattr(kernels, "library", None)  # it would take what is no memory
+    monkeypatch.setattr(noise, "_MIXED_ELEMENTS", {})
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    if request.param != "cpu":
+
+        def zeros(outputs, inputs, *_, **__):
+            return tuple(torch.zeros_like(x) for x in ([inputs] if isinstance(inputs, Tensor) else inputs))
+
+        monkeypatch.setattr(torch.autograd, "grad", zeros)
+    return AbsentGPU(request.param)
+
+
+WAITS = (AssertionError, DataDependentOutputException, DynamicOutputShapeException)
+NOISY = [name for name, solver in ito.SOLVERS.items() if solver.form != "ode"]
+
+
+@fake
+@pytest.mark.parametrize("schedule", ["inverse-time", "multiplicative"])
+@pytest.mark.parametrize("name", NOISY)
+def test_no_solver_waits_for_a_gpu(name, schedule, gpu):
+    model = gpu.move(ready(small(layers=(1, 1)), schedule=schedule, solver=name, steps=2))
+    x, keys = gpu.put(torch.rand(2, 3, 12, 12)), gpu.put(torch.arange(2))
+    with gpu, torch.no_grad():
+        assert model(x, keys).device == x.device
+    with gpu:
+        at = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(at, keys).sum(), at)
+    assert gradient.shape == x.shape
+
+
+@pytest.mark.parametrize("gpu", ["cuda:0"], indirect=True)
+@pytest.mark.parametrize("name", sorted(ito.SOLVERS.keys() - set(NOISY)))
+def test_torchdiffeq_waits_for_a_gpu(name, gpu):
+    # It moves its times to the state's device and reads them there at each step.
+    model = gpu.move(ready(small(), omega=0.0, solver=name))
+    x, keys = gpu.put(torch.rand(2, 3, 12, 12)), gpu.put(torch.arange(2))
+    with gpu, pytest.raises(WAITS):
+        model(x, keys)
+
+
+@fake
+@pytest.mark.parametrize("folded", [True, False])
+def test_neither_votes_nor_steps_of_an_attack_wait_for_a_gpu(folded, gpu):
+    models = [gpu.move(engine.folded(ready(small())) if folded else ready(small()).eval()) for _ in range(2)]
+    ensemble = ito.ItoEnsemble(models, 3).eval()
+    x, rows, labels = gpu.put(torch.rand(2, 3, 12, 12)), gpu.put(torch.arange(2)), gpu.put(torch.zeros(2).long())
+    target = EnsembleTarget(ensemble)
+    target._quick = ensemble  # to make it, its logits are compared with the ensemble's, once
+    with gpu:
+        assert ensemble(x).shape == (2, 5)
+        panels = Panels(target, labels, 0, rows, 6, 4, 10)
+        panels._checked = panels.labels  # they are read once in an attempt
+        active = ActiveSet(panels, mean_loss, x, rows)
+        assert active.judge(0).shape == (4, 2, 5)
+        loss, logits, gradient = active.ascend(0)
+        active.keep_best(loss, logits)
+        gpu.has_float64 = True  # the ball of L1 takes it where it is no MPS
+        for ball in BALLS.values():
+            ahead = active.iterate + 0.1 * ball.steepest(gradient, active.iterate)
+            active.iterate = ball.project(ahead, active.origin, 0.1).clamp(0, 1)
+        for name, objective in OBJECTIVES.items():
+            y = torch.stack([labels, labels + 1], 1) if name in TARGETED else labels
+            assert objective(logits, y).shape == (2,)
+        # After each step the program waits, to see which images are fooled and which are left.
+        with pytest.raises(WAITS):
+            active.settle(logits, 0)
+        with pytest.raises(WAITS):
+            active.drop(rows > 0)
+
+
+@fake
+def test_naming_noise_does_not_wait_for_a_gpu(gpu):
+    index = gpu.put(torch.arange(3))
+    with gpu:
+        assert ito.make_keys(0, "report", 1, 2, index).shape == (3,)
+        assert fresh_keys(4, gpu.device).shape == (4,)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert noise.normals(index, 77, 1, 2, dtype=dtype).dtype == dtype
+            x = torch.zeros(3, 5, 5, dtype=dtype, device=gpu.device)
+            assert noise.add_normals(x, index, 0.3, 1).shape == x.shape
 
 
 # --- any network ----------------------------------------------------------------------------------------
