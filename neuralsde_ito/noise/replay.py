@@ -1,9 +1,10 @@
 """Addressed noise for any module: inside `Replay`, what torch draws is a function of keys, and of nothing else.
 
 torch draws from one generator for the whole batch, so that an image's noise depends on its position among the others.
-Here every operation that draws (they carry torch's tag ``nondeterministic_seeded``) is made image by image, each time
-on the generator that the image's key has seeded. What is drawn once for all images (noise on weights, a random size)
-comes from a key of the path.
+Here an operation that draws (it carries torch's tag ``nondeterministic_seeded``) gets the numbers that the images'
+keys name. Normals, uniform numbers and coins come from `normals`, for all images at once. Whatever else is drawn is
+drawn image by image, each time on the generator that the image's key has seeded. What is drawn once for all images
+(noise on weights, a random size) comes from a key of the path.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .keys import absorb, absorb_integer
+from .normals import scaled_normals
 
 # Draws that are no rows: a permutation of as many elements as there are images is still one permutation.
 _WHOLE = ("aten::randperm", "aten::_cudnn_rnn", "aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu")
+
+
+_ARGUMENTS = {"normal_": ("mean", "std"), "uniform_": ("from", "to"), "bernoulli_": ("p",)}  # after the tensor
 
 
 class Replay(TorchDispatchMode):
@@ -52,13 +57,51 @@ class Replay(TorchDispatchMode):
         if func._schema.name in _WHOLE or not any(_rows(value) == n for value in args):
             generator.manual_seed(absorb_integer(self.common, self.draws))
             return func(*args, **kwargs)
+        addressed = absorb(self.keys, self.draws)
+        if (drawn := _drawn_at_once(func, args, kwargs, addressed)) is not None:
+            return drawn
         rows = []
-        for i, seed in enumerate(absorb(self.keys, self.draws).tolist()):
+        for i, seed in enumerate(addressed.tolist()):
             generator.manual_seed(seed)
             rows.append(func(*(_row(value, i, n) for value in args), **kwargs))
         if func._schema.name.endswith("_"):  # it has drawn in place
             return args[0]
         return _joined(rows)
+
+
+def _drawn_at_once(func: Any, args: tuple, kwargs: dict, addressed: Tensor) -> Tensor | None:
+    """What the commonest operations draw, in one pass, a row for each addressed key; None for all others."""
+    operation, value = func._schema.name.removeprefix("aten::"), args[0]
+    if operation in ("randn", "rand"):
+        device, dtype = kwargs.get("device"), kwargs.get("dtype")
+        like = torch.empty(value, device=device or torch.get_default_device(), dtype=dtype)
+    elif operation in ("randn_like", "rand_like"):
+        like = torch.empty_like(value, **{key: said for key, said in kwargs.items() if key != "generator"})
+    elif operation in ("normal_", "uniform_", "bernoulli_") and isinstance(value, Tensor):
+        like = value
+    else:
+        return None
+    if not like.dtype.is_floating_point or any(isinstance(other, Tensor) for other in args[1:]):
+        return None  # a probability for each number
+    kind = torch.promote_types(like.dtype, torch.float32)
+    draws = scaled_normals(addressed.to(like.device), like[0].numel(), kind).view(like.shape)
+    if operation not in ("randn", "randn_like", "normal_"):
+        draws = torch.special.ndtr(draws).clamp_(max=1 - torch.finfo(like.dtype).eps / 2)  # uniform in [0, 1)
+    if operation.endswith("_"):
+        func(value[:0], *args[1:], **kwargs)  # torch refuses arguments that cannot be, such as a negative std
+        draws = _shaped(operation, draws, *args[1:], **kwargs)
+    return like.copy_(draws)
+
+
+def _shaped(operation: str, draws: Tensor, *args: float, generator: None = None, **kwargs: float) -> Tensor:
+    """Standard draws, as the arguments of an operation that draws in place want them."""
+    given = dict(zip(_ARGUMENTS[operation], args, strict=False)) | kwargs
+    if operation == "normal_":
+        return draws * given.get("std", 1.0) + given.get("mean", 0.0)
+    if operation == "uniform_":
+        low = given.get("from", 0.0)
+        return low + (given.get("to", 1.0) - low) * draws
+    return draws < given.get("p", 0.5)
 
 
 def _rows(value: Any) -> int | None:

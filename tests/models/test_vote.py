@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neuralsde_ito import (
@@ -20,6 +20,7 @@ from neuralsde_ito import (
     Vote,
     evidence_of,
     load_bundle,
+    make_keys,
     recast,
     run_suite,
     save_bundle,
@@ -34,6 +35,7 @@ from neuralsde_ito.attacks.sweep import attack_sweep, least_norm
 from neuralsde_ito.attacks.targets import KnownPaths, as_target
 from neuralsde_ito.data import InMemory
 from neuralsde_ito.models.resnets import load_resnet
+from neuralsde_ito.noise.replay import replayed
 
 
 class Head(nn.Module):
@@ -116,6 +118,61 @@ def test_the_law_of_the_noise_is_the_modules_own():
     draws = Vote(Head(lambda h: F.dropout(torch.ones_like(h), 0.25, training=True)))
     mean = draws.path_logits(X[:1], PathRange(0, "report", torch.arange(1), 0, 3000)).mean(0)
     assert torch.allclose(mean[0], draws.module.last(torch.ones(24)), atol=0.05)
+
+
+DRAWS = {  # what draws, and the mean and the standard deviation of its law
+    "randn": (lambda x: torch.randn(x.shape), 0, 1),
+    "randn_like": (torch.randn_like, 0, 1),
+    "randn_like, channels_last": (lambda x: torch.randn_like(x, memory_format=torch.channels_last), 0, 1),
+    "own generator": (lambda x: torch.randn(x.shape, generator=torch.Generator()), 0, 1),
+    "float64": (lambda x: torch.randn_like(x.double()), 0, 1),
+    "half": (lambda x: torch.randn_like(x.half()), 0, 1),
+    "normal_": (lambda x: x.normal_(2, std=3), 2, 3),
+    "normal": (lambda x: torch.normal(x, 2.0), 0, 2),
+    "rand": (lambda x: torch.rand(x.shape), 0.5, 12**-0.5),
+    "rand, bfloat16": (lambda x: torch.rand_like(x.bfloat16()), 0.5, 12**-0.5),
+    "uniform_": (lambda x: x.uniform_(-1, 3), 1, 4 * 12**-0.5),
+    "uniform_ to": (lambda x: x.uniform_(to=4), 2, 4 * 12**-0.5),
+    "bernoulli_": (lambda x: x.bernoulli_(0.2), 0.2, 0.4),
+    "bernoulli": (lambda x: torch.bernoulli(x + 0.2), 0.2, 0.4),
+    "dropout": (lambda x: F.dropout(x + 1, 0.5), 1, 1),
+    "exponential_": (lambda x: x.exponential_(), 1, 1),
+    "randint": (lambda x: torch.randint(0, 2, x.shape).float(), 0.5, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_have_torchs_law_and_belong_to_their_image(name):
+    draw, mean, deviation = DRAWS[name]
+    x, keys, order = torch.zeros(6, 4, 20, 50), make_keys(0, "report", index=torch.arange(6)), torch.tensor([4, 0, 3])
+
+    def drawn(keys: Tensor) -> Tensor:
+        with replayed(keys, 9):
+            first, second = draw(x[: len(keys)].clone()), draw(x[: len(keys)].clone())
+        assert not torch.equal(first, second)
+        return first
+
+    every, some = drawn(keys), drawn(keys[order])
+    assert torch.equal(some, every[order])
+    assert every.is_contiguous() == draw(x.clone()).is_contiguous()
+    assert every.dtype == draw(x.clone()).dtype
+    values = every.double()
+    assert values.mean() == pytest.approx(mean, abs=5 * deviation / len(values.flatten()) ** 0.5)
+    assert values.std() == pytest.approx(deviation, rel=0.05)
+    assert torch.corrcoef(values.flatten(1)).fill_diagonal_(0).abs().max() < 5 / values[0].numel() ** 0.5
+    if name.startswith("rand,") or name == "rand":
+        assert 0 <= values.min() <= values.max() < 1
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda x: x.normal_(0, -1), lambda x: x.uniform_(2, 1), lambda x: x.bernoulli_(1.5)],
+    ids=["std", "to", "p"],
+)
+def test_draws_with_wrong_arguments_are_refused_as_torch_does(draw):
+    x, keys = torch.zeros(3, 4), make_keys(0, "report", index=torch.arange(3))
+    with pytest.raises(RuntimeError), replayed(keys, 9):
+        draw(x)
 
 
 def test_the_global_generators_are_as_before():
