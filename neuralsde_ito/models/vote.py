@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..noise.keys import PathRange, make_keys
-from ..noise.replay import global_generators, replayed
+from ..noise.replay import SharedDraw, global_generators, replayed
 from ..validation import ItoError, image_names, whole_number
 from .ensemble import ItoEnsemble
 from .inspection import alike, answers, as_called
@@ -69,6 +69,9 @@ class Vote(Voter):
         self._noisy: bool | None = None
         self._modes: tuple[bool, ...] = ()
         self._others = False  # whether numpy's or Python's global generator has to be seeded, too
+        self._together = (
+            False  # whether one call takes images on several paths: nothing is drawn for all images at once
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -101,6 +104,7 @@ class Vote(Voter):
         if self._noisy is not None and self._modes == modes:
             return
         self._modes, self.remarks, self.replayable, self._others = modes, [], True, False
+        self._together = False
         devices = range(torch.cuda.device_count()) if x.device.type == "cuda" else []
         with as_called(self.module), torch.random.fork_rng(devices), global_generators() as changed:
             first = answers(self.module, x, self._at_once)
@@ -126,6 +130,7 @@ class Vote(Voter):
             spread = (first.amax() - first.amin()).clamp_min(1e-12)
             if not float((first - other).abs().amax()) <= 1e-3 * float(spread):
                 self.remarks.append(_BY_POSITION)
+        self._together = self.replayable and not self.remarks
 
     def forward(self, x: Tensor) -> Tensor:
         """Log mean probability over fresh paths, ``(N, C, H, W) -> (N, classes)``; differentiable."""
@@ -134,25 +139,47 @@ class Vote(Voter):
         return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
     def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
-        """See `Voter.path_logits`. Each path is one call of the module."""
+        """See `Voter.path_logits`."""
         self.observe(x.detach())
         return self._logits(x, replace(paths, index=image_names(paths.index, x)))
 
     def _logits(self, x: Tensor, paths: PathRange) -> Tensor:
         if not self._noisy:
             return answers(self.module, x).expand(paths.count, -1, -1)
-        numbers = range(paths.first, paths.first + paths.count)
-        return torch.stack([self._call(x, paths.seed, paths.purpose, number, paths.index) for number in numbers])
+        rows = torch.arange(len(x), device=x.device).repeat(paths.count)
+        numbers = torch.arange(paths.first, paths.first + paths.count, device=x.device).repeat_interleave(len(x))
+        at_once = len(rows) if torch.is_grad_enabled() else self._at_once
+        return self._along(x, rows, numbers, paths, at_once).unflatten(0, (paths.count, len(x)))
 
-    def _call(self, x: Tensor, seed: int, purpose: str, number: int, index: Tensor) -> Tensor:
-        """One call: logits ``(N, classes)`` of images along their path of this number."""
+    def _along(self, x: Tensor, rows: Tensor, numbers: Tensor, paths: PathRange, at_once: int) -> Tensor:
+        """Logits ``(K, classes)`` of images ``x[rows]`` along their paths ``numbers``, both ``(K,)``.
+
+        A call of the module has images on several paths where no draw is shared, else on one path.
+        """
+        if self._together:
+            pieces = list(torch.arange(len(rows), device=x.device).split(at_once))
+        else:
+            one_path = ((numbers == number).nonzero()[:, 0] for number in numbers.unique())
+            pieces = [piece for places in one_path for piece in places.split(at_once)]
+        try:
+            parts = [
+                self._call(x[rows[p]], paths.seed, paths.purpose, numbers[p], paths.index[rows[p]]) for p in pieces
+            ]
+        except SharedDraw:  # the module has not drawn so when it was observed
+            self._together = False
+            return self._along(x, rows, numbers, paths, at_once)
+        return torch.cat(parts)[torch.cat(pieces).argsort()]
+
+    def _call(self, x: Tensor, seed: int, purpose: str, numbers: Tensor, index: Tensor) -> Tensor:
+        """One call: logits ``(N, classes)`` of images along their paths ``numbers`` ``(N,)``."""
         n = self._size(len(x))
         if n > len(x):
             more = n - len(x)
-            x, index = (torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) for t in (x, index))
-            return self._call(x, seed, purpose, number, index)[:-more]
-        keys = make_keys(seed, purpose, 0, number, index)
-        common = int(make_keys(seed, purpose, 1, number))  # there is no second member: no image has this key
+            x, numbers, index = (torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) for t in (x, numbers, index))
+            return self._call(x, seed, purpose, numbers, index)[:-more]
+        keys, common = make_keys(seed, purpose, 0, numbers, index), None
+        if not self._together:
+            common = int(make_keys(seed, purpose, 1, int(numbers[0])))  # there is no second member: no image's key
         with replayed(keys, common, self._others):
             return answers(self.module, x)
 
@@ -171,19 +198,12 @@ class Vote(Voter):
             return known.shape[1], [lambda images, rows, numbers: known[images[rows]]]
 
         def inferences(images: Tensor, rows: Tensor, numbers: Tensor) -> Tensor:
-            logits: Tensor | None = None
             with as_called(self.module):
-                for number in numbers.unique().tolist():
-                    for places in (numbers == number).nonzero()[:, 0].split(self._at_once):
-                        of = images[rows[places]]
-                        part = self._call(x[of], seed, purpose, number, index[of])
-                        logits = part.new_empty(len(rows), part.shape[1]) if logits is None else logits
-                        logits[places] = part
-            assert logits is not None
-            return logits
+                return self._along(x, images[rows], numbers, PathRange(seed, purpose, index), self._at_once)
 
         with as_called(self.module):
-            classes = self._call(x[:1], seed, purpose, 0, index[:1]).shape[1]
+            one = torch.zeros(1, dtype=torch.int64, device=x.device)
+            classes = self._along(x, one, one, PathRange(seed, purpose, index), self._at_once).shape[1]
         return classes, [inferences]
 
 

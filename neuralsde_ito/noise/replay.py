@@ -29,18 +29,25 @@ _WHOLE = ("aten::randperm", "aten::_cudnn_rnn", "aten::lstm", "aten::gru", "aten
 _ARGUMENTS = {"normal_": ("mean", "std"), "uniform_": ("from", "to"), "bernoulli_": ("p",)}  # after the tensor
 
 
+class SharedDraw(Exception):
+    """Images on several paths cannot share a draw."""
+
+
 class Replay(TorchDispatchMode):
     """Inside, torch's random operations draw what the keys name, from whatever generator. Gradients pass as usual.
 
     Args:
         keys: int64 ``(N,)``, one for each image of the batch, for draws of which the first size is ``N``.
-        common: one key, for all other draws.
+        common: one key, for all other draws; None where the images are on several paths, which share no draw.
 
     Attributes:
         draws: operations that drew, so far.
+
+    Raises:
+        SharedDraw: without ``common``, an operation draws once for all images.
     """
 
-    def __init__(self, keys: Tensor, common: int) -> None:
+    def __init__(self, keys: Tensor, common: int | None) -> None:
         super().__init__()
         self.keys, self.common = keys.cpu(), common
         self.draws = 0
@@ -55,6 +62,8 @@ class Replay(TorchDispatchMode):
         generator = _generator(args, kwargs)
         n = len(self.keys)
         if func._schema.name in _WHOLE or not any(_rows(value) == n for value in args):
+            if self.common is None:
+                raise SharedDraw
             generator.manual_seed(absorb_integer(self.common, self.draws))
             return func(*args, **kwargs)
         addressed = absorb(self.keys, self.draws)
@@ -154,7 +163,7 @@ def global_generators() -> Iterator[Callable[[], list[str]]]:
 
 
 @contextmanager
-def replayed(keys: Tensor, common: int, others: bool = False) -> Iterator[Replay]:
+def replayed(keys: Tensor, common: int | None, others: bool = False) -> Iterator[Replay]:
     """`Replay`, after which all global generators are as before.
 
     Args:
@@ -165,7 +174,7 @@ def replayed(keys: Tensor, common: int, others: bool = False) -> Iterator[Replay
     with ExitStack() as stack:
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []))
-        if others:
+        if others and common is not None:
             stack.enter_context(global_generators())
             random.seed(common)
             np.random.seed(common % 2**32)  # noqa: NPY002

@@ -109,6 +109,41 @@ def test_noise_on_weights_is_not_taken_for_noise_on_images():
     torch.testing.assert_close(vote.path_logits(x[:5], PathRange(0, "report", names[:5])), whole[:, :5])
 
 
+class Counting(nn.Module):
+    """Noise on images, and from some call on also on all of them together."""
+
+    def __init__(self, shared_from: float = float("inf")) -> None:
+        super().__init__()
+        self.calls, self.shared_from = 0, shared_from
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        noisy = x.flatten(1) + torch.randn_like(x.flatten(1))
+        return noisy + torch.randn(1, 1) if self.calls > self.shared_from else noisy
+
+
+def test_paths_share_a_call_where_no_draw_is_shared():
+    x, paths = torch.rand(5, 1, 2, 3), PathRange(0, "gradient", torch.arange(5), 3, 40)
+    model = Vote(module := Counting())
+    model.observe(x)
+    before = module.calls
+    together = model.path_logits(x, paths)
+    assert module.calls == before + 1
+    model._together = False
+    assert torch.allclose(model.path_logits(x, paths), together)
+    assert module.calls == before + 41
+
+
+def test_a_shared_draw_that_comes_later_is_seen():
+    x, paths = torch.rand(5, 1, 2, 3), PathRange(0, "gradient", torch.arange(5), 3, 4)
+    model = Vote(module := Counting())
+    model.observe(x)
+    module.shared_from = 0
+    logits = model.path_logits(x, paths)
+    model.path_logits(x[:2], paths.of(slice(2)))
+    assert torch.allclose(model.path_logits(x[:2], paths.of(slice(2))), logits[:, :2])
+
+
 def test_the_law_of_the_noise_is_the_modules_own():
     vote = Vote(Head(lambda h: torch.randn_like(h)))
     logits = vote.path_logits(X[:2], PathRange(0, "report", torch.arange(2), 0, 4000))
