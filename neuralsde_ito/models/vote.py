@@ -163,7 +163,8 @@ class Vote(Voter):
             pieces = [piece for places in one_path for piece in places.split(at_once)]
         try:
             parts = [
-                self._call(x[rows[p]], paths.seed, paths.purpose, numbers[p], paths.index[rows[p]]) for p in pieces
+                self._call(x.index_select(0, rows[p]), paths.seed, paths.purpose, numbers[p], paths.index[rows[p]])
+                for p in pieces
             ]
         except SharedDraw:  # the module has not drawn so when it was observed
             self._together = False
