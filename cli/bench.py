@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from neuralsde_ito.validation import ItoError
+from neuralsde_ito.names import ARCHITECTURES
+from neuralsde_ito.validation import ItoError, check_eps, one_of
 
 from . import options, output
 
@@ -86,11 +87,15 @@ def command(
     idle = {name for name, readers in READ_BY.items() if not set(readers) & set(asked)}
     options.without_effect(idle, f"With {'--part ' + ' and --part '.join(parts) if parts else '--arch'}")
 
-    from neuralsde_ito.attacks.norms import check_eps, parse_eps
+    eps = [check_eps("linf", text) for text in radii]
+    if arch is None:
+        options.find_run(root, run)  # before torch is imported
+    else:
+        one_of("architecture", arch, ARCHITECTURES)
+
     from neuralsde_ito.attacks.other_libraries import check_peer
     from neuralsde_ito.benchmarks.measuring import machine
 
-    eps = [check_eps("linf", parse_eps(text)) for text in radii]
     for part, library in (("attack", "torchattacks"), ("suite", "autoattack")):
         if part in parts:
             check_peer(library)
