@@ -19,7 +19,7 @@ from ..models.ensemble import ItoEnsemble
 from ..models.inference import quicken
 from ..models.recast import ItoResNet
 from ..noise.keys import PathRange
-from .measuring import Row
+from .record import Row
 from .turns import Pause, run_in_turns
 
 Case = Callable[[Pause], Tensor | AttackResult]

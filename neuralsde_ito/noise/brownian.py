@@ -239,7 +239,7 @@ class BrownianPath(torchsde.BaseBrownian):
             indices = torch.arange(run * _RUN, (run + 1) * _RUN, device=self.device)
             addresses = fold_addresses((self.block, level), indices, torch.arange(2, device=self.device))
             self._runs[level] = run, absorb(self.keys, addresses[..., None])
-        return self._runs[level][1][place]
+        return self._runs[level][1][place].unbind()
 
     def _normals(self, addressed: Tensor, variance: float) -> Tensor:
         return scaled_normals(addressed, self._shape[1], self._dtype, math.sqrt(variance))

@@ -277,6 +277,7 @@ def test_help_and_version_do_not_wait_for_torch(tmp_path: Path) -> None:
         ("audit --model mymodels:make_net", "--data"),
         ("bench --eps 9", "8/255"),
         ("bench --arch resnet21", "resnet20"),
+        ("bench --against nosuchfile.json", "nosuchfile.json"),
         ("compare --run smal", "small"),
         ("depth --versus smal", "small"),
         ("verify nosuchfolder", "nosuchfolder"),
