@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from neuralsde_ito.validation import check_eps, parse_eps
+
 from . import options, output
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class Asked:
 
     def template(self) -> PGD:
         """The attack, but for its radius."""
-        from neuralsde_ito.attacks import PRESETS, parse_eps
+        from neuralsde_ito.attacks import PRESETS
 
         step_size = None if self.step_size is None else parse_eps(self.step_size)
         typed = {
@@ -132,15 +134,17 @@ def command(
     ito-sde attack --model mymodels:make_net --data digits --norm linf --eps 0.1
     ito-sde suite --norm linf --eps 8/255 --bundle evidence     (the strongest attack)
     """
-    from neuralsde_ito.attacks import parse_eps
+    radii = [check_eps(asked.norm, text) for text in asked.radii]  # before torch is imported
+    chosen.check()
+
     from neuralsde_ito.attacks.sweep import SURROGATES, attack_sweep
     from neuralsde_ito.distributed import world
     from neuralsde_ito.files import write_atomically
     from neuralsde_ito.runs.build import load_dataset
 
     asked.template()
-    for text in asked.radii:  # a wrong radius is refused before the run is read
-        asked.at(parse_eps(text))
+    for eps in radii:  # wrong settings are refused before the networks are read
+        asked.at(eps)
     opened, norm = chosen.defender(), asked.norm
     labels = opened.radii(norm, asked.radii)
     names = surrogates or (SURROGATES if opened.resnet else SURROGATES[:1])

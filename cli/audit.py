@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from neuralsde_ito.validation import ItoError, check_eps, parse_eps
+
 from . import options, output
 
 if TYPE_CHECKING:
@@ -27,17 +29,23 @@ class WhiteBoxOptions:
     restarts: int | None
     eot: int | None
 
+    def check_radius(self) -> None:
+        """Refuse a radius that cannot be used.
+
+        Raises:
+            ItoError: see `check_eps`; or it is 0.
+        """
+        if self.eps is not None and check_eps(self.norm, self.eps) == 0:
+            raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
+
     def settings(self) -> dict[str, Any]:
         """The settings of `PGD`, without the norm and the radius.
 
         Raises:
-            ItoError: a setting, or the radius where one was typed, that cannot be used.
+            ItoError: a setting that cannot be used.
         """
-        from neuralsde_ito.attacks import PGD, parse_eps
-        from neuralsde_ito.validation import ItoError
+        from neuralsde_ito.attacks import PGD
 
-        if self.eps is not None and parse_eps(self.eps) == 0:
-            raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
         step_size = None if self.step_size is None else parse_eps(self.step_size)
         typed = {"steps": self.steps, "step_size": step_size, "restarts": self.restarts, "eot": self.eot}
         settings: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
@@ -95,11 +103,13 @@ def command(
     ito-sde audit --norm l2 --eps 0.5 --strict
     ito-sde audit --model mymodels:make_net --data digits --eps 0.1
     """
-    from neuralsde_ito.attacks import parse_eps
+    attack.check_radius()  # before torch is imported
+    chosen.check()
+
     from neuralsde_ito.audits.audit import PROGRESS, audit
     from neuralsde_ito.runs.build import load_dataset
 
-    settings = attack.settings()  # which refuses what is wrong, before the run is read
+    settings = attack.settings()  # which refuses what is wrong, before the networks are read
     opened = chosen.defender()
     *_, eps = opened.radii(attack.norm, (attack.eps,) if attack.eps else (), also=False).values()
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)

@@ -6,11 +6,13 @@ import importlib.util
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from neuralsde_ito.validation import ItoError
+from neuralsde_ito.benchmarks.record import FORMAT, PARTS, compare_rows, read_record
+from neuralsde_ito.names import ARCHITECTURES
+from neuralsde_ito.validation import ItoError, check_eps, one_of
 
 from . import options, output
 
@@ -18,11 +20,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from neuralsde_ito.benchmarks.measuring import Row
+    from neuralsde_ito.benchmarks.record import Change, Record, Row
     from neuralsde_ito.models.ensemble import ItoEnsemble
     from neuralsde_ito.models.recast import ItoResNet
 
-PARTS = ("inference", "vote", "path", "attack", "suite", "training", "memory")
 OF_A_RUN = ("vote", "attack", "suite")  # parts that mean nothing with random weights
 READ_BY = {  # the parts that obey an option
     "batch": ("inference", "vote", "path", "training"),
@@ -55,6 +56,12 @@ READ_BY = {  # the parts that obey an option
 @click.option("--eot", type=click.IntRange(1), default=20, show_default=True, help="Paths a gradient of attacks.")
 @click.option("--compile", "compiled", is_flag=True, help="Also the plain network under torch.compile.")
 @click.option("--save", **options.out_picture, metavar="PNG", help="Draw the ratios into this file.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also compare with a run that --json has recorded.  [the parts are then the record's]",
+)
 @options.as_json
 def command(
     parts: tuple[str, ...],
@@ -70,27 +77,43 @@ def command(
     eot: int,
     compiled: bool,
     save: Path | None,
+    against: Path | None,
     as_json: bool,
 ) -> None:
     """Measure inferences, votes, attacks, training steps and memory against the plain network.
 
     Every figure is a ratio to the part's first row, measured in turn with it, since seconds alone vary with whatever
     else the machine does. A run gives the network, the members and the images; --arch needs no run.
+
+    \b
+    ito-sde bench --json > before.json
+    ito-sde bench --against before.json
     """
-    asked = tuple(dict.fromkeys(parts)) or tuple(part for part in PARTS if part != "suite")
+    record = None if against is None else read_record(against)
+    if record is not None:
+        record.check(parts, {})
+    by_default = tuple(part for part in PARTS if part != "suite") if record is None else record.parts
+    asked = tuple(dict.fromkeys(parts)) or by_default
     if arch is not None:
         if wrong := [part for part in parts if part in OF_A_RUN]:
             raise click.UsageError(f"--arch has random weights: --part {wrong[0]} needs a run.")
         options.without_effect({"run", "root"}, "With --arch")
         asked = tuple(part for part in asked if part not in OF_A_RUN)
+        if not asked:
+            raise click.UsageError(f"--arch has random weights: all parts of the record {against} need a run.")
     idle = {name for name, readers in READ_BY.items() if not set(readers) & set(asked)}
-    options.without_effect(idle, f"With {'--part ' + ' and --part '.join(parts) if parts else '--arch'}")
+    which = "--part " + " and --part ".join(parts) if parts else "--arch" if arch is not None else "--against"
+    options.without_effect(idle, f"With {which}")
 
-    from neuralsde_ito.attacks.norms import check_eps, parse_eps
+    eps = [check_eps("linf", text) for text in radii]
+    if arch is None:
+        options.find_run(root, run)  # before torch is imported
+    else:
+        one_of("architecture", arch, ARCHITECTURES)
+
     from neuralsde_ito.attacks.other_libraries import check_peer
     from neuralsde_ito.benchmarks.measuring import machine
 
-    eps = [check_eps("linf", parse_eps(text)) for text in radii]
     for part, library in (("attack", "torchattacks"), ("suite", "autoattack")):
         if part in parts:
             check_peer(library)
@@ -102,6 +125,10 @@ def command(
     asked, left_out = _possible(asked, subject)
     if parts and left_out:
         raise ItoError(left_out[0].replace("left out", "not measured", 1))
+    settings = {"batch": batch, "eps": eps, "images": images, "steps": steps, "eot": eot}
+    if record is not None:
+        obeyed = {"eps" if name == "radii" else name for name, readers in READ_BY.items() if set(readers) & set(asked)}
+        record.check(asked, {name: value for name, value in settings.items() if name in obeyed})
     rows: list[Row] = []
     with output.progress(len(asked), "bench", "parts") as bar:
         for part in asked:
@@ -112,11 +139,15 @@ def command(
         from .pictures import bench_picture
 
         bench_picture(rows, save)
+    changes = [] if record is None else compare_rows(record.rows, rows)
     if as_json:
-        head = {"command": "bench", "network": subject.description, "batch": batch, "repeats": repeats}
+        head: dict[str, Any] = {"command": "bench", "network": subject.description, "batch": batch, "repeats": repeats}
         date = datetime.now().isoformat(timespec="seconds")
         head |= {"machine": ", ".join(machine(subject.device)), "date": date}
-        output.print_json({**head, "rows": [asdict(row) for row in rows], "left_out": left_out})
+        head |= {"format": FORMAT, "settings": settings, "rows": [asdict(row) for row in rows], "left_out": left_out}
+        if record is not None:
+            head["against"] = {"file": str(against), "changes": [asdict(change) for change in changes]}
+        output.print_json(head)
         return
     click.echo(f"Network  {subject.description}")
     click.echo(f"Machine  {', '.join(machine(subject.device))}")
@@ -129,6 +160,8 @@ def command(
     )
     for sentence in left_out:
         output.sentence(sentence)
+    if record is not None:
+        _print_changes(record, changes)
     if save:
         click.echo(f"\nPicture  {save}")
 
@@ -228,3 +261,24 @@ def _print_table(rows: list[Row], parts: tuple[str, ...]) -> None:
     click.echo()
     output.table(cells, ["part", "what", "cost", "ratio", "first call", "remarks"])
     click.echo()
+
+
+def _print_changes(record: Record, changes: list[Change]) -> None:
+    """The ratios of the record beside those of this run."""
+    click.echo(f"\nAgainst  {record.path}, {record.date}\n         {record.network}\n         {record.machine}\n")
+    cells, part = [], ""
+    for change in changes:
+        old, new = ("-" if ratio is None else f"{ratio:.2f}" for ratio in (change.old, change.new))
+        share = "" if change.share is None else f"{100 * change.share:+.0f} %"
+        cells.append([change.part if change.part != part else "", change.name, old, new, share, change.word])
+        part = change.part
+    output.table(cells, ["part", "what", "old ratio", "new ratio", "change", "moved"])
+    click.echo()
+    measured = {change.part for change in changes}
+    if others := [part for part in record.parts if part not in measured]:
+        output.sentence(f"Not compared: {', '.join(others)}, which the record has and this run has not measured.")
+    moved = sum(change.word in ("more", "less") for change in changes)
+    output.sentence(
+        f"{output.count(moved, 'ratio')} moved: each run's median lies outside the other's quartiles. Attacks, suites "
+        "and memory are measured once, have no quartiles and are not said to move."
+    )

@@ -51,10 +51,11 @@ def command(
 
     'ito-sde orders' measures solvers on problems with known solutions, 'ito-sde depth' the accuracy on finer grids.
     """
+    opened = options.open_run(root, run, device)
+
     from neuralsde_ito.runs.build import load_dataset
     from neuralsde_ito.studies.compare import compare_solvers
 
-    opened = options.open_run(root, run, device)
     data = load_dataset(opened.config, train_limit=1, test_limit=limit)
     index, x, y = next(iter(data.test.batches(limit, opened.device)))
     seed = opened.config.seed if seed is None else seed

@@ -63,10 +63,13 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure the accuracy of networks on finer grids: is each an SDE, or a ResNet in disguise?"""
+    for other in versus:
+        options.find_run(root, other)  # before torch is imported
+    opened = options.open_run(root, run, device)
+
     from neuralsde_ito.runs.build import load_dataset
     from neuralsde_ito.studies.depth import read_depths
 
-    opened = options.open_run(root, run, device)
     data = load_dataset(opened.config, train_limit=1, test_limit=limit)
     index, x, y = next(iter(data.test.batches(limit, opened.device)))
     seed = opened.config.seed if seed is None else seed

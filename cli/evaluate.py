@@ -32,13 +32,15 @@ def command(
         options.without_effect({"untrained"}, "With --model")
     if full:
         options.without_effect({"confidence"}, "With --full")
+    opened = chosen.defender()
+
     from neuralsde_ito.distributed import world
     from neuralsde_ito.models.ensemble import ItoEnsemble
     from neuralsde_ito.outcomes import Paired
     from neuralsde_ito.runs.build import load_dataset, recast_as
     from neuralsde_ito.runs.evaluate import evaluate
 
-    opened, among = chosen.defender(), world()
+    among = world()
     images = load_dataset(opened.config, train_limit=1, test_limit=limit)
     seed = opened.config.seed if seed is None else seed
     ensemble, before, paired = opened.ensemble, None, None

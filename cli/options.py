@@ -15,9 +15,21 @@ import click
 from click.core import ParameterSource
 
 from neuralsde_ito.distributed import world
+from neuralsde_ito.names import (
+    ARCHITECTURES,
+    DATA_SETS,
+    NOISES,
+    NORMS,
+    OBJECTIVES,
+    PEERS,
+    PRECISIONS,
+    PRESETS,
+    RULES,
+    SURROGATES,
+)
 from neuralsde_ito.sde.schedules import SCHEDULES
 from neuralsde_ito.sde.solvers import SOLVERS
-from neuralsde_ito.validation import ItoError, shown
+from neuralsde_ito.validation import ItoError, one_of, parse_eps, shown
 
 if TYPE_CHECKING:
     import torch
@@ -32,26 +44,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
-# The keys of library tables whose files import torch, for which help should not wait seconds. A test compares each
-# tuple with its table.
-NORMS = ("linf", "l2", "l1")
-PRESETS = ("default", "madry20", "fgsm")
-OBJECTIVES = (
-    *("mean-loss", "loss-of-mean", "mean-logits", "margin", "dlr", "denial"),
-    *("targeted-loss", "targeted-dlr", "targeted-vote"),
-)
-SURROGATES = ("ensemble", "member", "noise-free", "resnet")
-NOISES = ("fresh", "fixed", "known")
-PEERS = ("foolbox", "torchattacks", "autoattack")
-RULES = ("hierarchical", "flat")
-PRECISIONS = ("float32", "bfloat16")
-ARCHITECTURES = (
-    *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
-    *("cifar-resnet18", "cifar-resnet34", "cifar-resnet50"),
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-)
-
-# The types of options that take one of these names.
+# The types of options that take one of the library's names.
 one_norm = click.Choice(NORMS)
 one_preset = click.Choice(PRESETS)
 one_objective = click.Choice(OBJECTIVES)
@@ -117,13 +110,15 @@ def without_effect(names: Collection[str], when: str, mend: str = "leave it out"
 
 
 def data_keys(data: str) -> dict[str, Any]:
-    """The keys of the configuration for the value of ``--data``: the name of a data set, or a folder."""
-    from neuralsde_ito.data import DATASETS
+    """The keys of the configuration for the value of ``--data``: the name of a data set, or a folder.
 
+    Raises:
+        ItoError: there is neither.
+    """
     is_path = os.path.exists(data) or "/" in data or os.sep in data
-    if is_path and data not in DATASETS:
+    if is_path and data not in DATA_SETS:
         return {"data.name": "imagefolder", "data.path": str(Path(data).resolve())}
-    return {"data.name": data}
+    return {"data.name": one_of("data set", data, DATA_SETS)}
 
 
 def check_file(path: Path) -> Path:
@@ -290,18 +285,31 @@ class DefenderOptions(RunOptions):
     model: str | None
     data: str | None
 
+    def check(self) -> None:
+        """Refuse what can be refused without torch.
+
+        Raises:
+            ItoError: there is no such run, or a network without data.
+            click.UsageError: options of a run with a network, or of a network with a run.
+        """
+        if self.model is None:
+            without_effect({"data"}, "Without --model", "leave it out, a run has data of its own")
+            find_run(self.root, self.run)
+            return
+        without_effect({"run"}, "With --model")
+        if self.data is None:
+            raise ItoError("--model needs --data: digits, cifar10, cifar100, or a folder with test/CLASS/*.")
+        data_keys(self.data)
+
     def defender(self) -> Defender:
         """Open the run, or make the user's network.
 
         Raises:
             ItoError: there is none, or its data are missing.
-            click.UsageError: options of a run with a network, or of a network with a run.
+            click.UsageError: see `check`.
         """
-        if self.model is None:
-            without_effect({"data"}, "Without --model", "leave it out, a run has data of its own")
-            return self.open()
-        without_effect({"run"}, "With --model")
-        return open_model(self)
+        self.check()
+        return self.open() if self.model is None else open_model(self)
 
 
 a_model = stacked(
@@ -368,8 +376,6 @@ class Defender:
         Raises:
             ItoError: none was typed, and there is no run that has one.
         """
-        from neuralsde_ito.attacks import parse_eps
-
         defaults = self.config.attack
         own = () if self.model else tuple(defaults.eps.get(cast("Any", norm), ()))
         more = tuple(defaults.also.get(cast("Any", norm), ())) if also and not self.model else ()
@@ -412,8 +418,7 @@ def open_model(chosen: DefenderOptions) -> Defender:
     from .modules import load_module, voter_of
 
     assert chosen.model is not None
-    if chosen.data is None:
-        raise ItoError("--model needs --data: digits, cifar10, cifar100, or a folder with test/CLASS/*.")
+    assert chosen.data is not None
     device = pick_device(chosen.device)
     network = load_module(chosen.model)
     config = load_config(None, overrides=data_keys(chosen.data))
@@ -423,15 +428,25 @@ def open_model(chosen: DefenderOptions) -> Defender:
     return Defender(Run(folder, config), device, voter, None, chosen.model)
 
 
+def find_run(root: Path, name: str | None) -> Run:
+    """A finished run by its name or path, by default the newest one; its networks are not read, nor torch imported."""
+    from neuralsde_ito.runs.run import Run
+
+    run = Run.find(root, name)
+    run.check_finished()
+    return run
+
+
 def open_run(
     root: Path, name: str | None, device: str, inferences: int | None = None, rule: str | None = None
 ) -> Opened:
     """Read a finished run, by default the newest one, which is then named on stderr."""
-    from neuralsde_ito.models.ensemble import ItoEnsemble
-    from neuralsde_ito.runs.build import pick_device
-    from neuralsde_ito.runs.run import Run
+    run = find_run(root, name)
 
-    run, torch_device = Run.find(root, name), pick_device(device)
+    from neuralsde_ito.models.ensemble import ItoEnsemble  # it imports torch
+    from neuralsde_ito.runs.build import pick_device
+
+    torch_device = pick_device(device)
     if name is None:
         click.echo(f"Run {run.folder} (the newest finished one; --run names another).", err=True)
     ensemble = run.ensemble(torch_device)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from neuralsde_ito.attacks.sweep import Sweep
-    from neuralsde_ito.benchmarks.measuring import Row
+    from neuralsde_ito.benchmarks.record import Row
     from neuralsde_ito.data import Dataset
     from neuralsde_ito.runs.evaluate import Evaluation
     from neuralsde_ito.studies.compare import SolverComparison

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
+
+from neuralsde_ito.validation import ItoError
 
 from . import options, output
 
@@ -26,25 +29,29 @@ def command(
     Transparent pictures are read on a white ground. The noise depends on the pixels only: a picture gets the same
     votes under any name and beside any other pictures.
     """
-    from neuralsde_ito.attacks.targets import classify
+    for path in pictures:  # before torch is imported
+        if not os.path.exists(path):
+            raise ItoError(f"There is no image file {str(path)!r}.")
+    opened = chosen.open()
+
     from neuralsde_ito.data import load_image
+    from neuralsde_ito.models.inspection import as_called
+    from neuralsde_ito.models.votes import winners
     from neuralsde_ito.noise.keys import content_index
     from neuralsde_ito.outcomes import ABSTAIN
-    from neuralsde_ito.runs.build import load_dataset
 
-    opened = chosen.open()
-    images = load_dataset(opened.config, train_limit=1, test_limit=1)
     seed = opened.config.seed if seed is None else seed
-    names = images.classes
+    names, shape = opened.run.images()
     total = len(opened.ensemble.members) * opened.ensemble.inferences
     records: list[dict[str, Any]] = []
-    loaded = [load_image(path, images.image_shape) for path in pictures]  # all of them, before any work is done
+    loaded = [load_image(path, shape) for path in pictures]  # all of them, before any work is done
     for path, picture in zip(pictures, loaded, strict=True):
         x = picture[None].to(opened.device)
         # One by one, because the last bit of a convolution depends on the batch size.
         prediction = opened.ensemble.predict(x, seed, content_index(x), full=True)  # the table shows all counts
         share = prediction.votes[:, 0].sum(0) / total  # (classes,)
-        label, base = int(prediction.labels[0]), int(classify(opened.resnet, x)[0])
+        with as_called(opened.resnet):
+            label, base = int(prediction.labels[0]), int(winners(opened.resnet(x))[0])
         records.append(
             {
                 "image": str(path),

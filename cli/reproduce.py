@@ -35,14 +35,20 @@ class Asked:
 
     def request(self, device: str) -> Request:
         """The same for the library."""
+        from neuralsde_ito.reproduction.declared import load_item, load_scale
+
+        load_scale(self.scale)  # wrong names are refused before torch is imported
+        for name in self.items:
+            if name != "all":
+                load_item(name)
+        changes = self._changes()
+
         from neuralsde_ito.reproduction.reproduce import Request
         from neuralsde_ito.runs.build import pick_device
 
         folder = self.folder or Path("reproduction") / self.scale
         imagenet = None if self.imagenet is None else str(self.imagenet.resolve())
-        return Request(
-            self.items, self.scale, self._changes(), imagenet, self.limit, self.seed, folder, pick_device(device)
-        )
+        return Request(self.items, self.scale, changes, imagenet, self.limit, self.seed, folder, pick_device(device))
 
     def _changes(self) -> dict[str, Any]:
         """What the user sets, as dotted keys of a run's configuration."""
@@ -110,11 +116,12 @@ def command(asked: Asked, device: str, dry_run: bool, as_json: bool) -> None:
     ito-sde reproduce table4 --scale small --data images/ --weights resnet20.th
     ito-sde reproduce table3 table4 --scale paper --dry-run
     """
+    request = asked.request(device)
+
     from neuralsde_ito.distributed import world
     from neuralsde_ito.reproduction.reproduce import carry_out, make_plan, results_of
     from neuralsde_ito.runs.training import Diverged
 
-    request = asked.request(device)
     plan = make_plan(request)
     options.check_folder(request.folder)
     pending = plan.pending()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from neuralsde_ito.validation import check_eps
+
 from . import options, output
 
 if TYPE_CHECKING:
@@ -111,15 +113,16 @@ def command(
     ito-sde suite --norm l2 --eps 0.5 --eps 1 --noise known --repeat 5
     ito-sde suite --model mymodels:make_net --data digits --norm linf --eps 0.1
     """
-    from neuralsde_ito.attacks.norms import parse_eps
+    radii = tuple(sorted({check_eps(asked.norm, text) for text in asked.radii})) or (0.0,)  # before torch is imported
+    chosen.check()
+
     from neuralsde_ito.attacks.other_libraries import check_peer
     from neuralsde_ito.attacks.suite_run import run_suite
     from neuralsde_ito.distributed import world
     from neuralsde_ito.files import write_atomically
     from neuralsde_ito.runs.build import load_dataset
 
-    # Wrong settings are refused before the run is read.
-    asked.settings(tuple(sorted({parse_eps(text) for text in asked.radii})) or (0.0,), 0)
+    asked.settings(radii, 0)  # wrong settings are refused before the networks are read
     for peer in peers:
         check_peer(peer, asked.norm)
     opened, norm = chosen.defender(), asked.norm

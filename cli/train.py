@@ -156,7 +156,6 @@ def command(
         options.without_effect(idle, "With --print-config")
 
     from neuralsde_ito.distributed import world
-    from neuralsde_ito.runs.build import load_dataset, pick_device
     from neuralsde_ito.runs.run import Run, new_run_name
 
     among = world()
@@ -165,14 +164,18 @@ def command(
     if print_config:
         click.echo(config.to_yaml(), nl=False)
         return
+    if among.first and run is None and not overwrite:
+        Run.check_new(_folder(root, name or new_run_name(root, config)))  # before torch is imported
+
+    from neuralsde_ito.runs.build import load_dataset, pick_device
+
     torch_device = pick_device(device)
     if not among.first:  # process 0 names the run, and makes its folder
         run = Run.open(among.gather("")[0])
         images = load_dataset(run.config)
     else:
         if run is None:
-            name = name or new_run_name(root, config)
-            folder = Path(name) if Path(name).parent != Path() else root / name
+            folder = _folder(root, name or new_run_name(root, config))
             run, images = _created(folder, config, overwrite)
         else:
             if name is None:
@@ -205,6 +208,11 @@ def command(
     output.evaluation_table(result, images.name)
     click.echo(f"\nPicture   {picture}")
     click.echo("Next      ito-sde attack --norm linf --eps 8/255")
+
+
+def _folder(root: Path, name: str) -> Path:
+    """The folder of a run that is named, or given by its path."""
+    return Path(name) if Path(name).parent != Path() else root / name
 
 
 def _created(folder: Path, config: Config, overwrite: bool) -> tuple[Run, Dataset]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,9 +65,15 @@ def command(
     """
     from dataclasses import replace
 
+    from neuralsde_ito.validation import ItoError, shown
+
+    if not os.path.isdir(bundle):  # before torch is imported
+        raise ItoError(f"There is no evidence bundle in {shown(str(bundle))}: there is no such folder.")
+    if chosen.run is not None or chosen.model is not None:
+        chosen.check()
+
     from neuralsde_ito.audits.bundle import Altered, load_bundle
     from neuralsde_ito.audits.verify import Claim, Verification, verify_bundle, work
-    from neuralsde_ito.validation import ItoError
 
     files = Claim("files unaltered", "SHA-256 and summary", "the same", True)
     try:

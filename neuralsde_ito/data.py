@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+from .names import AUGMENTATIONS
 from .validation import ItoError, one_of, shown
 
-AUGMENTATIONS = ("none", "shift", "flip-crop", "imagenet")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _IN_MEMORY = 64  # pixels: images up to this size are held in memory
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from scipy.stats import binomtest
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .validation import ItoError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ABSTAIN = -1  # the label of an image without a majority (the convention of locuslab/smoothing)
 
@@ -37,6 +38,8 @@ class Rate:
         """
         if n < 1:
             raise ItoError("A rate needs at least one image.")
+        from scipy.stats import binomtest  # it takes a second to import, and a vote has no use for it
+
         low, high = binomtest(count, n).proportion_ci(0.95, method="wilson")
         return cls(count, n, count / n, float(low), float(high))
 
@@ -117,6 +120,8 @@ class Paired:
         """
         if first.shape != second.shape:
             raise ItoError(f"A paired test needs the same images: {tuple(first.shape)}, {tuple(second.shape)}.")
+        from scipy.stats import binomtest
+
         only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
         differing = only_first + only_second
         p = float(binomtest(only_first, differing).pvalue) if differing else 1.0  # scipy returns a numpy scalar

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.inspection import as_called
+from ..names import PRECISIONS
 from ..validation import ItoError, check_images, check_labels, recordable
 from .objectives import OBJECTIVES
 from .panels import Panels
-from .targets import PRECISIONS, Ascent, as_target
+from .targets import Ascent, as_target
 
 _IMAGES, _PATHS, _TURNS = 32, 8, 3
 _LEAST_COSINE = 0.9  # of the median image; 0.97 to 0.99 was measured where bfloat16 computes what it should

@@ -30,6 +30,7 @@ from ..files import write_atomically
 from ..models.ensemble import ItoEnsemble, NoiseFree
 from ..models.recast import recast
 from ..models.voting import Voter
+from ..names import PRECISIONS
 from ..outcomes import Outcomes, Paired
 from ..validation import ItoError, one_of, shown, whole_number
 from .base import Attack
@@ -40,7 +41,6 @@ from .other_libraries import peer_attack
 from .panels import GOALS
 from .report import Report, invalid, worst_labels
 from .suite import Step, Suite, SuiteResult, check_rising, join_results, standard, with_known_paths
-from .targets import PRECISIONS
 
 OnAttack = Callable[[str, Step, SuiteResult], object]
 

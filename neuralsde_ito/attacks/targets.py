@@ -19,6 +19,7 @@ from ..models.vote import Vote, as_voter
 from ..models.votes import winners
 from ..models.voting import Voter
 from ..modules import well_known
+from ..names import PRECISIONS
 from ..noise.keys import PathRange
 from ..parallel import in_pieces, out_of_memory
 from ..sde.solvers import find_solver
@@ -26,9 +27,6 @@ from ..validation import ItoError, one_of, whole_number
 from .objectives import Objective
 
 _GRAPH_BYTES = {"cpu": 1 << 28}  # that one graph of a module may keep; on a GPU 4 GiB
-
-
-PRECISIONS = ("float32", "bfloat16")
 
 
 class Ascent(NamedTuple):

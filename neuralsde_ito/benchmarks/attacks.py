@@ -20,7 +20,7 @@ from ..models.inference import in_bfloat16, quicken
 from ..models.recast import ItoResNet
 from ..noise.keys import PathRange
 from ..validation import ItoError
-from .measuring import Row
+from .record import Row
 from .turns import Pause, run_in_turns
 
 Case = Callable[[Pause], Tensor | AttackResult]

@@ -20,7 +20,8 @@ from ..models.recast import ItoResNet, recast
 from ..modules import evaluating
 from ..noise.brownian import BrownianPath
 from ..noise.keys import make_keys
-from .measuring import Row, interleaved
+from .measuring import interleaved
+from .record import Row
 
 
 def torchsde_inference(model: ItoResNet, x: Tensor) -> Tensor:

@@ -6,32 +6,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 
 from .. import kernels
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a benchmark.
-
-    Attributes:
-        part: ``inference``, ``vote``, ``path``, ``attack``, ``suite``, ``training`` or ``memory``.
-        name: what was measured.
-        seconds: the median over repeats; in MiB where the part is ``memory``.
-        ratio: to the part's first row: the median over repeats of the ratio within a repeat.
-        cold: seconds of the first call, with whatever it compiles; None: not of interest.
-        note: a remark for the table.
-    """
-
-    part: str
-    name: str
-    seconds: float
-    ratio: float
-    cold: float | None = None
-    note: str = ""
+from .record import Row
 
 
 def interleaved(part: str, cases: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> list[Row]:
@@ -61,8 +40,13 @@ def interleaved(part: str, cases: dict[str, Callable[[], object]], repeats: int,
     first = next(iter(times.values()))
 
     def row(name: str) -> Row:
-        ratio = statistics.median(a / b for a, b in zip(times[name], first, strict=True))
-        return Row(part, name, statistics.median(times[name]), ratio, cold[name])
+        ratios = [a / b for a, b in zip(times[name], first, strict=True)]
+        quartiles = None
+        if repeats > 1:
+            low, _, high = statistics.quantiles(ratios, method="inclusive")
+            quartiles = low, high
+        seconds, ratio = statistics.median(times[name]), statistics.median(ratios)
+        return Row(part, name, seconds, ratio, cold[name], quartiles=quartiles)
 
     return [row(name) for name in cases]
 

@@ -12,7 +12,7 @@ import torch
 from ..models.recast import recast
 from ..models.resnets import load_resnet
 from ..noise.keys import make_keys
-from .measuring import Row
+from .record import Row
 
 _SCRIPT = """
 import sys

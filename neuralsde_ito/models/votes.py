@@ -8,10 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..names import RULES
 from ..outcomes import ABSTAIN
 from ..validation import ItoError, one_of
-
-RULES = ("hierarchical", "flat")
 
 
 def check_rule(rule: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,11 @@ import torchsde
 from torch import Tensor
 
 from ..validation import ItoError
-from .keys import absorb, fold_address
+from .keys import absorb, fold_address, fold_addresses
 from .normals import add_normals, by_rows, scaled_normals
 
 _LEVELS = 20  # a block is never cut finer than 2**20 steps
+_RUN = 16  # neighbouring bridges of a level whose addresses are mixed into the keys by one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class BrownianPath(torchsde.BaseBrownian):
         self.keys, self.block, self.t0, self.t1 = keys, block, float(t0), float(t1)
         self._shape, self._dtype = torch.Size((keys.shape[0], size)), dtype
         self._waiting: list[_Cell] = []  # cells to the right of the last one read; the next one is at the end
+        self._runs: dict[int, tuple[int, Tensor]] = {}  # by level: the run of bridges last read, and its addressed keys
 
     def __repr__(self) -> str:
         return f"BrownianPath(block={self.block}, t0={self.t0}, t1={self.t1}, shape={tuple(self._shape)})"
@@ -195,7 +198,7 @@ class BrownianPath(torchsde.BaseBrownian):
         level, index = cell.level + 1, 2 * cell.index
         h = (self.t1 - self.t0) / (1 << cell.level)
         W_left, H_left = torch.empty_like(W) if with_area else H, torch.empty_like(W) if with_area else None
-        addresses = [self._address(level, cell.index, component) for component in range(1 + with_area)]
+        addresses = self._bridge_addresses(level, cell.index, with_area)
 
         def bridge(rows: slice) -> None:
             z = self._normals(addresses[0][rows], h / 4)
@@ -212,6 +215,7 @@ class BrownianPath(torchsde.BaseBrownian):
     def forget(self) -> None:
         """Free the memory of the cells that wait; they are computed again when they are read."""
         self._waiting.clear()
+        self._runs.clear()
 
     def _address(self, level: int, index: int, component: int) -> Tensor:
         """The path's keys, with the address of normals mixed in.
@@ -220,6 +224,22 @@ class BrownianPath(torchsde.BaseBrownian):
         level of the two halves and the index of the cell that it splits.
         """
         return absorb(self.keys, fold_address((self.block, level, index, component)))
+
+    def _bridge_addresses(self, level: int, index: int, with_area: bool) -> Sequence[Tensor]:
+        """The addressed keys of a bridge, by component; component 1 may be left out without ``with_area``.
+
+        A level of many bridges is mostly read from left to right: neighbours are addressed together. One by one, their
+        small operations would cost more than the normals of a small state, and `fold_address` keeps fewer addresses
+        than a fine path has.
+        """
+        if 1 << level <= _RUN:
+            return [self._address(level, index, component) for component in range(1 + with_area)]
+        run, place = divmod(index, _RUN)
+        if level not in self._runs or self._runs[level][0] != run:
+            indices = torch.arange(run * _RUN, (run + 1) * _RUN, device=self.device)
+            addresses = fold_addresses((self.block, level), indices, torch.arange(2, device=self.device))
+            self._runs[level] = run, absorb(self.keys, addresses[..., None])
+        return self._runs[level][1][place].unbind()
 
     def _normals(self, addressed: Tensor, variance: float) -> Tensor:
         return scaled_normals(addressed, self._shape[1], self._dtype, math.sqrt(variance))

@@ -84,6 +84,14 @@ def fold_address(address: tuple[int, ...]) -> int:
     return state
 
 
+def fold_addresses(first: tuple[int, ...], fields: Tensor, last: Tensor) -> Tensor:
+    """`fold_address` of ``(*first, a, b)``, for all ``a`` of ``fields (A,)`` and ``b`` of ``last (B,)``: ``(A, B)``."""
+    state = len(first) + 2
+    for field in first:
+        state = absorb_integer(state, field)
+    return absorb(absorb(torch.full_like(fields, state), fields)[:, None], last)
+
+
 @outside_of_graphs
 def make_keys(
     seed: int | Tensor,

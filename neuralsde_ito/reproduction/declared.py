@@ -10,9 +10,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..attacks.norms import check_eps, parse_eps
 from ..runs.config import Config, load_config
-from ..validation import ItoError, one_of
+from ..validation import ItoError, check_eps, one_of
 
 ITEMS = (*(f"table{i}" for i in range(1, 7)), *(f"figure{i}" for i in range(1, 6)), "density")
 SCALES = ("smoke", "small", "paper")
@@ -150,7 +149,7 @@ class Scale(_Declared):
 
 
 def _radius(norm: str, text: str) -> float:
-    return check_eps(norm, parse_eps(text))
+    return check_eps(norm, text)
 
 
 Kind = TypeVar("Kind", bound=_Declared)

@@ -11,9 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..data import AUGMENTATIONS, DATASETS
-from ..models.resnets import ARCHITECTURES
-from ..models.votes import RULES
+from ..names import ARCHITECTURES, AUGMENTATIONS, DATA_SETS, RULES
 from ..sde.schedules import Schedule
 from ..sde.solvers import check_solver
 from ..validation import ItoError, nearest, one_of, shown
@@ -38,6 +36,10 @@ class Data(_Section):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
+        if value in DATA_SETS:
+            return value
+        from ..data import DATASETS  # it imports torch, and may hold rows of the caller's
+
         return one_of("data set", value, DATASETS)
 
     @field_validator("augment")

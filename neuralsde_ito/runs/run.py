@@ -1,4 +1,8 @@
-"""A run: a folder with a configuration, the networks that were trained as it says, and their results."""
+"""A run: a folder with a configuration, the networks that were trained as it says, and their results.
+
+A run is found and its configuration is read without torch, which takes seconds to import: methods that need it import
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
-from torch import nn
-
-from .. import kernels
-from ..data import Dataset
 from ..files import write_atomically
-from ..models.ensemble import ItoEnsemble
-from ..models.recast import ItoResNet
 from ..validation import ItoError, nearest, shown, whole_number
-from .build import build_resnet, recast_as
 from .config import Config, Fit, differing_keys, load_config
-from .training import Callbacks, Trainer
-from .weights import read_resnet, save_weights, to_resnet
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..data import Dataset
+    from ..models.ensemble import ItoEnsemble
+    from ..models.recast import ItoResNet
+    from .training import Callbacks
 
 CONFIG = "config.yaml"  # a folder that holds this file is a run
 _STATE = ".state.pt"  # the ending of a training's state, beside the weights to come
@@ -41,6 +44,7 @@ class Run:
     =============================  ================================================================================
     ``config.yaml``                the resolved configuration
     ``environment.json``           versions and machine at the start of the training
+    ``images.json``                names of the classes and shape of the images; not in runs of earlier versions
     ``metrics.jsonl``              one row of training metrics for each epoch, of all trainings
     ``metrics/*.jsonl``            the same rows, one file for each training: ``resnet``, ``00``, ``01``, ...
     ``resnet.safetensors``         the ResNet from which all members began
@@ -121,14 +125,15 @@ class Run:
         """
         folder = Path(folder)
         run = cls(folder, config)
+        if not overwrite:
+            cls.check_new(folder)
         if folder.exists() and not folder.is_dir():
             raise ItoError(f"{shown(str(folder))} is a file, not a folder; give another --run.")
         if folder.exists() and any(folder.iterdir()):
-            if not overwrite:
-                raise ItoError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
             (folder / _OLD_STATE).unlink(missing_ok=True)
             run.metrics_file.unlink(missing_ok=True)
             run.resnet_file.unlink(missing_ok=True)
+            run.images_file.unlink(missing_ok=True)
             run.resnet_file.with_suffix(_STATE).unlink(missing_ok=True)
             for pattern in ("members/*.safetensors", f"members/*{_STATE}", "metrics/*.jsonl"):
                 for file in folder.glob(pattern):
@@ -136,6 +141,18 @@ class Run:
         run.write_config()
         run.write_environment()
         return run
+
+    @staticmethod
+    def check_new(folder: Path) -> None:
+        """Refuse a folder for a new run.
+
+        Raises:
+            ItoError: it is not empty, or is a file.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise ItoError(f"{shown(str(folder))} is a file, not a folder; give another --run.")
+        if folder.exists() and any(folder.iterdir()):
+            raise ItoError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
 
     def check_config(self, config: Config) -> None:
         """Refuse to go on with this run under another configuration.
@@ -160,6 +177,11 @@ class Run:
     def environment_file(self) -> Path:
         """``environment.json``."""
         return self.folder / "environment.json"
+
+    @property
+    def images_file(self) -> Path:
+        """``images.json``."""
+        return self.folder / "images.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -202,6 +224,30 @@ class Run:
         """Write ``environment.json``: versions, machine, and the number of threads with which the run trains."""
         write_atomically(self.environment_file, json.dumps(environment(), indent=2).encode())
 
+    def write_images(self, data: Dataset) -> None:
+        """Write ``images.json``: what must be known of the data to label a picture without them."""
+        content = {"classes": data.classes, "shape": data.image_shape}
+        write_atomically(self.images_file, json.dumps(content).encode())
+
+    def images(self) -> tuple[tuple[str, ...], tuple[int, int, int]]:
+        """The names of the classes, in the order of the labels, and the shape ``(C, H, W)`` of the images.
+
+        Raises:
+            ItoError: ``images.json`` is damaged; or there is none, and the data are missing.
+        """
+        if not self.images_file.is_file():
+            from .build import load_dataset
+
+            data = load_dataset(self.config, train_limit=1, test_limit=1)
+            return data.classes, data.image_shape
+        try:
+            content = json.loads(self.images_file.read_bytes())
+            classes = tuple(str(name) for name in content["classes"])
+            channels, height, width = (whole_number("shape", size) for size in content["shape"])
+        except (ValueError, KeyError, TypeError):  # not JSON, or of something else
+            raise ItoError(f"{str(self.images_file)!r} is damaged; delete it.") from None
+        return classes, (channels, height, width)
+
     # --- its networks ------------------------------------------------------------------------------------
 
     def resnet(self, device: torch.device | str = "cpu") -> nn.Sequential:
@@ -210,6 +256,8 @@ class Run:
         Raises:
             ItoError: the run has none.
         """
+        from .weights import read_resnet
+
         if not self.resnet_file.is_file():
             raise ItoError(
                 f"The run {str(self.folder)!r} has no {self.resnet_file.name}, the ResNet to compare with; finish its "
@@ -219,6 +267,9 @@ class Run:
 
     def member(self, member: int, device: torch.device | str = "cpu") -> ItoResNet:
         """One member in eval mode, recast as the configuration says."""
+        from .build import recast_as
+        from .weights import read_resnet
+
         return recast_as(self.config, read_resnet(self.member_file(member), self.config)).eval().to(device)
 
     def ensemble(self, device: torch.device | str = "cpu") -> ItoEnsemble:
@@ -227,15 +278,25 @@ class Run:
         Raises:
             ItoError: the training has not ended.
         """
+        from ..models.ensemble import ItoEnsemble
+
+        self.check_finished()
         voting = self.config.ensemble
+        members = [self.member(m, device) for m in range(voting.members)]
+        return ItoEnsemble(members, voting.inferences, voting.rule, voting.paths_per_call).eval()
+
+    def check_finished(self) -> None:
+        """Refuse a run whose training has not ended.
+
+        Raises:
+            ItoError: members are missing.
+        """
         missing = sum(not file.is_file() for file in self.member_files)
         if missing:
             raise ItoError(
-                f"The run {str(self.folder)!r} has not finished: {missing} of {voting.members} members "
+                f"The run {str(self.folder)!r} has not finished: {missing} of {self.config.ensemble.members} members "
                 f"are missing; go on with 'ito-sde train --run {self.folder} --resume'."
             )
-        members = [self.member(m, device) for m in range(voting.members)]
-        return ItoEnsemble(members, voting.inferences, voting.rule, voting.paths_per_call).eval()
 
     # --- its training ------------------------------------------------------------------------------------
 
@@ -262,6 +323,10 @@ class Run:
 
         Args and errors are those of `train`.
         """
+        from .build import build_resnet
+        from .weights import save_weights
+
+        self.write_images(data)
         config, file = self.config, self.resnet_file
         if not file.is_file():
             if any(self.folder.glob("members/*.safetensors")):
@@ -285,6 +350,9 @@ class Run:
             member: counts from 0; it may be beyond the members of the configuration.
             data, device, callbacks: as in `train`, which also says what is raised; the ResNet must exist.
         """
+        from .build import recast_as
+        from .weights import save_weights, to_resnet
+
         file = self.member_file(whole_number("member", member, 0))
         if not file.is_file():
             model = recast_as(self.config, self.resnet()).to(device)
@@ -303,6 +371,8 @@ class Run:
             number: of order and noise: 0 for the ResNet, members count from 1.
             callbacks: of the caller.
         """
+        from .training import Trainer
+
         if (old := self.folder / _OLD_STATE).is_file():
             raise ItoError(
                 f"{str(old)!r} is the training state of an earlier version, with which this one cannot go on; delete "
@@ -333,6 +403,8 @@ class Run:
         On a CPU the last bits of a gradient of weights depend on that number. A run that is resumed with more processes
         has fewer threads in each (torchrun sets ``OMP_NUM_THREADS``), and must end with the same weights.
         """
+        import torch
+
         file, before = self.environment_file, torch.get_num_threads()
         try:
             threads = whole_number("threads", json.loads(file.read_bytes())["threads"]) if file.is_file() else before
@@ -419,6 +491,10 @@ def new_run_name(root: Path, config: Config) -> str:
 
 def environment() -> dict[str, object]:
     """Versions and machine, as far as a reader of a result needs them."""
+    import torch
+
+    from .. import kernels
+
     packages = ("ito-sde", "torch", "torchvision", "torchsde", "torchdiffeq", "numpy", "scipy")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

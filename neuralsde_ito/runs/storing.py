@@ -58,6 +58,7 @@ def save_ensemble(path: str | Path, ensemble: ItoEnsemble, config: Config, resne
         _check_storable(name, model, config, template)
     run = Run(Path(path), config)
     run.config_file.unlink(missing_ok=True)  # written last: a folder that is half written is no run
+    run.images_file.unlink(missing_ok=True)  # perhaps of other data
     for file, member in zip(run.member_files, members, strict=True):
         save_weights(file, to_resnet(member, template)[-1])
     save_weights(run.resnet_file, to_resnet(models.get("The ResNet", members[0]), template)[-1])

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torchdiffeq
 import torchsde
 from einops import rearrange
 from torch import Tensor, nn
@@ -210,6 +209,8 @@ def solve_torchsde(
 
 def _solve_torchdiffeq(sde: BlockSDE, solver: Solver, steps: int, x: Tensor, first: int, last: int) -> Tensor:
     """Steps ``first`` to ``last`` of a block without noise by torchdiffeq; a block that jumps has no drift."""
+    import torchdiffeq  # it imports scipy, which takes half a second
+
     if sde.jump:
         return x
     h = (sde.t1 - sde.t0) / steps

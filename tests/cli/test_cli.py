@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,21 +244,87 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+def imported(words: list[str], cwd: Path) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """What `ito-sde` answers in a process of its own, and the modules that it has imported at its end."""
+    code = "import sys; from neuralsde_ito.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    called = [sys.executable, "-c", code, *words]
+    done = subprocess.run(called, cwd=cwd, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    return done, set(done.stderr.splitlines()[-1].split())
+
+
 def test_help_and_version_do_not_wait_for_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys; from neuralsde_ito.cli import main\ntry: main()\n"
-        "finally: print('torch' in sys.modules, file=sys.stderr)"
-    )
     from neuralsde_ito.cli import VERBS
 
     for words in (["--help"], ["--version"], ["nonsense"], *([verb, "--help"] for verb in VERBS)):
-        called = [sys.executable, "-c", code, *words]
-        done = subprocess.run(called, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done, modules = imported(words, tmp_path)
         assert done.returncode == (2 if words == ["nonsense"] else 0)
-        assert done.stderr.splitlines()[-1] == "False"
+        assert "torch" not in modules
         assert "Traceback" not in done.stderr
         if words == ["--help"]:
             assert all(verb in done.stdout for verb in ("train", "evaluate", "attack", "predict"))
+
+
+@pytest.mark.parametrize(
+    ("words", "mend"),
+    [
+        ("predict nosuchfile.png", "nosuchfile.png"),
+        ("predict --run smal picture.png", "small"),
+        ("evaluate --run smal", "small"),
+        ("attack --run smal", "small"),
+        ("attack --eps 9", "8/255"),
+        ("suite --eps 8/0", "8/0"),
+        ("audit --eps 0", "above 0"),
+        ("audit --model mymodels:make_net", "--data"),
+        ("bench --eps 9", "8/255"),
+        ("bench --arch resnet21", "resnet20"),
+        ("bench --against nosuchfile.json", "nosuchfile.json"),
+        ("compare --run smal", "small"),
+        ("depth --versus smal", "small"),
+        ("verify nosuchfolder", "nosuchfolder"),
+        ("reproduce tabel4", "table4"),
+        ("train --set sde.omgea=0.4", "sde.omega"),
+        ("train --data digit", "digits"),
+        ("train --run small", "--resume"),
+    ],
+)
+def test_wrong_words_are_refused_before_torch_is_imported(words: str, mend: str, trained: Path) -> None:
+    Image.new("L", (8, 8)).save(trained / "picture.png")
+    done, modules = imported(words.split(), trained)
+    assert done.returncode == 2, done.stderr
+    message = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(message) == 1
+    assert mend in message[0]
+    assert not modules & {"torch", "numpy", "scipy", "sklearn", "matplotlib"}
+
+
+def test_predict_imports_neither_data_sets_nor_attacks(trained: Path) -> None:
+    Image.new("L", (8, 8)).save(trained / "picture.png")
+    done, modules = imported(["predict", "picture.png"], trained)
+    assert done.returncode == 0, done.stderr
+    assert "torch" in modules
+    assert not modules & {"scipy", "sklearn", "matplotlib", "torchdiffeq", "jinja2"}
+    rooms = {name.split(".")[1] for name in modules if name.startswith("neuralsde_ito.")}
+    assert not rooms & {"attacks", "audits", "studies", "benchmarks", "reproduction"}
+    assert "neuralsde_ito.runs.training" not in modules
+
+
+def test_predict_does_not_need_the_data_with_which_a_run_was_trained(trained: Path, tmp_path: Path, capfd) -> None:
+    shutil.copytree(trained / "runs" / "small", tmp_path / "runs" / "small")
+    Image.new("L", (8, 8)).save(tmp_path / "picture.png")
+    config = tmp_path / "runs" / "small" / "config.yaml"
+    config.write_text(config.read_text().replace("path: null", "path: no/such/folder", 1))
+    code, out, err = in_process(["predict", "picture.png", "--json"], tmp_path, capfd)
+    assert code == 0, err
+    assert set(json.loads(out)["images"][0]["top"]) <= set("0123456789")
+    images = tmp_path / "runs" / "small" / "images.json"
+    images.write_text("[]")
+    code, _, err = in_process(["predict", "picture.png"], tmp_path, capfd)
+    assert code == 2
+    assert "images.json" in err
+    images.unlink()  # as in a run of an earlier version: the data say what the classes are
+    code, _, err = in_process(["predict", "picture.png"], tmp_path, capfd)
+    assert code == 2
+    assert "data.path" in err
 
 
 BAD = {

@@ -714,26 +714,23 @@ def test_the_default_attacks_steps_shrink_unless_their_length_is_typed(words: di
 
 
 def test_the_names_of_the_options_are_those_of_the_library() -> None:
-    from neuralsde_ito.cli import options
-
+    from neuralsde_ito import names
     from neuralsde_ito.attacks import BALLS, PRESETS
     from neuralsde_ito.attacks.objectives import OBJECTIVES
     from neuralsde_ito.attacks.other_libraries import PEERS
     from neuralsde_ito.attacks.report import NOISES
     from neuralsde_ito.attacks.sweep import SURROGATES
-    from neuralsde_ito.attacks.targets import PRECISIONS
+    from neuralsde_ito.data import DATASETS
     from neuralsde_ito.models.resnets import ARCHITECTURES
-    from neuralsde_ito.models.votes import RULES
 
-    assert tuple(BALLS) == options.NORMS
-    assert tuple(PRESETS) == options.PRESETS
-    assert PRECISIONS == options.PRECISIONS
-    assert tuple(OBJECTIVES) == options.OBJECTIVES
-    assert tuple(SURROGATES) == options.SURROGATES
-    assert tuple(NOISES) == options.NOISES
-    assert tuple(PEERS) == options.PEERS
-    assert tuple(RULES) == options.RULES
-    assert tuple(ARCHITECTURES) == options.ARCHITECTURES
+    assert tuple(BALLS) == names.NORMS
+    assert tuple(PRESETS) == names.PRESETS
+    assert tuple(OBJECTIVES) == names.OBJECTIVES
+    assert tuple(SURROGATES) == names.SURROGATES
+    assert tuple(NOISES) == names.NOISES
+    assert tuple(PEERS) == names.PEERS
+    assert tuple(DATASETS) == names.DATA_SETS
+    assert tuple(ARCHITECTURES) == names.ARCHITECTURES
 
 
 def test_help_names_all_objectives_and_all_are_taken(here: Path, capfd: pytest.CaptureFixture) -> None:

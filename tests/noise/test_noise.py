@@ -360,6 +360,53 @@ def test_the_bridge_is_the_one_that_is_written_down():
         torch.testing.assert_close(u, h / 2 * (w / 2 + area), rtol=0, atol=1e-14)
 
 
+def by_recursion(keys: torch.Tensor, size: int, dtype: torch.dtype, level: int, index: int) -> list[torch.Tensor]:
+    """``[W, H]`` of a cell of block 2 on [0, 1]: the bridge as it is written down, from the root, with no memory."""
+
+    def normal(variance: float, *address: int) -> torch.Tensor:
+        addressed = keys_.absorb(keys, keys_.fold_address((2, *address)))
+        return noise.scaled_normals(addressed, size, dtype, math.sqrt(variance))
+
+    if level == 0:
+        return [normal(1, 0, 0, 0), normal(1 / 12, 0, 0, 1)]
+    parent, h = index // 2, 2.0 ** (1 - level)
+    W, H = by_recursion(keys, size, dtype, level - 1, parent)
+    z, n = normal(h / 4, level, parent, 0), normal(h / 48, level, parent, 1)
+    W_left, H_left = torch.add(W, H, alpha=3).lerp(z, 0.5), torch.add(n, H - z, alpha=0.25)
+    return [W - W_left, torch.sub(H_left, n, alpha=2)] if index % 2 else [W_left, H_left]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [3, 4, 5, 10, 12])
+def test_a_path_read_from_left_to_right_is_the_recursion_bit_for_bit(level, dtype):
+    keys = make_keys(3, "report", index=torch.arange(4))
+    path = BrownianPath(keys, 6, 2, 0.0, 1.0, dtype=dtype)
+    looked_at = {0, 1, 2**level // 2 - 1, 2**level // 2, 2**level - 1, *range(3, 2**level, 2**level // 4)}
+    for index in range(2**level):
+        w = path.increment(level, index)
+        if index in looked_at:
+            assert torch.equal(w, by_recursion(keys, 6, dtype, level, index)[0])
+    for index in looked_at:  # in no order
+        for found, wanted in zip(path.cell(level, index), by_recursion(keys, 6, dtype, level, index), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_a_fine_path_leaves_the_kept_addresses_of_others_alone():
+    keys_.fold_address.cache_clear()
+    path = BrownianPath(make_keys(3, "report", index=torch.arange(2)), 2, 2, 0.0, 1.0)
+    for index in range(4096):
+        path.increment(12, index)
+    assert keys_.fold_address.cache_info().currsize < 64
+
+
+def test_addresses_are_folded_together_as_one_by_one():
+    fields, last = torch.tensor([0, 1, 15, 2**40]), torch.tensor([0, 1, 7])
+    folded = keys_.fold_addresses((3, 12), fields, last)
+    for row, a in enumerate(fields.tolist()):
+        for column, b in enumerate(last.tolist()):
+            assert int(folded[row, column]) == keys_.fold_address((3, 12, a, b))
+
+
 def test_blocks_and_neighbouring_elements_have_independent_paths():
     a = torch.stack([brownian(n=100, size=1000, block=b, seed=5).increment(2, 1) for b in range(4)])
     a = torch.cat([a.flatten(1), a.roll(1, 2).flatten(1)])
