@@ -144,7 +144,7 @@ def verify_bundle(
     defender = _defender(evidence, ensemble)
     radii = _radii(evidence)
     settings = _settings(evidence, suite, radii)
-    claims += [defender, settings, _sources(evidence, radii)]
+    claims += [defender, settings, _sources(evidence, radii, suite)]
     if not defender.stands or ensemble is None:
         names = ["clean votes", "denial's votes", "evasion's votes", "votes on fresh noise", "attacks made again"]
         return Verification((*claims, *(_absent(name, "no such ensemble to compare with") for name in names)), seed)
@@ -253,11 +253,12 @@ def _radii(evidence: Evidence) -> list[float]:
     return [float(eps) for eps in radii] if rising and radii[0] >= 0 and radii[-1] == evidence.eps else []
 
 
-def _sources(evidence: Evidence, radii: list[float]) -> Claim:
+def _sources(evidence: Evidence, radii: list[float], suite: Suite | None) -> Claim:
     """An image lies in the ball of the attack that made it, and the numbers of attacked images are possible.
 
-    They are possible where every attack was run on the images that it or a later step of its goal made, and where the
-    steps of a goal are run on ever fewer images.
+    Steps of a goal are run on the images that have not reached it yet, on ever fewer: so on those that it or a later
+    such step made. A step that also goes on with images that have barely reached it is run on those that any later step
+    made, and may be run on more images than the one before it.
     """
     name, n = "sources", len(evidence.index)
     claimed = "attacks on the image, at its radius"
@@ -268,14 +269,19 @@ def _sources(evidence: Evidence, radii: list[float]) -> Claim:
     outside = torch.zeros(n, dtype=torch.bool)
     for case in cases_of(evidence).values():
         outside |= (case.source != CLEAN) & (norms_of(evidence, case) > reached[case.source] + ROUNDING)
-    # An image that a later step of a goal changed had not reached the goal before it.
+    # Without the suite it is not known which steps these are.
+    barely = [True] * steps if suite is None else [step.barely for step in suite.steps(radii[-1])]
+    if len(barely) != steps:
+        return Claim(name, claimed, "the attacks are not those of the suite", False)
     attacked = torch.tensor(evidence.attacked).view(-1, steps)
     made = torch.stack([case.source for case in cases_of(evidence).values()])  # (2, N)
     least = torch.zeros_like(attacked)
     for number in range(len(evidence.attacks)):
-        end = (number // steps + 1) * steps
-        least[number // steps, number % steps] = int(((made >= number) & (made < end)).any(0).sum())
-    falling = (attacked[:, 1:] <= attacked[:, :-1]).all()
+        goal, step = divmod(number, steps)
+        later = [number, *(goal * steps + s for s in range(step + 1, steps) if barely[step] or not barely[s])]
+        least[goal, step] = int(torch.isin(made, torch.tensor(later)).any(0).sum())
+    strict = attacked[:, [not own for own in barely]]
+    falling = (strict[:, 1:] <= strict[:, :-1]).all()
     possible = bool(((attacked >= least) & (attacked <= n)).all() and falling)
     outcome = f"{int(outside.sum())} outside, numbers of images {'possible' if possible else 'NOT possible'}"
     return Claim(name, claimed, outcome, possible and not bool(outside.any()))

@@ -664,6 +664,29 @@ def gradients_times_100(world, e):
     return replace(e, gradients=tuple(100 * n for n in e.gradients))
 
 
+def test_a_step_that_goes_on_with_images_that_barely_reached_the_goal_may_have_more(world, evidence):
+    steps = len(world.suite.steps(RADII[-1]))
+    suite = replace(
+        world.suite, steps=lambda eps: [replace(s, barely=i == 1) for i, s in enumerate(world.suite.steps(eps))]
+    )
+    denial = len(evidence.attacks) - 2 * steps  # the number of its first step at the last radius
+    assert steps == 3
+
+    def with_counts(*counts: int) -> Evidence:
+        """All images were denied at a smaller radius, and changed once more by step 1."""
+        attacked = torch.zeros(len(evidence.attacks), dtype=torch.int64)
+        attacked[denial : denial + len(counts)] = torch.tensor(counts)
+        made, clean = torch.full((N,), denial + 1), torch.full((N,), bundle.CLEAN)
+        cases = {"denial": replace(evidence.denial, source=made), "evasion": replace(evidence.evasion, source=clean)}
+        return replace(evidence, attacked=tuple(attacked.tolist()), **cases)
+
+    radii = list(RADII)
+    assert verification._sources(with_counts(0, N, 0), radii, suite).stands
+    assert not verification._sources(with_counts(0, N, 0), radii, world.suite).stands
+    assert not verification._sources(with_counts(0, N, 1), radii, suite).stands  # step 2 goes on with no such image
+    assert not verification._sources(with_counts(0, N - 1, 0), radii, suite).stands
+
+
 @forgery("sources", "images attacked")
 def images_and_costs_divided_by_100(world, e):
     return replace(e, **{n: tuple(v // 100 for v in getattr(e, n)) for n in ("attacked", "queries", "gradients")})
