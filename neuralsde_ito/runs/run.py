@@ -149,9 +149,9 @@ class Run:
         Raises:
             ItoError: it is not empty, or is a file.
         """
-        if folder.exists() and not folder.is_dir():
+        if os.path.exists(folder) and not os.path.isdir(folder):
             raise ItoError(f"{shown(str(folder))} is a file, not a folder; give another --run.")
-        if folder.exists() and any(folder.iterdir()):
+        if _entries(folder):
             raise ItoError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
 
     def check_config(self, config: Config) -> None:

@@ -229,7 +229,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\$ ito-sde (.+?)(?: +#.*)?$", README, re.MULTILINE))
-def test_the_command_lines_of_the_readme_are_taken(line: str, here: Path, capfd, monkeypatch) -> None:
+def test_the_command_lines_of_the_readme_are_taken(line: str, tmp_path: Path, capfd, monkeypatch) -> None:
     from neuralsde_ito.cli import options
 
     from neuralsde_ito.audits import bundle
@@ -240,7 +240,12 @@ def test_the_command_lines_of_the_readme_are_taken(line: str, here: Path, capfd,
     def reached(*_: object, **__: object) -> None:
         raise ItoError("the work was reached.")
 
+    monkeypatch.chdir(tmp_path)
+    for folder in ("linf-8of255", "l2-0.5"):
+        Path("evidence", folder).mkdir(parents=True)
+    Path("scan.png").touch()
     begins = (
+        (options, "find_run"),
         (options, "open_run"),
         (options, "open_model"),
         (bundle, "load_bundle"),
