@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from neuralsde_ito.validation import ItoError, check_eps, parse_eps
+from neuralsde_ito.validation import ItoError, check_eps, parse_eps, whole_number
 
 from . import options, output
 
@@ -29,12 +29,15 @@ class WhiteBoxOptions:
     restarts: int | None
     eot: int | None
 
-    def check_radius(self) -> None:
-        """Refuse a radius that cannot be used.
+    def check(self) -> None:
+        """Refuse what can be refused without torch: the radius, and numbers below 1.
 
         Raises:
-            ItoError: see `check_eps`; or it is 0.
+            ItoError: with the value it saw.
         """
+        for name in ("steps", "restarts", "eot"):
+            if (value := getattr(self, name)) is not None:
+                whole_number(name, value)
         if self.eps is not None and check_eps(self.norm, self.eps) == 0:
             raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
 
@@ -103,7 +106,7 @@ def command(
     ito-sde audit --norm l2 --eps 0.5 --strict
     ito-sde audit --model mymodels:make_net --data digits --eps 0.1
     """
-    attack.check_radius()  # before torch is imported
+    attack.check()  # before torch is imported
     chosen.check()
 
     from neuralsde_ito.audits.audit import PROGRESS, audit

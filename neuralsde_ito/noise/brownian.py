@@ -232,8 +232,13 @@ class BrownianPath(torchsde.BaseBrownian):
         small operations would cost more than the normals of a small state, and `fold_address` keeps fewer addresses
         than a fine path has.
         """
+        components = range(1 + with_area)
         if 1 << level <= _RUN:
-            return [self._address(level, index, component) for component in range(1 + with_area)]
+            return [self._address(level, index, component) for component in components]
+        # The addresses of a run must not take more memory than a state: two int64 a bridge, four bytes a number.
+        if self._shape[1] < 4 * _RUN:
+            fold = fold_address.__wrapped__  # which keeps nothing
+            return [absorb(self.keys, fold((self.block, level, index, component))) for component in components]
         run, place = divmod(index, _RUN)
         if level not in self._runs or self._runs[level][0] != run:
             indices = torch.arange(run * _RUN, (run + 1) * _RUN, device=self.device)

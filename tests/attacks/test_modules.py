@@ -194,7 +194,7 @@ def test_everything_is_as_it_was_after_an_error(x, how):
     calls = itertools.count()
 
     def fails(*_: object) -> None:
-        if next(calls) > 20:
+        if next(calls) > 8:  # after the model has been looked at
             raise ZeroDivisionError
 
     model[4].register_forward_hook(fails)
@@ -282,8 +282,8 @@ def test_a_graph_stays_within_its_bound(x, monkeypatch):
     found = target.ascend(mean_loss, x, y, PathRange(0, "gradient", torch.arange(12), 0, 5))
     assert found.gradient.shape == x.shape
     assert found.logits.shape == (5, 12, 10)
-    assert max(sizes) <= 2
-    assert len(sizes) >= 5 * 6
+    assert max(sizes) <= 5 * 2 + 1  # five paths of two images in a call, and one more, as a weight has ten rows
+    assert len(sizes) >= 6
 
 
 def test_memory_that_runs_out_halves_the_pieces(x):

@@ -237,7 +237,7 @@ class Drowned(nn.Module):
 def test_4_eot_adequacy(net, images):
     passes(checks.eot_adequacy, noisy(net, 0.02), images, steps=5)
     # Noise alone is no fault: twice the paths find no more, though single gradients hardly agree.
-    passes(checks.eot_adequacy, noisy(net, 0.5), images, steps=3, eot=1)
+    passes(checks.eot_adequacy, noisy(net, 0.5), images, steps=10, eot=1)
     fails(checks.eot_adequacy, Drowned(quantised(net)), images, eps=0.15)
     does_not_apply(checks.eot_adequacy, net, images)
 
