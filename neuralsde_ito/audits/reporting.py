@@ -6,7 +6,17 @@ from ..attacks.norms import BALLS
 from ..models.votes import winners
 from ..outcomes import ABSTAIN, Paired, Rate
 from .case import AuditCase
-from .check import LEVEL, NotApplicable, beyond_chance, check, from_to, percent, require_correct, require_noise
+from .check import (
+    LEVEL,
+    NotApplicable,
+    Undecided,
+    beyond_chance,
+    check,
+    from_to,
+    percent,
+    require_correct,
+    require_noise,
+)
 
 # RobustBench, March 2025: eps, clean accuracy and robust accuracy (AutoAttack) of the best CIFAR-10 entries.
 _BEST = {"linf": (8 / 255, 0.9368, 0.7371), "l2": (0.5, 0.9554, 0.8497)}
@@ -58,6 +68,10 @@ def the_ball(case: AuditCase) -> tuple[str, bool]:
         lost = int((rounded & ~exact).sum())
         lost_beyond_chance = beyond_chance(rounded, exact) and 2 * lost > len(rows)
     figure = f"norm {over + eps:.4g}, {lost} of {len(rows)} lost in 8 bits"
+    if lost_beyond_chance and case.attack.norm == "linf" and eps < 0.5 / 255:  # no attack could keep them
+        raise Undecided(
+            figure, "The radius is below half a grey level: in 8 bits the ball holds the clean image alone."
+        )
     return figure, lost_beyond_chance
 
 

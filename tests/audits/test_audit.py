@@ -424,7 +424,9 @@ def test_19_the_ball(net, images):
         )
         assert checks.the_ball(case).verdict == "fail"
     grey = torch.full((12, 1, 4, 4), 100 / 255), torch.zeros(12, dtype=torch.int64)
-    fails(checks.the_ball, Fractions(), grey, eps=0.3 / 255)
+    fails(checks.the_ball, Fractions(), grey, eps=0.6 / 255)
+    below = outcome(checks.the_ball, Fractions(), grey, eps=0.3 / 255)  # not the attack's fault, and no sign of masking
+    assert (below.verdict, below.suspicious) == ("undecided", False)
 
 
 class Patches(nn.Module):
