@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ..validation import parse_eps
 from .active import ActiveSet
 from .apgd import APGD
 from .base import Attack, AttackResult
 from .minimal_norm import SmallestPerturbations, decision_based, minimal_norm
-from .norms import BALLS, parse_eps
+from .norms import BALLS
 from .objectives import OBJECTIVES
 from .pgd import PGD, PRESETS, fgsm, pgd
 from .precision import PrecisionTrial, try_precisions

@@ -12,9 +12,9 @@ from ..models.inspection import as_called
 from ..models.vote import as_voter
 from ..models.voting import Voter
 from ..names import PRECISIONS
-from ..validation import ItoError, check_images, check_labels, image_names, one_of, recordable, whole_number
+from ..validation import ItoError, check_eps, check_images, check_labels, image_names, one_of, recordable, whole_number
 from .active import START, ActiveSet
-from .norms import BALLS, check_eps
+from .norms import BALLS
 from .objectives import OBJECTIVES, TARGETED, nan_lowest, targeted_loss, zero_invalid
 from .panels import AIMED, GOALS, Panels, goal_reached
 from .targets import Target, as_target

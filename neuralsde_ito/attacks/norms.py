@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from ..noise.normals import normals
-from ..validation import ItoError, shown
 
 Radius = float | Tensor  # of all balls, or of each, (N, 1, 1, 1)
 
@@ -143,36 +141,3 @@ class L1:
 
 
 BALLS: dict[str, Linf | L2 | L1] = {"linf": Linf(), "l2": L2(), "l1": L1()}
-
-
-def parse_eps(text: str | float) -> float:
-    """A radius as a number or a fraction, ``"8/255"``.
-
-    Raises:
-        ItoError: not a number, a division by zero, negative or not finite.
-    """
-    try:
-        if isinstance(text, bool):
-            raise TypeError
-        value = float(Fraction(text)) if isinstance(text, str) and "/" in text else float(text)
-    except ZeroDivisionError:
-        raise ItoError(f"eps {shown(text)} divides by zero.") from None
-    except (ValueError, TypeError, OverflowError):
-        raise ItoError(f"eps must be a number or a fraction such as 8/255, got {shown(text)}.") from None
-    if not math.isfinite(value) or value < 0:
-        raise ItoError(f"eps must be finite and at least 0, got {shown(text)}.")
-    return value
-
-
-def check_eps(norm: str, eps: float) -> float:
-    """The radius as a number, if it makes sense under the norm.
-
-    Raises:
-        ItoError: see `parse_eps`; or above 1 under L-inf, where 1 is the whole range of a pixel.
-    """
-    value = parse_eps(eps)
-    if norm == "linf" and value > 1:
-        raise ItoError(
-            f"eps is in pixel units and at most 1 under linf, got {value:g}; 8 grey levels of 255 are written 8/255."
-        )
-    return value

@@ -32,11 +32,11 @@ from ..models.recast import recast
 from ..models.voting import Voter
 from ..names import PRECISIONS
 from ..outcomes import Outcomes, Paired
-from ..validation import ItoError, one_of, shown, whole_number
+from ..validation import ItoError, check_eps, one_of, shown, whole_number
 from .base import Attack
 from .fingerprints import fingerprint, fingerprint_choice
 from .images import Images
-from .norms import BALLS, check_eps
+from .norms import BALLS
 from .other_libraries import peer_attack
 from .panels import GOALS
 from .report import Report, invalid, worst_labels

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attacks.norms import BALLS, check_eps
+from ..attacks.norms import BALLS
 from ..attacks.pgd import PGD
 from ..attacks.suite_run import SuiteRun
 from ..models.inspection import check_weights
 from ..models.vote import Vote, as_voter
 from ..models.voting import Voter
 from ..outcomes import Outcomes, Rate
-from ..validation import ItoError, check_images, recordable, shown
+from ..validation import ItoError, check_eps, check_images, recordable, shown
 from . import battery, binarisation, gradients, optimisation, other_attacks, reporting
 from .case import AuditCase, WithoutGradient, check_precision, gives_gradient, input_gradients_only
 from .check import FAIL, NOT_APPLICABLE, PASS, UNDECIDED, Check, RunCheck

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..attacks.fingerprints import fingerprint, fingerprint_choice, fingerprint_split
 from ..attacks.images import Images
-from ..attacks.norms import BALLS, check_eps
+from ..attacks.norms import BALLS
 from ..attacks.report import NOISES, Report
 from ..attacks.suite import Suite
 from ..attacks.suite_run import SuiteRun, SuiteSettings
@@ -35,7 +35,7 @@ from ..files import sync_folder, write_atomically
 from ..models.votes import check_rule
 from ..models.voting import Voter
 from ..outcomes import ABSTAIN, Outcomes, WorstCase
-from ..validation import ItoError, check_images, one_of, shown
+from ..validation import ItoError, check_eps, check_images, one_of, shown
 from .battery import suite_of_audit
 
 IMAGES, RECORDS, SUMMARY = "images.safetensors", "records.json", "summary.json"

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attacks.norms import parse_eps
 from ..outcomes import ABSTAIN, Outcomes, Rate
-from ..validation import ItoError
+from ..validation import ItoError, parse_eps
 from .declared import ITEMS, Cell, DataName, Item, Norm, Point, load_item
 from .density import density_figure
 from .laboratory import Laboratory, System

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attacks.norms import check_eps, parse_eps
 from ..attacks.pgd import PGD
 from ..attacks.suite import SuiteResult
 from ..attacks.suite_run import SuiteSettings
@@ -23,6 +22,7 @@ from ..noise.keys import PathRange
 from ..outcomes import ABSTAIN
 from ..runs.build import recast_as
 from ..studies.density import density_shift, path_sample
+from ..validation import check_eps, parse_eps
 from .declared import Norm
 from .laboratory import Laboratory, System
 from .pieces import Block, Piece, Tensors, Work
