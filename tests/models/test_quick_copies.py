@@ -103,6 +103,12 @@ def ready(net: nn.Module, **settings) -> ItoResNet:
 X = random_images(4, 12)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same weights in each run: with 3 of 1,000 an input of a ReLU is so near 0 that rounding turns a gradient."""
+    torch.manual_seed(0)
+
+
 # --- what was wrong -------------------------------------------------------------------------------------
 
 
