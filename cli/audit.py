@@ -15,6 +15,7 @@ from neuralsde_ito.validation import ItoError, check_eps, parse_eps, whole_numbe
 from . import options, output
 
 if TYPE_CHECKING:
+    from neuralsde_ito.attacks.precision import PrecisionTrial
     from neuralsde_ito.audits.audit import Audit
 
 
@@ -147,8 +148,7 @@ def command(
         output.print_json(report)
     else:
         output.describe_defender(opened)
-        _print(result, eps, report, html)
-        output.precision_sentence(trial)
+        _print(result, eps, report, html, trial)
         if bundle is not None:
             model = f" --model {opened.model} --data {chosen.data}" if opened.model else ""
             click.echo(f"Evidence  {bundle}    (check it: ito-sde verify {bundle}{model})")
@@ -200,7 +200,7 @@ def _about(opened: options.Defender, data: str, settings: dict[str, Any], second
     }
 
 
-def _print(result: Audit, eps: str, about: dict[str, Any], html: Path | None) -> None:
+def _print(result: Audit, eps: str, about: dict[str, Any], html: Path | None, trial: PrecisionTrial) -> None:
     """Print the table of checks, the accuracies and what to do next; ``eps`` is the radius as it was typed."""
     attack = result.attack
     click.echo(
@@ -228,6 +228,12 @@ def _print(result: Audit, eps: str, about: dict[str, Any], html: Path | None) ->
     output.sentence(result.summary)
     for check in (*result.failed, *result.undecided):
         output.sentence(f"{check.number} {check.name}: {check.note}")
+    if attack.precision != "float32":
+        output.sentence(
+            result.remarks[0]
+        )  # which gradients are in this precision: not those of the audit's own attacks
+    if trial.why:
+        output.sentence(trial.why)
     click.echo()
     if result.failed or not result.sound:
         output.sentence(

@@ -15,6 +15,7 @@ from neuralsde_ito.validation import check_eps
 from . import options, output
 
 if TYPE_CHECKING:
+    from neuralsde_ito.attacks.precision import PrecisionTrial
     from neuralsde_ito.attacks.suite import Step, SuiteResult
     from neuralsde_ito.attacks.suite_run import SuiteComparison, SuiteRun, SuiteSettings
 
@@ -165,8 +166,7 @@ def command(
         return
     ensemble = opened.ensemble
     output.describe_defender(opened)
-    _tables(both, report, names)
-    output.precision_sentence(trial)
+    _tables(both, report, names, trial)
     click.echo(f"\nRecord    {record}")
     own = opened.config.ensemble
     vote = f" --inferences {ensemble.inferences}" if ensemble.inferences != own.inferences else ""
@@ -286,7 +286,7 @@ def _save_bundles(folder: Path, run: SuiteRun, opened: options.Defender, report:
 # --- the terminal ---------------------------------------------------------------------------------------
 
 
-def _tables(both: SuiteComparison, report: dict[str, Any], names: dict[str, str]) -> None:
+def _tables(both: SuiteComparison, report: dict[str, Any], names: dict[str, str], trial: PrecisionTrial) -> None:
     """The outcomes, then every attack, then other libraries, then what it all means."""
     _outcome_table(both, report, names)
     for name, run in both.runs.items():
@@ -300,7 +300,7 @@ def _tables(both: SuiteComparison, report: dict[str, Any], names: dict[str, str]
     if report["peers"]:
         _peer_table(report)
     click.echo()
-    _sentences(report)
+    _sentences(report, trial)
 
 
 def _outcome_table(both: SuiteComparison, report: dict[str, Any], names: dict[str, str]) -> None:
@@ -360,7 +360,7 @@ def _peer_table(report: dict[str, Any]) -> None:
     output.table(rows, ["model", "eps", "attack", "correct", "gradients / image", "queries / image", "time"])
 
 
-def _sentences(report: dict[str, Any]) -> None:
+def _sentences(report: dict[str, Any], trial: PrecisionTrial) -> None:
     """What the columns mean, what the attacks cost, and what to do next."""
     steps = [step for entry in report["attacked"] for name in NAMES if name in entry for step in entry[name]["steps"]]
     gradients, queries, blind = (sum(step[what] for step in steps) for what in ("gradients", "queries", "blind"))
@@ -397,4 +397,5 @@ def _sentences(report: dict[str, Any]) -> None:
     output.invalid_sentence(
         sum(report["invalid"].values()), "Of the report's votes (one that decides several rows counts in each): "
     )
+    output.precision_sentence(trial)
     output.sentence("An upper bound on robustness. Next: 'ito-sde audit' checks whether it can be trusted.")

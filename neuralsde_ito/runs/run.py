@@ -125,10 +125,7 @@ class Run:
         """
         folder = Path(folder)
         run = cls(folder, config)
-        if not overwrite:
-            cls.check_new(folder)
-        if folder.exists() and not folder.is_dir():
-            raise ItoError(f"{shown(str(folder))} is a file, not a folder; give another --run.")
+        cls.check_new(folder, overwrite)
         if folder.exists() and any(folder.iterdir()):
             (folder / _OLD_STATE).unlink(missing_ok=True)
             run.metrics_file.unlink(missing_ok=True)
@@ -143,15 +140,19 @@ class Run:
         return run
 
     @staticmethod
-    def check_new(folder: Path) -> None:
+    def check_new(folder: Path, overwrite: bool = False) -> None:
         """Refuse a folder for a new run.
+
+        Args:
+            folder: where.
+            overwrite: whether it may hold a run.
 
         Raises:
             ItoError: it is not empty, or is a file.
         """
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise ItoError(f"{shown(str(folder))} is a file, not a folder; give another --run.")
-        if _entries(folder):
+        if not overwrite and _entries(folder):
             raise ItoError(f"The folder {str(folder)!r} is not empty; give --resume, --overwrite or another --run.")
 
     def check_config(self, config: Config) -> None:
