@@ -80,6 +80,14 @@ class Split(Protocol):
         """
         ...
 
+    def without(self, count: int) -> Split:
+        """The images that ``first(count)`` leaves out; they keep their names.
+
+        Raises:
+            ItoError: ``count`` is below 1, or none is left.
+        """
+        ...
+
     def part(self, first: int, stop: int) -> Split:
         """The images at positions ``first`` to ``stop - 1``; they keep their names."""
         ...
@@ -135,6 +143,15 @@ def _fixed_choice(n: int, count: int | None) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")[:count].sort().values
 
 
+def _other_choice(n: int, count: int) -> Tensor:
+    """The numbers below ``n`` that `_fixed_choice` leaves out, in order."""
+    if count >= n:
+        raise ItoError(f"{count} of {n} images cannot be held out: none would be left.")
+    left = torch.ones(n, dtype=torch.bool, device="cpu")
+    left[_fixed_choice(n, count)] = False
+    return left.nonzero()[:, 0]
+
+
 @dataclass(frozen=True)
 class InMemory:
     """A split whose images are held as uint8, and augmented in batches on the device.
@@ -158,7 +175,13 @@ class InMemory:
 
     def first(self, count: int | None) -> InMemory:
         """See `Split`."""
-        keep = _fixed_choice(len(self), count)
+        return self._rows(_fixed_choice(len(self), count))
+
+    def without(self, count: int) -> InMemory:
+        """See `Split`."""
+        return self._rows(_other_choice(len(self), count))
+
+    def _rows(self, keep: Tensor) -> InMemory:
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         return replace(self, pixels=self.pixels[keep], labels=self.labels[keep], names=names[keep])
 
@@ -225,7 +248,13 @@ class Streamed:
 
     def first(self, count: int | None) -> Streamed:
         """See `Split`."""
-        keep = _fixed_choice(len(self), count)
+        return self._rows(_fixed_choice(len(self), count))
+
+    def without(self, count: int) -> Streamed:
+        """See `Split`."""
+        return self._rows(_other_choice(len(self), count))
+
+    def _rows(self, keep: Tensor) -> Streamed:
         names = torch.arange(len(self), device="cpu") if self.names is None else self.names
         files = tuple(self.files[i] for i in keep.tolist())
         return replace(self, files=files, labels=self.labels[keep], names=names[keep])

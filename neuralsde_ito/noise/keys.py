@@ -40,7 +40,7 @@ M1, M2, GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
 
 # What a path is used for. Two purposes never share a path: an attack that had seen the report's paths would be judged
 # on the noise that it was fitted to.
-PURPOSES = ("fresh", "train", "gradient", "selection", "report")
+PURPOSES = ("fresh", "train", "gradient", "selection", "report", "adversary")
 
 
 def mix_(z: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..names import ARCHITECTURES, AUGMENTATIONS, DATA_SETS, RULES
 from ..sde.schedules import Schedule
 from ..sde.solvers import check_solver
-from ..validation import ItoError, nearest, one_of, shown
+from ..validation import ItoError, check_eps, nearest, one_of, parse_eps, shown
 
 ENVIRONMENT = "ITO_SDE_"  # ITO_SDE_SDE__OMEGA=0.4 sets sde.omega
 
@@ -62,6 +62,53 @@ class Network(_Section):
         return one_of("architecture", value, ARCHITECTURES)
 
 
+class Adversary(_Section):
+    """How a training perturbs its images; see `neuralsde_ito.runs.adversarial`."""
+
+    method: Literal["none", "n-fgsm", "pgd", "trades"] = Field("none", description="How images are perturbed, if so.")
+    norm: Literal["linf", "l2"] = Field("linf", description="Norm of the perturbation.")
+    eps: str | float = Field("8/255", description="Its radius in pixel units.")
+    steps: int | None = Field(None, ge=1, description="Gradients for a perturbation; null: 10, and 1 for n-fgsm.")
+    step_size: str | float | None = Field(
+        None, description="Length of a step in pixel units; null: eps / 4, and eps for n-fgsm."
+    )
+    start: float | None = Field(
+        None, ge=0, description="Radius of the random start, in eps; null: 1; 2 for n-fgsm, 0.03 for trades."
+    )
+    beta: float = Field(6.0, ge=0, description="Weight of the divergence in the loss of trades.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Adversary:
+        check_eps(self.norm, self.eps)
+        if self.step_size is not None and not parse_eps(self.step_size) > 0:
+            raise ItoError(f"step_size must be above 0, got {shown(self.step_size)}.")
+        if self.method == "n-fgsm" and self.steps not in (None, 1):
+            raise ItoError(f"n-fgsm is one step, got steps={self.steps}; take pgd for more.")
+        return self
+
+    @property
+    def radius(self) -> float:
+        """`eps` as a number."""
+        return check_eps(self.norm, self.eps)
+
+    @property
+    def iterations(self) -> int:
+        """`steps`, or what the method takes by default."""
+        return self.steps or (1 if self.method == "n-fgsm" else 10)
+
+    @property
+    def length(self) -> float:
+        """`step_size` as a number, or what the method takes by default."""
+        if self.step_size is not None:
+            return parse_eps(self.step_size)
+        return self.radius if self.method == "n-fgsm" else self.radius / 4
+
+    @property
+    def start_share(self) -> float:
+        """`start`, or what the method takes by default."""
+        return self.start if self.start is not None else {"n-fgsm": 2.0, "trades": 0.03}.get(self.method, 1.0)
+
+
 class Fit(_Section):
     """How weights are trained; see `neuralsde_ito.runs.training`."""
 
@@ -71,6 +118,20 @@ class Fit(_Section):
     decay: Literal["constant", "one-cycle"] = Field("constant", description="How the learning rate changes.")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty in the optimizer.")
     batch_size: int = Field(128, ge=1, description="Images of a step.")
+    adversary: Adversary = Field(Adversary(), description="Adversarial training.")
+    awp: float = Field(0.0, ge=0, description="Adversarial weight perturbation: its length relative to the weights'.")
+    average: float = Field(0.0, ge=0, lt=1, description="Decay of the weights' moving average, the result; 0: none.")
+    held_out: int = Field(0, ge=0, description="Training images left out, which choose the best epoch; 0: the last.")
+    consistency: float = Field(0.0, ge=0, description="Weight of the consistency between two paths of an image.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of convolutions in training; auto: bfloat16 on CUDA, float32 elsewhere."
+    )
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> Fit:
+        if self.consistency and self.adversary.method != "none":
+            raise ItoError("consistency is a loss of its own: with it take adversary.method none.")
+        return self
 
 
 class Sde(_Section):

@@ -324,8 +324,9 @@ class Run:
 
         Args and errors are those of `train`.
         """
+        from ..models.recast import ItoResNet, recast
         from .build import build_resnet
-        from .weights import save_weights
+        from .weights import save_weights, to_resnet
 
         self.write_images(data)
         config, file = self.config, self.resnet_file
@@ -337,7 +338,9 @@ class Run:
                 )
             net = build_resnet(config, data).to(device)
             if config.network.weights is None:
-                self._fit(net, data, config.resnet, file, 0, callbacks)
+                model = recast(net, omega=0.0) if config.resnet.adversary.method != "none" else net
+                self._fit(model, data, config.resnet, file, 0, callbacks)
+                net = to_resnet(model, net) if isinstance(model, ItoResNet) else net
             save_weights(file, net[-1])
         file.with_suffix(_STATE).unlink(missing_ok=True)
 

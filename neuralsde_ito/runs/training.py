@@ -1,30 +1,33 @@
 """Training a network, noise-free or as an SDE: one loop that can stop at any step and go on later.
 
 The paper's recipe (section 4): every member starts from the ResNet's weights and trains 40 epochs with
-Adam at a learning rate of 1e-4, through the SDE.
+Adam at a learning rate of 1e-4, through the SDE. What makes weights robust is in `adversarial.py`, off
+by default.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..data import Split, batch_bounds
 from ..files import write_atomically
 from ..models.recast import ItoResNet
-from ..noise.keys import make_keys
+from ..modules import evaluating
+from ..noise.keys import PathRange, make_keys
 from ..validation import ItoError
-from .config import Fit
+from .adversarial import as_training_target, kept_buffers, perturb, perturbed_weights, training_loss
+from .config import Adversary, Fit
 
 
 class Interrupted(Exception):
@@ -56,38 +59,118 @@ class _Training:
     Attributes:
         name: the phase that metrics and state name.
         model, optimizer: on one device.
+        settings: how it is trained.
+        seed, member: of noise.
         totals: ``(2,)``, the loss of this epoch's images and the number of correct ones, both as sums.
+        averaged: the network with the moving average of the weights, if the settings ask for one.
+        best: accuracies on the held-out images, under attack and clean, and the weights that had them.
         epoch, step: finished epochs, and finished steps of the current epoch.
+        steps: finished steps of all epochs.
     """
 
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    settings: Fit
+    seed: int
+    member: int
     totals: Tensor
+    averaged: nn.Module | None = None
+    best: dict[str, Any] | None = None
     epoch: int = 0
     step: int = 0
+    steps: int = 0
 
-    def train_on(self, x: Tensor, y: Tensor, keys: Tensor, rate: float) -> None:
-        """One step of the optimizer on a batch of images."""
+    @property
+    def result(self) -> nn.Module:
+        """The network that the training gives, as it is now."""
+        return self.model if self.averaged is None else self.averaged
+
+    @property
+    def precision(self) -> str:
+        """Of convolutions: the settings', or what suits the device."""
+        if self.settings.precision != "auto":
+            return self.settings.precision
+        return "bfloat16" if self.totals.device.type == "cuda" else "float32"
+
+    def train_on(self, x: Tensor, y: Tensor, index: Tensor, rate: float) -> None:
+        """One step of the optimizer on a batch of images, the names of which are ``index``."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        settings, model = self.settings, self.model
+        perturbed = None
+        if settings.adversary.method != "none":
+            assert isinstance(model, ItoResNet)
+            paths = self._paths(index, self.epoch * (settings.adversary.iterations + 1))
+            perturbed = perturb(as_training_target(model, self.precision), x, y, settings.adversary, paths)
+        keys = self._keys(index)
+        if settings.awp:
+            self.optimizer.zero_grad(set_to_none=True)
+            with kept_buffers(model):
+                self._loss(x, perturbed, y, keys)[0].backward()
+            with perturbed_weights(model, settings.awp):
+                loss, logits = self._loss(x, perturbed, y, keys)
+                loss.backward()
+        else:
+            loss, logits = self._loss(x, perturbed, y, keys)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        self.optimizer.step()
+        # Summed on the device: to read a number here would make the GPU wait for the host.
+        sums = torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
+        self.totals += sums.to(self.totals.dtype)
+        self.step, self.steps = self.step + 1, self.steps + 1
+        if self.averaged is not None:
+            _average(self.averaged, model, settings.average, self.steps)
+
+    def _loss(self, x: Tensor, perturbed: Tensor | None, y: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             try:
-                logits = self.model(x, keys) if isinstance(self.model, ItoResNet) else self.model(x)
+                return training_loss(self.model, x, perturbed, y, keys, self.settings)
             except ValueError as error:
                 if len(y) > 1 or isinstance(error, ItoError):
                     raise
                 raise ItoError(
                     f"A batch of one image is too small ({error}); use more images or a larger batch_size."
                 ) from error
-            loss = F.cross_entropy(logits.float(), y)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        # Summed on the device: to read a number here would make the GPU wait for the host.
-        sums = torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
-        self.totals += sums.to(self.totals.dtype)
-        self.step += 1
+
+    def _keys(self, index: Tensor) -> Tensor:
+        """The paths of the loss in this epoch: keys ``(N,)``, or ``(2, N)`` with consistency."""
+        if not self.settings.consistency:
+            return make_keys(self.seed, "train", self.member, self.epoch, index)
+        turns = torch.arange(2, device=index.device)[:, None]
+        return make_keys(self.seed, "train", self.member, 2 * self.epoch + turns, index)
+
+    def _paths(self, index: Tensor, first: int) -> PathRange:
+        """The paths of the adversary, from this one on."""
+        return PathRange(member_seed(self.seed, self.member), "adversary", index, first)
+
+    def judge(self, held_out: Split) -> dict[str, float]:
+        """Accuracy on the held-out images, clean and, where there is an adversary, under PGD; keep the best weights.
+
+        One inference decides, on paths that no epoch has. PGD takes ten steps in the ball of the adversary.
+        """
+        adversary = self.settings.adversary
+        attack = Adversary(method="pgd", norm=adversary.norm, eps=adversary.eps)
+        model, right = self.result, [0, 0]
+        with evaluating(model):
+            for index, x, y in held_out.batches(self.settings.batch_size, self.totals.device):
+                keys = make_keys(self.seed, "train", self.member, -1, index)
+                images = [x]
+                if adversary.method != "none":
+                    assert isinstance(model, ItoResNet)
+                    paths = self._paths(index, 2**40)
+                    images.append(perturb(as_training_target(model, self.precision), x, y, attack, paths))
+                for i, seen in enumerate(images):
+                    with torch.no_grad():
+                        logits = model(seen, keys) if isinstance(model, ItoResNet) else model(seen)
+                    right[i] += int((logits.argmax(1) == y).sum())
+        clean, robust = (count / len(held_out) for count in right)
+        score = [robust, clean]
+        if self.best is None or score >= self.best["score"]:
+            weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
+            self.best = {"score": score, "epoch": self.epoch, "weights": weights}
+        return {"held_out": clean} | ({"held_out_attacked": robust} if adversary.method != "none" else {})
 
     def end_epoch(self, images: int, lr: float, rate: float) -> dict[str, object]:
         """Begin the next epoch; the row of metrics of the one that ended.
@@ -153,9 +236,17 @@ class Trainer:
             Diverged: the loss or a weight is not finite.
         """
         device = next(model.parameters()).device
+        held_out, data = (
+            (data.first(settings.held_out), data.without(settings.held_out)) if settings.held_out else (None, data)
+        )
         steps = len(batch_bounds(len(data), settings.batch_size, training=True))
         double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        training = _Training(phase, model, _optimizer(model, settings), torch.zeros(2, dtype=double, device=device))
+        totals = torch.zeros(2, dtype=double, device=device)
+        training = _Training(phase, model, _optimizer(model, settings), settings, seed, member, totals)
+        if settings.average:
+            training.averaged = copy.deepcopy(model).requires_grad_(False)
+        if training.precision == "bfloat16":
+            model.to(memory_format=torch.channels_last)
         self._restore(training, steps)
         saved = time.monotonic()
         order = member_seed(seed, member)
@@ -163,7 +254,7 @@ class Trainer:
             model.train()
             for index, x, y in data.batches(settings.batch_size, device, (order, training.epoch), skip=training.step):
                 rate = learning_rate(settings, training.epoch * steps + training.step, settings.epochs * steps)
-                training.train_on(x, y, make_keys(seed, "train", member, training.epoch, index), rate)
+                training.train_on(x, y, index, rate)
                 self.on_step(training.epoch, training.step, steps)
                 if training.step < steps and (self.should_stop() or time.monotonic() - saved > self.save_every):
                     self._save(training)
@@ -171,12 +262,19 @@ class Trainer:
                     if self.should_stop():
                         raise Interrupted
             row = training.end_epoch(len(data), settings.lr, rate)
+            if held_out is not None:
+                row |= training.judge(held_out)
             self.rows.append(row)
             self._save(training)
             saved = time.monotonic()
             self.on_epoch(row)
             if self.should_stop():
                 raise Interrupted
+        with torch.no_grad():
+            if training.best is not None:
+                model.load_state_dict(training.best["weights"])
+            elif training.averaged is not None:
+                model.load_state_dict(training.averaged.state_dict())
         model.eval()
 
     def _save(self, training: _Training) -> None:
@@ -189,6 +287,8 @@ class Trainer:
             "epoch": training.epoch,
             "step": training.step,
             "totals": training.totals,
+            "averaged": None if training.averaged is None else training.averaged.state_dict(),
+            "best": training.best,
             "rows": self.rows,
         }
         torch.save(state, buffer)
@@ -212,7 +312,11 @@ class Trainer:
             training.optimizer.load_state_dict(state["optimizer"])
             self.rows.extend(state["rows"])
             training.epoch, training.step = state["epoch"], state["step"]
+            training.steps = training.epoch * steps + training.step
             training.totals = state["totals"].to(training.totals.device)
+            training.best = state["best"]
+            if training.averaged is not None:
+                training.averaged.load_state_dict(state["averaged"])
         except Exception as error:  # a damaged file can fail in any way
             raise ItoError(
                 f"The training state {str(self.state_file)!r} cannot be read, or is of another network; delete it, and "
@@ -223,6 +327,18 @@ class Trainer:
                 f"The training state {str(self.state_file)!r} is {training.step} batches into an epoch of {steps}: "
                 "the data have changed since; delete it, and resume."
             )
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, model: nn.Module, decay: float, steps: int) -> None:
+    """Move the averaged weights towards those of the model; buffers are the model's.
+
+    The decay grows to its value, so that the first weights, which know nothing, are soon forgotten.
+    """
+    decay = min(decay, (1 + steps) / (10 + steps))
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+    for mine, value in zip(averaged.buffers(), model.buffers(), strict=True):
+        mine.copy_(value)
 
 
 def learning_rate(settings: Fit, step: int, total: int) -> float:
