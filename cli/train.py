@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from neuralsde_ito.distributed import Lost
+from neuralsde_ito.names import ADVERSARIES
 
 from . import options, output
 
@@ -36,6 +37,9 @@ KEYS = {
     "members": ("ensemble.members",),
     "inferences": ("ensemble.inferences",),
     "epochs": ("finetune.epochs",),
+    "adversary": ("resnet.adversary.method", "finetune.adversary.method"),
+    "norm": ("resnet.adversary.norm", "finetune.adversary.norm"),
+    "eps": ("resnet.adversary.eps", "finetune.adversary.eps"),
     "limit": ("data.train_limit", "data.test_limit"),
     "seed": ("seed",),
 }
@@ -64,6 +68,9 @@ class Typed:
     members: int | None
     inferences: int | None
     epochs: int | None
+    adversary: str | None
+    norm: str | None
+    eps: str | None
     limit: int | None
     seed: int | None
 
@@ -72,6 +79,10 @@ class Typed:
         from neuralsde_ito.runs.config import load_config
 
         config = load_config(self.source, os.environ, self.assignments, self._overrides(), base)
+        methods = {config.finetune.adversary.method, config.resnet.adversary.method}
+        idle = next((f"--{flag}" for flag in ("norm", "eps") if getattr(self, flag) is not None), None)
+        if idle and methods == {"none"}:
+            raise click.UsageError(f"Without an adversary {idle} would do nothing: give --adversary, too.")
         keys = [assignment.partition("=")[0].strip() for assignment in self.assignments]
         idle = next((key for key in keys if key.startswith("resnet.")), None)
         if config.network.weights is not None and idle:
@@ -120,6 +131,13 @@ class Typed:
     click.option("--inferences", type=int, help="Inferences of each member."),
     click.option("--epochs", type=int, help="Epochs of each member's fine-tuning."),
     click.option(
+        "--adversary",
+        type=click.Choice(ADVERSARIES),
+        help="Adversarial training, of the ResNet and of the members.",
+    ),
+    click.option("--norm", type=click.Choice(("linf", "l2")), help="Norm of the adversary."),
+    click.option("--eps", metavar="EPS", help="Radius of the adversary in pixel units, 8/255 or 0.03."),
+    click.option(
         "--limit", type=click.IntRange(1), metavar="N", help="Use N training and N test images, a fixed choice."
     ),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Seed of everything random."),
@@ -147,6 +165,8 @@ def command(
 
     \b
     ito-sde train --config cifar10-resnet20 --weights resnet20.th --data images/ --epochs 2
+    ito-sde train --config digits-robust
+    ito-sde train --adversary pgd --eps 0.1
     ito-sde train --resume
     """
     if resume and overwrite:
@@ -311,6 +331,10 @@ class _Progress:
 
     def epoch(self, row: dict[str, Any]) -> None:
         text = f"loss {row['loss']:.3f}, training accuracy {100 * row['accuracy']:.1f} %"
+        if "held_out" in row:
+            text += f", held out {100 * row['held_out']:.1f} %"
+        if "held_out_attacked" in row:
+            text += f", attacked {100 * row['held_out_attacked']:.1f} %"
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable and (row["epoch"] == self.epochs or self.epochs <= 5 or row["epoch"] % 10 == 0):
             click.echo(f"{self.name}: epoch {row['epoch']} of {self.epochs}, {text}", err=True)

@@ -15,6 +15,7 @@ SURROGATES = ("ensemble", "member", "noise-free", "resnet")
 NOISES = ("fresh", "fixed", "known")
 PEERS = ("foolbox", "torchattacks", "autoattack")
 RULES = ("hierarchical", "flat")
+ADVERSARIES = ("none", "n-fgsm", "pgd", "trades")
 PRECISIONS = ("float32", "bfloat16")
 ARCHITECTURES = (
     *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..names import ARCHITECTURES, AUGMENTATIONS, DATA_SETS, RULES
+from ..names import ADVERSARIES, ARCHITECTURES, AUGMENTATIONS, DATA_SETS, RULES
 from ..sde.schedules import Schedule
 from ..sde.solvers import check_solver
 from ..validation import ItoError, check_eps, nearest, one_of, parse_eps, shown
@@ -65,7 +65,7 @@ class Network(_Section):
 class Adversary(_Section):
     """How a training perturbs its images; see `neuralsde_ito.runs.adversarial`."""
 
-    method: Literal["none", "n-fgsm", "pgd", "trades"] = Field("none", description="How images are perturbed, if so.")
+    method: str = Field("none", description="none, n-fgsm, pgd or trades: how images are perturbed, if so.")
     norm: Literal["linf", "l2"] = Field("linf", description="Norm of the perturbation.")
     eps: str | float = Field("8/255", description="Its radius in pixel units.")
     steps: int | None = Field(None, ge=1, description="Gradients for a perturbation; null: 10, and 1 for n-fgsm.")
@@ -76,6 +76,11 @@ class Adversary(_Section):
         None, ge=0, description="Radius of the random start, in eps; null: 1; 2 for n-fgsm, 0.03 for trades."
     )
     beta: float = Field(6.0, ge=0, description="Weight of the divergence in the loss of trades.")
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        return one_of("adversary", value, ADVERSARIES)
 
     @model_validator(mode="after")
     def _possible(self) -> Adversary:
