@@ -60,7 +60,7 @@ def least_count(n: int, alpha: float) -> int:
     enough = lower_bound(np.arange(n + 1), n, alpha) > 0.5
     if not enough[-1]:
         least = math.floor(math.log(alpha) / math.log(0.5)) + 1
-        raise ItoError(f"{n} samples give no certificate at alpha {alpha:g}, whatever they say; take n={least} or more.")
+        raise ItoError(f"{n} samples give no certificate at alpha {alpha:g}, whatever they say; take {least} or more.")
     return int(enough.argmax())
 
 
@@ -73,11 +73,12 @@ def looks(n: int, step: int = 1) -> list[int]:
 def out_of_reach(count: ArrayLike, drawn: int, n: int, least: int, error: float) -> NDArray[np.bool_]:
     """Whether the full ``n`` samples would give no certificate: for certain, or but for an error.
 
-    A certificate needs a share of ``least / n``. The samples stop where the upper bound of what was drawn lies below it.
-    If the full count is at least ``least``, the first ``drawn`` samples stop with probability ``error`` at most: given
-    the full count, their count is hypergeometric (in each member; drawn in turn, it is a sum of these), which is a sum of
-    independent Bernoulli draws (Vatutin & Mikhailov 1982), whose lower tail is no heavier than the binomial one
-    (Hoeffding 1956, see `certify`). So this holds whatever the true probability is.
+    A certificate needs a share of ``least / n``. The answer is yes where the upper bound of what was drawn is below it.
+    If the full count is at least ``least``, the answer is yes with probability ``error`` at most, whatever the true
+    probability is: given the full counts of the members, the counts of their first samples are independent and
+    hypergeometric. A hypergeometric count is a sum of independent Bernoulli draws (Vatutin & Mikhailov 1982), and so is
+    the sum over members, with a mean of ``drawn / n`` times the full count. Its lower tail is no heavier than the
+    binomial one (Hoeffding 1956, see `certify`).
 
     Args:
         count: agreeing samples among the first ``drawn``, of any shape.

@@ -5,9 +5,9 @@ votes for each class, over the noise inside the network. The smoothed vote of ``
 
     g(x) = E[ (v_1 + ... + v_M) / M  at  x + sigma W ],    W standard normal, one number a pixel
 
-A certificate of class ``c`` with radius ``R`` says: ``g_c > 1/2`` at every ``x + d`` with ``|d|_2 < R``. Class ``c`` has
-more than half of all inferences there, if there were infinitely many. It says nothing of one vote of a few inferences,
-which may miss ``c`` by chance, nor of the rule ``hierarchical``.
+A certificate of class ``c`` with radius ``R`` says: ``g_c > 1/2`` at every ``x + d`` with ``|d|_2 < R``. There, class
+``c`` has more than half of all inferences, if there were infinitely many. It says nothing of one vote of a few
+inferences, which may miss ``c`` by chance, nor of the rule ``hierarchical``.
 
 **Why it holds.**
 
@@ -31,13 +31,12 @@ which may miss ``c`` by chance, nor of the rule ``hierarchical``.
    have certified, they lose the certificate with probability ``beta`` at most (`bounds.out_of_reach`, which spends
    ``beta / 7`` at each of at most seven looks).
 
-Of ``N`` images up to ``alpha N`` certificates are expected to be false. As with all who use computers, normals come from
-a generator (tails end at 6.6 standard deviations), and the network rounds.
+Of ``N`` images up to ``alpha N`` certificates are expected to be false. Two things lie outside of the proof: the
+normals come from a generator (their tails end at 6.6 standard deviations), and the network rounds.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -60,6 +59,7 @@ from ..validation import ItoError, check_images, check_input_sigma, check_labels
 from . import bounds
 
 BATCH = 20  # images at a time, by default: each is sampled 10,000 times
+COLUMNS = ("index", "selected", "votes", "drawn")  # the tensors of a `Certificate`
 _AT_ONCE = 1 << 14  # samples in one call, whose logits are held together
 
 
@@ -89,7 +89,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if check_input_sigma(self.sigma) == 0:
-            raise ItoError("A certificate needs noise on the image: give a sigma above 0, in pixel units, such as 0.25.")
+            raise ItoError("A certificate needs noise on the image: give a sigma above 0 (pixel units), such as 0.25.")
         for name, least in (("n0", 1), ("n", 1), ("seed", 0)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if not 0 < self.alpha < 0.25:
@@ -149,7 +149,7 @@ class Certificate:
         return torch.where(self.radii > 0, self.candidates, ABSTAIN)
 
     def holds(self, truth: Tensor, radius: float) -> Tensor:
-        """Which images are certified for their true label ``truth`` ``(N,)`` against all changes of length ``radius``."""
+        """Which images are certified for their true label ``(N,)`` against all changes of length ``radius``."""
         truth = check_labels(truth, len(self.index)).cpu()
         return (self.labels == truth) & (self.radii > radius)
 
@@ -169,8 +169,8 @@ class Certificate:
     @classmethod
     def join(cls, parts: Sequence[Certificate]) -> Certificate:
         """Several batches as one."""
-        columns = (torch.cat([getattr(part, name) for part in parts]) for name in ("index", "selected", "votes", "drawn"))
-        return cls(parts[0].sampling, *columns)
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS}
+        return cls(parts[0].sampling, **columns)
 
 
 class Smoothed(nn.Module):
@@ -295,8 +295,8 @@ def certify(
 ) -> Certificate:
     """L2 radii within which the smoothed vote of a model provably keeps its class.
 
-    One sample is one inference along one path. What is certified, and why it holds for an ensemble with noise inside, is
-    said at the top of this file: each certificate is false with probability ``alpha`` at most.
+    One sample is one inference along one path. Each certificate is false with probability ``alpha`` at most; what
+    exactly is certified, and why that holds for an ensemble with noise inside, is said at the top of this file.
 
     Args:
         model: an `ItoEnsemble` whose members have one ``input_sigma`` above 0, or any other module from images in

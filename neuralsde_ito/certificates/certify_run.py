@@ -23,9 +23,7 @@ from ..files import write_atomically
 from ..models.inspection import as_called
 from ..models.voting import Voter
 from ..validation import ItoError
-from .certify import BATCH, Certificate, Certifier, Sampling
-
-_COLUMNS = ("index", "selected", "votes", "drawn")
+from .certify import BATCH, COLUMNS, Certificate, Certifier, Sampling
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,9 @@ def certify_split(
     """
     images = Images.of(split, batch_size, voter.device)
     folder = None if state is None else Path(state) / f"certify-{_digest(voter, images, sampling, batch_size)}"
-    among.gather(_begin(folder, resume) if among.first else None)
+    if among.first:
+        _begin(folder, resume)
+    among.barrier()
     parts = []
     with as_called(voter):
         certifier = Certifier(voter, sampling, images.x[:batch_size].to(voter.device))
@@ -87,7 +87,7 @@ def certify_split(
                 on_device = batch.to(voter.device)
                 part = certifier.certify(on_device.x, on_device.index)
                 if file is not None:
-                    write_atomically(file, safetensors_bytes({name: getattr(part, name) for name in _COLUMNS}))
+                    write_atomically(file, safetensors_bytes({name: getattr(part, name) for name in COLUMNS}))
             parts.append(part)
             tick(len(batch))
     certificate = Certificate.join(among.dealt(parts))
@@ -103,7 +103,7 @@ def _begin(folder: Path | None, resume: bool) -> None:
     """
     if resume and (folder is None or not folder.is_dir()):
         raise ItoError(
-            "There is nothing to resume: no certification with these settings, weights and images was interrupted here; "
+            "There is nothing to resume: no work with these settings, weights and images was interrupted here; "
             "leave --resume out."
         )
     if folder is not None and not resume:
