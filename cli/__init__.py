@@ -21,6 +21,7 @@ VERBS = {
     "attack": "Attack a run's ensemble by FGSM or PGD, and the original ResNet beside it.",
     "suite": "Attack after attack on the images that the last ones left, for the ensemble and for the ResNet.",
     "audit": "Check whether a robustness figure is the model's strength or the attack's weakness.",
+    "certify": "Prove L2 radii in which the smoothed vote of a run's ensemble keeps its class.",
     "verify": "Recompute the figures of an evidence bundle on fresh noise, and say which claims stand.",
     "reproduce": "Reproduce the paper's tables and figures, each number beside weak and the strongest attacks.",
     "predict": "Label pictures, or abstain.",
@@ -37,6 +38,7 @@ SHARED = {
     "evaluate": "Give the command again.",
     "attack": "Give the command again.",
     "suite": "Finished attacks are kept; go on: the same command with --resume, with any number of processes.",
+    "certify": "Finished batches are kept; go on: the same command with --resume, with any number of processes.",
     "reproduce": "Finished work is kept; go on: the same command, with any number of processes.",
 }
 

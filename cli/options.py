@@ -73,14 +73,14 @@ def gathered(name: str, kind: type, *options: Command) -> Command:
 
     Args:
         name: the command's parameter that gets the dataclass.
-        kind: the dataclass; its fields are the parameters of the options.
+        kind: the dataclass; its fields are the parameters of the options, those without a default at least.
         options: as for `stacked`.
     """
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def call(*arguments: Any, **values: Any) -> Any:
-            gathered = {field.name: values.pop(field.name) for field in fields(kind)}
+            gathered = {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
             return command(*arguments, **{name: kind(**gathered)}, **values)
 
         return stacked(*options)(call)
@@ -260,15 +260,15 @@ on_run = stacked(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """The options that say which run is meant, where it runs and how it votes; None for the default."""
 
     run: str | None
     root: Path
     device: str
-    inferences: int | None
-    rule: str | None
+    inferences: int | None = None
+    rule: str | None = None
 
     def open(self) -> Opened:
         """Read the run; see `open_run`."""
@@ -278,7 +278,7 @@ class RunOptions:
 voting_run = gathered("chosen", RunOptions, on_run, votes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DefenderOptions(RunOptions):
     """As `RunOptions`; or a network of the user's own, and the images that it is for."""
 
@@ -321,6 +321,7 @@ a_model = stacked(
     click.option("--data", metavar="NAME|DIR", help="With --model: digits, cifar10, cifar100, or a folder of images."),
 )
 defender = gathered("chosen", DefenderOptions, on_run, a_model, votes)
+sampled_defender = gathered("chosen", DefenderOptions, on_run, a_model)  # for verbs that do not vote
 
 
 @dataclass(frozen=True)

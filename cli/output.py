@@ -136,7 +136,7 @@ def paired_json(paired: Paired, other: str) -> dict[str, Any]:
 
 
 def describe(config: Config, folder: Path, members: int, inferences: int, rule: str) -> None:
-    """Print the run, its ResNet, its SDE and its ensemble in four lines."""
+    """Print the run, its ResNet, its SDE, noise of the image if there is any, and its ensemble, a line each."""
     sde = config.sde
     formula = Schedule(sde.omega, sde.schedule).formula
     source = (
@@ -149,6 +149,10 @@ def describe(config: Config, folder: Path, members: int, inferences: int, rule: 
     click.echo(f"Run       {folder}")
     click.echo(f"ResNet    {config.network.arch}, {source}")
     click.echo(f"SDE       dx = (B(x) - x) dt + {formula} dB, {horizon}; solver {sde.solver}, {steps}")
+    if sde.input_sigma:
+        click.echo(
+            f"Image     x + {sde.input_sigma:g} W before the stem, W standard normal (sde.input_sigma, in pixel units)"
+        )
     vote = f"{count(members, 'member')} x {count(inferences, 'inference')}"
     click.echo(f"Ensemble  {vote}, {rule} majority, else it abstains")
 

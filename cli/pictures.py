@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from neuralsde_ito.attacks.sweep import Sweep
     from neuralsde_ito.benchmarks.record import Row
+    from neuralsde_ito.certificates.certify_run import CertifiedSplit
     from neuralsde_ito.data import Dataset
     from neuralsde_ito.runs.evaluate import Evaluation
     from neuralsde_ito.studies.compare import SolverComparison
@@ -154,6 +155,31 @@ def _show(axis: Any, image: np.ndarray) -> None:
     axis.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
     axis.set_xticks([])
     axis.set_yticks([])
+
+
+def certificate_picture(path: Path, certified: CertifiedSplit, about: str) -> None:
+    """Certified accuracy against the radius, with its band.
+
+    Args:
+        path: of the picture.
+        certified: the certificates.
+        about: the title.
+    """
+    certificate, truth = certified.certificate, certified.truth
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    largest = certificate.sampling.largest_radius
+    grid = np.linspace(0, 1.05 * largest, 211)
+    rates = [certificate.accuracy(truth, radius) for radius in grid]
+    axis.plot(grid, [100 * r.value for r in rates], color=BLUE, lw=2, drawstyle="steps-post")
+    low, high = [100 * r.low for r in rates], [100 * r.high for r in rates]
+    axis.fill_between(grid, low, high, color=BLUE, alpha=0.15, step="post")
+    axis.axvline(largest, color=GREY, ls="--", lw=1)
+    said = f"largest radius of {certificate.sampling.n:,} samples"
+    axis.text(largest, 2, f"{said} ", color="#606060", fontsize=8, rotation=90, ha="right", va="bottom")
+    axis.set(xlabel="L2 radius (pixel units)", ylabel="certified accuracy (%)", ylim=(-3, 103), xlim=(0, grid[-1]))
+    axis.set_title(about, fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
 
 
 def bench_picture(rows: list[Row], path: Path) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .audits.bundle import Evidence, evidence_of, load_bundle, save_bundle, suite_of
     from .audits.check import Check
     from .audits.verify import Verification, verify_bundle
+    from .certificates.certify import Certificate, certify
     from .data import load_data
     from .models.ensemble import ItoEnsemble
     from .models.module_checks import ModelCheck, check_model
@@ -45,6 +46,7 @@ _HOMES = {
     "audits.audit": ("Audit", "audit"),
     "audits.bundle": ("Evidence", "evidence_of", "load_bundle", "save_bundle", "suite_of"),
     "audits.check": ("Check",),
+    "certificates.certify": ("Certificate", "certify"),
     "runs.run": ("Run", "load_ensemble"),
     "runs.storing": ("save_ensemble",),
     "studies.compare": ("SolverComparison", "compare_solvers"),
@@ -82,6 +84,7 @@ __all__ = [  # noqa: RUF022  (in the order of reading)
     "Outcomes", "Rate", "Paired", "WorstCase", "attacks",
     "SuiteSettings", "run_suite", "Suite", "SuiteResult", "standard", "least_norm", "audit", "Audit", "Check",
     "Evidence", "evidence_of", "save_bundle", "load_bundle", "suite_of", "verify_bundle", "Verification",
+    "certify", "Certificate",
     "load_data", "Config", "load_config", "Run", "save_ensemble", "load_ensemble", "compare_solvers",
     "SolverComparison", "read_depths", "Reading", "density_shift", "DensityShift",
     "ItoError",

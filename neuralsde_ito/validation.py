@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Iterable
 from fractions import Fraction
+from numbers import Real
 from typing import TYPE_CHECKING, SupportsIndex, cast
 
 if TYPE_CHECKING:
@@ -104,6 +105,17 @@ def check_eps(norm: str, eps: str | float) -> float:
             f"eps is in pixel units and at most 1 under linf, got {value:g}; 8 grey levels of 255 are written 8/255."
         )
     return value
+
+
+def check_input_sigma(value: object) -> float:
+    """The standard deviation of noise on images, in pixel units, as a number.
+
+    Raises:
+        ItoError: not a number, negative or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise ItoError(f"input_sigma must be a finite number of at least 0, in pixel units, got {shown(value)}.")
+    return float(value)
 
 
 def check_images(x: Tensor, channels: int | None = None) -> None:

@@ -22,7 +22,8 @@ def fingerprint(voter: Voter) -> str:
         kinds = [type(module).__name__ for module in member.modules()]
         if isinstance(member, ItoResNet):
             schedule, times = member.schedule, [(sde.t0, sde.t1, sde.jump) for sde in member.sdes]
-            about = repr((schedule.omega, schedule.name, member.solver, member.steps, times, kinds))
+            noise = [member.input_sigma] if member.input_sigma else []  # left out at 0: older fingerprints stay valid
+            about = repr((schedule.omega, schedule.name, member.solver, member.steps, times, kinds, *noise))
         else:
             about = repr([(kind, module.training) for kind, module in zip(kinds, member.modules(), strict=True)])
         digest.update(about.encode())

@@ -26,7 +26,7 @@ from .record import Row
 
 def torchsde_inference(model: ItoResNet, x: Tensor) -> Tensor:
     """Logits ``(N, classes)`` by torchsde with its defaults: its own Brownian interval, one call a block."""
-    state = model.stem(x)
+    state = model.stem(x + model.input_sigma * torch.randn_like(x) if model.input_sigma else x)
     for sde in model.sdes:
         if sde.jump:
             state = sde.block(state)

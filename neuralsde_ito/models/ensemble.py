@@ -53,7 +53,7 @@ class ItoEnsemble(Voter):
     @property
     def noisy(self) -> bool:
         """Whether any member has noise, so that two inferences of an image can differ."""
-        return any(member.schedule.omega > 0 for member in self.members)
+        return any(member.schedule.omega > 0 or member.input_sigma > 0 for member in self.members)
 
     @property
     def channels(self) -> int | None:

@@ -76,9 +76,8 @@ def _frozen_copy(model: ItoResNet) -> ItoResNet:
 
 def folded(model: ItoResNet) -> FrozenResNet:
     """The quick form of a model. It takes over and changes the modules of ``model``, which must not be used again."""
-    quick = FrozenResNet(
-        model.stem, model.sdes, model.head, model.solver, model.steps, model.checkpoint, model.image_shape
-    )
+    settings = (model.solver, model.steps, model.checkpoint, model.image_shape, model.input_sigma)
+    quick = FrozenResNet(model.stem, model.sdes, model.head, *settings)
     for sde in quick.sdes:
         sde.overwrite_output = well_known(sde.block)
     for module in list(quick.modules()):

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ..modules import ModuleListOf, copied, evaluating, untouched
+from ..noise.brownian import BrownianPath
 from ..noise.keys import fresh_keys
 from ..sde.block import BlockSDE
 from ..sde.integrate import diffuse, integrate
 from ..sde.schedules import Schedule
 from ..sde.solvers import check_solver
-from ..validation import ItoError
+from ..validation import ItoError, check_input_sigma
 
 _BLOCKS = (BasicBlock, Bottleneck)
+_IMAGE = -1  # the block number in the address of an image's own noise; blocks count from 0
 
 
 class Chain(nn.Module):
@@ -95,6 +97,7 @@ class ItoResNet(nn.Module):
         sdes: the blocks, each a torchsde module.
         solver, steps, checkpoint: how blocks are solved; may be set at any time.
         image_shape: ``(C, H, W)`` of the test image that `recast` ran through the network.
+        input_sigma: standard deviation of the noise on the image, in pixel units (see `diffused`); may be set, too.
     """
 
     stem: nn.Module
@@ -110,6 +113,7 @@ class ItoResNet(nn.Module):
         steps: int,
         checkpoint: bool,
         image_shape: tuple[int, ...] = (3, 32, 32),
+        input_sigma: float = 0.0,
     ) -> None:
         super().__init__()
         self.stem = stem
@@ -117,6 +121,7 @@ class ItoResNet(nn.Module):
         self.head = head
         self.solver, self.steps, self.checkpoint = solver, steps, checkpoint
         self.image_shape = tuple(image_shape)
+        self.input_sigma = check_input_sigma(input_sigma)
 
     @property
     def schedule(self) -> Schedule:
@@ -125,7 +130,7 @@ class ItoResNet(nn.Module):
 
     @property
     def base(self) -> Chain:
-        """The noise-free network, of the same modules: the ResNet that this is at omega = 0 with one step a block."""
+        """The noise-free network, of the same modules: the ResNet that this is without noise, with one step a block."""
         return Chain(self.stem, [sde.block for sde in self.sdes], self.head)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -161,16 +166,36 @@ class ItoResNet(nn.Module):
     def before_noise(self, x: Tensor) -> Tensor:
         """The part that all inferences of an image share: images ``(N, C, H, W)`` -> states ``(N, ...)``.
 
-        That is the stem and, if `one_euler_step`, also the first block.
+        That is the stem and, if `one_euler_step`, also the first block. With `input_sigma` the image itself is noisy:
+        nothing is shared, and the images come back as they are.
         """
+        return x if self.input_sigma else self._up_to_noise(x)
+
+    def _up_to_noise(self, x: Tensor) -> Tensor:
         state = self.stem(x)
         return self.sdes[0].block(state) if self.one_euler_step else state
+
+    def diffused(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Images along paths: ``dx = input_sigma dB`` over one unit of time before the first block, on [-1, 0].
+
+        That is ``x + input_sigma W`` with standard normals ``W``, the noise of randomised smoothing (Cohen et al. 2019,
+        https://arxiv.org/abs/1902.02918). The result is not clipped to [0, 1]: it would be no normal noise any more.
+        The noise has an address of its own, so that it is independent of that of the blocks.
+
+        Args:
+            x: images ``(N, C, H, W)``.
+            keys: int64 ``(N,)``.
+        """
+        if not self.input_sigma:
+            return x
+        path = BrownianPath(keys, math.prod(x.shape[1:]), _IMAGE, -1.0, 0.0, dtype=x.dtype)
+        return path.add_to(x, check_input_sigma(self.input_sigma))
 
     def along_paths(self, state: Tensor, keys: Tensor) -> Tensor:
         """From the states of `before_noise` to logits.
 
         Args:
-            state: ``(N, ...)``.
+            state: ``(N, ...)``; images, if there is `input_sigma`.
             keys: int64 ``(N,)``, one path for each state; or ``(P, N)``, P paths for each.
 
         Returns:
@@ -179,8 +204,11 @@ class ItoResNet(nn.Module):
         if keys.dim() not in (1, 2) or keys.shape[-1:] != state.shape[:1]:
             raise ItoError(f"One key an image: keys of shape {tuple(keys.shape)} for {state.shape[0]} images.")
         check_solver(self.solver, self.schedule.omega, self.steps)  # they may have been set after construction
-        copies = len(keys) if keys.dim() == 2 else 1
-        return self.head(self.solve_blocks(state, keys.flatten().to(state.device), copies)).unflatten(0, keys.shape)
+        copies, paths = len(keys) if keys.dim() == 2 else 1, keys.flatten().to(state.device)
+        if self.input_sigma:
+            state = self._up_to_noise(self.diffused(torch.cat([state] * copies) if copies > 1 else state, paths))
+            copies = 1
+        return self.head(self.solve_blocks(state, paths, copies)).unflatten(0, keys.shape)
 
     def solve_blocks(self, state: Tensor, keys: Tensor, copies: int) -> Tensor:
         """From the first states ``(N, ...)`` to the last ones ``(copies N, ...)``, along paths ``(copies N,)``."""
@@ -203,10 +231,11 @@ def recast(
     horizon: float | None = None,
     image_shape: tuple[int, int, int] | None = None,
     checkpoint: bool = False,
+    input_sigma: float = 0.0,
 ) -> ItoResNet:
     """A residual network as Itô processes; the network is copied and not changed.
 
-    With ``omega=0``, ``solver="euler"`` and ``steps=1`` the result is the network, bit for bit.
+    With ``omega=0``, ``input_sigma=0``, ``solver="euler"`` and ``steps=1`` the result is the network, bit for bit.
 
     Args:
         net: `load_resnet`'s, torchvision's, any network of torchvision's blocks, or a `Chain`.
@@ -218,6 +247,8 @@ def recast(
             time: the noise-free flow stays the same, and the noise follows the new clock.
         image_shape: (channels, height, width) of a test image; default 32x32 with the first convolution's channels.
         checkpoint: use less memory and more computation in gradients (see `integrate`).
+        input_sigma: standard deviation of normal noise on the image, in pixel units; above 0 the ensemble is a smoothed
+            classifier, see `ItoResNet.diffused` and `neuralsde_ito.certify`.
 
     Returns:
         An `ItoResNet` in the mode (train or eval), on the device and in the dtype of ``net``.
@@ -227,6 +258,7 @@ def recast(
     """
     diffusion = Schedule(omega, schedule)
     check_solver(solver, omega, steps)
+    check_input_sigma(input_sigma)
     source = copied(net.base if isinstance(net, ItoResNet) else net)
     chain = as_chain(source)
     n = len(chain.blocks)
@@ -249,7 +281,7 @@ def recast(
         BlockSDE(block, diffusion, i, times[i], times[i + 1], shapes[i + 1], jump=shapes[i + 1] != shapes[i])
         for i, block in enumerate(chain.blocks)
     ]
-    model = ItoResNet(chain.stem, sdes, chain.head, solver, steps, checkpoint, image_shape)
+    model = ItoResNet(chain.stem, sdes, chain.head, solver, steps, checkpoint, image_shape, input_sigma)
     own = set(source.modules())
     for module in model.modules():
         if module not in own:  # the network's modules keep their modes: a frozen BatchNorm stays frozen

@@ -162,7 +162,7 @@ class Laboratory:
             "resnet": None if config.network.weights else config.resnet.model_dump(mode="json"),
             "seed": config.seed,
         }
-        tuned = {"sde": config.sde.model_dump(mode="json"), "finetune": config.finetune.model_dump(mode="json")}
+        tuned = {"sde": sde_inputs(config), "finetune": config.finetune.model_dump(mode="json")}
         arch = config.network.arch
         base = Run(self.folder / "models" / f"{arch}-{_digest(start)}", config)
         run = Run(self.folder / "models" / f"{arch}-omega{omega:g}-{_digest([start, tuned])}", config)
@@ -258,6 +258,11 @@ def split_digest(split: Split) -> str:
     for file in getattr(split, "files", ()):
         digest.update(f"{file.parent.name}/{file.name} {file.stat().st_size}".encode())
     return digest.hexdigest()[:16]
+
+
+def sde_inputs(config: Config) -> dict[str, Any]:
+    """The settings of the SDE that name a result; noise of the image only where there is some, as before it existed."""
+    return config.sde.model_dump(mode="json", exclude=None if config.sde.input_sigma else {"input_sigma"})
 
 
 def _weights_digest(config: Config) -> str | None:

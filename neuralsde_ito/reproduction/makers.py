@@ -24,7 +24,7 @@ from ..runs.build import recast_as
 from ..studies.density import density_shift, path_sample
 from ..validation import check_eps, parse_eps
 from .declared import Norm
-from .laboratory import Laboratory, System
+from .laboratory import Laboratory, System, sde_inputs
 from .pieces import Block, Piece, Tensors, Work
 from .protocols import STEPS, Protocol
 
@@ -90,7 +90,7 @@ class Maker:
             voting = ItoEnsemble([member] * ensemble.members, ensemble.inferences, ensemble.rule)
             return {"labels": voting.predict(images.x, self.seed, images.index).labels}
 
-        inputs = {**ensemble.model_dump(mode="json"), "sde": system.config.sde.model_dump(mode="json")}
+        inputs = {**ensemble.model_dump(mode="json"), "sde": sde_inputs(system.config)}
         size = lab.size(block) * ensemble.members * ensemble.inferences
         work = Work(queries=0.4 * size)
         return self._piece("untrained", "vote before fine-tuning", inputs, block, make, work, members=0)

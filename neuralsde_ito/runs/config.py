@@ -148,6 +148,7 @@ class Sde(_Section):
     steps: int = Field(1, description="Solver steps a block, a power of two.")
     horizon: float | None = Field(None, gt=0, description="End of time; null: one unit a block.")
     checkpoint: bool = Field(False, description="Whether gradients save memory by computing steps twice.")
+    input_sigma: float = Field(0.0, ge=0, description="Standard deviation of noise on the image, in pixel units.")
 
     @model_validator(mode="after")
     def _solvable(self) -> Sde:

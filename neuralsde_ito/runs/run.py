@@ -53,6 +53,8 @@ class Run:
     ``evaluation.json``, ``.png``  the clean table after training
     ``VERB-NORM-DATE.*``           results of ``ito-sde attack`` and ``ito-sde suite``
     ``suite-DIGEST/``              the state of a suite that has not ended
+    ``certify-l2-DATE.*``          certificates of ``ito-sde certify``
+    ``certify-DIGEST/``            the state of a certification that has not ended
     =============================  ================================================================================
 
     Attributes:

@@ -98,7 +98,7 @@ def _settings(model: ItoResNet, config: Config) -> dict[str, Any]:
     ``horizon``, ``mean`` and ``std`` stay as the configuration has them if that gives the same numbers.
     """
     settings: dict[str, Any] = {"omega": model.schedule.omega, "schedule": model.schedule.name}
-    settings |= {name: getattr(model, name) for name in ("solver", "steps", "checkpoint")}
+    settings |= {name: getattr(model, name) for name in ("solver", "steps", "checkpoint", "input_sigma")}
     settings["horizon"] = _horizon(model, config.sde.horizon)
     return settings | _normalization(model, config)
 

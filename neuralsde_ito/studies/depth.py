@@ -85,7 +85,8 @@ def read_depths(
     def right(model: ItoResNet, schedule: str, horizon: float, solver: str, n: int) -> Tensor:
         """Which images get the right label, bool ``(N,)``."""
         channels, height, width = x.shape[1:]
-        other = recast(model, model.schedule.omega, schedule, solver, n, horizon, (channels, height, width))
+        shape, sigma = (channels, height, width), model.input_sigma
+        other = recast(model, model.schedule.omega, schedule, solver, n, horizon, shape, input_sigma=sigma)
         return winners(infer(quicken(other), x, rows, keys)) == y
 
     readings = []

@@ -109,6 +109,8 @@ class Network:
         self.model, self.x, self.y, self.keys = model, x, y, keys
         schedule = model.schedule
         self.noise, self.additive = f"{schedule.name}, omega {schedule.omega:g}", not schedule.multiplicative
+        if model.input_sigma:
+            self.noise += f", input_sigma {model.input_sigma:g}"
         with torch.no_grad():
             model.base(x)  # the first call is slower
             answers, self.unit_seconds = timed(lambda: model.base(x).argmax(1), x.device)
@@ -133,7 +135,7 @@ class Network:
 
     def solve(self, x: Tensor, solver: str, steps: int, checkpoint: bool) -> tuple[Tensor, Tensor]:
         """See `Subject`."""
-        state = self.model.stem(x)
+        state = self.model.stem(self.model.diffused(x, self.keys))
         for sde in self.model.sdes:
             state = integrate(sde, state, self.keys, solver, steps, checkpoint)
             if not bool(state.isfinite().all()):
