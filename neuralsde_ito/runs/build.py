@@ -79,6 +79,19 @@ def untrained_resnet(config: Config, classes: int, channels: int) -> nn.Sequenti
         return load_resnet(config.network.arch, None, classes, channels, config.network.mean, config.network.std)
 
 
+def trained_as(config: Config, net: nn.Module) -> nn.Module:
+    """The network in the form in which it is trained before its members are.
+
+    That is the network itself. Under attack, and where the image will have noise, it is recast without inner noise: the
+    adversary and the noise of the image are those of the members, and the weights are the network's.
+    """
+    sde = config.sde
+    if config.resnet.adversary.method == "none" and not sde.input_sigma:
+        return net
+    plain = {"omega": 0.0, "solver": "euler", "steps": 1}
+    return recast_as(config.model_copy(update={"sde": sde.model_copy(update=plain)}), net)
+
+
 def recast_as(config: Config, net: nn.Module) -> ItoResNet:
     """`recast` with the settings of ``config.sde``, and with the image shape of ``config.data`` if that is known."""
     size = config.data.size or IMAGE_SIZES.get(config.data.name)

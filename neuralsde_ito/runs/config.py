@@ -199,6 +199,15 @@ class Config(_Section):
     ensemble: Ensemble = Field(Ensemble(), description="Members and vote.")
     attack: Attack = Field(Attack(), description="Defaults of ito-sde attack.")
 
+    @model_validator(mode="after")
+    def _paths_differ(self) -> Config:
+        if not self.sde.input_sigma:
+            trained = self.network.weights is None
+            for phase, quiet in (("resnet", trained), ("finetune", not self.sde.omega)):
+                if quiet and getattr(self, phase).consistency:
+                    raise ItoError(f"{phase}.consistency compares paths of noise, and there is none: sde.input_sigma.")
+        return self
+
     def to_yaml(self) -> str:
         """The resolved configuration as YAML; ``--config FILE`` reads it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -326,8 +326,8 @@ class Run:
 
         Args and errors are those of `train`.
         """
-        from ..models.recast import ItoResNet, recast
-        from .build import build_resnet
+        from ..models.recast import ItoResNet
+        from .build import build_resnet, trained_as
         from .weights import save_weights, to_resnet
 
         self.write_images(data)
@@ -340,7 +340,7 @@ class Run:
                 )
             net = build_resnet(config, data).to(device)
             if config.network.weights is None:
-                model = recast(net, omega=0.0) if config.resnet.adversary.method != "none" else net
+                model = trained_as(config, net)
                 self._fit(model, data, config.resnet, file, 0, callbacks)
                 net = to_resnet(model, net) if isinstance(model, ItoResNet) else net
             save_weights(file, net[-1])

@@ -313,3 +313,38 @@ def test_the_resnet_of_a_robust_run_is_saved_as_a_resnet(tmp_path):
 def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(ItoError, match=message):
         tiny(**changes)
+
+
+def test_a_network_to_be_smoothed_trains_on_noisy_images(tmp_path):
+    """The ResNet's own training sees the noise of the image, too: without it, its weights are others."""
+    files = []
+    for sigma in (0.0, 0.25, 0.25):
+        config = tiny(resnet__epochs=1, finetune__epochs=0, sde__omega=0.0, sde__input_sigma=sigma)
+        made = run(tmp_path / str(len(files)), config)
+        files.append(made.resnet_file.read_bytes())
+    assert files[0] != files[1]
+    assert files[1] == files[2]
+
+
+def test_consistency_trains_and_resumes(tmp_path):
+    changes = {"finetune__consistency": 10.0, "resnet__consistency": 5.0, "sde__input_sigma": 0.25}
+    config, steps = tiny(**changes), [0]
+    run(tmp_path / "alone", config)
+
+    def stop_now_and_then() -> bool:
+        steps[0] += 1
+        return steps[0] % 4 == 0
+
+    for _ in range(40):
+        try:
+            run(tmp_path / "left", config, should_stop=stop_now_and_then)
+            break
+        except Interrupted:
+            pass
+    assert_same_trainings(tmp_path / "alone", tmp_path / "left")
+
+
+@pytest.mark.parametrize("phase", ["resnet", "finetune"])
+def test_consistency_without_noise_is_refused(phase):
+    with pytest.raises(ItoError, match=f"{phase}.consistency compares paths"):
+        tiny(**{f"{phase}__consistency": 1.0, "sde__omega": 0.0})
