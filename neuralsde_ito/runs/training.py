@@ -314,7 +314,7 @@ class Trainer:
             training.epoch, training.step = state["epoch"], state["step"]
             training.steps = training.epoch * steps + training.step
             training.totals = state["totals"].to(training.totals.device)
-            training.best = state["best"]
+            training.best = state.get("best")  # states of earlier versions have none
             if training.averaged is not None:
                 training.averaged.load_state_dict(state["averaged"])
         except Exception as error:  # a damaged file can fail in any way

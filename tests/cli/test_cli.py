@@ -428,7 +428,14 @@ def test_flags_set_keys_of_the_configuration(trained: Path, capfd) -> None:
     [
         *("digits", "cifar10-resnet18", "cifar10-resnet20", "cifar10-resnet34", "cifar10-resnet50"),
         *("imagenet-resnet50", "digits-robust", "cifar10-resnet20-robust", "cifar10-resnet18-robust"),
-        *("enresnet", "neural-sde-additive", "neural-sde-multiplicative", "rse"),
+        *(
+            "digits-smooth",
+            "cifar10-resnet20-smooth",
+            "enresnet",
+            "neural-sde-additive",
+            "neural-sde-multiplicative",
+            "rse",
+        ),
     ],
 )
 def test_every_preset_loads_through_the_command_line(name: str, trained: Path, capfd) -> None:
