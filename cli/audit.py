@@ -74,7 +74,7 @@ white_box = options.gathered(
 @white_box
 @options.precision
 @click.option("--queries", type=int, default=500, show_default=True, help="Queries an image of the black-box attack.")
-@click.option("--draws", type=int, default=10_000, show_default=True, help="Random points in the ball, in all.")
+@click.option("--draws", type=int, help="Random points an image.  [default: 10,000, fewer where images are large]")
 @click.option("--limit", type=click.IntRange(1), metavar="N", default=50, show_default=True, help="Use N test images.")
 @options.seed
 @click.option("--html", **options.out_file, metavar="FILE", help="Write a report, one page.")
@@ -88,7 +88,7 @@ def command(
     attack: WhiteBoxOptions,
     precision: str,
     queries: int,
-    draws: int,
+    draws: int | None,
     limit: int,
     seed: int | None,
     html: Path | None,

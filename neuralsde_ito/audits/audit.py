@@ -234,7 +234,7 @@ def audit(
     index: Tensor | None = None,
     surrogates: Mapping[str, nn.Module] | None = None,
     queries: int = 500,
-    draws: int = 10_000,
+    draws: int | None = None,
     batch_size: int | None = None,
     evidence: bool = False,
     tick: Callable[[int], object] = lambda n: None,
@@ -251,7 +251,7 @@ def audit(
         index: int64 ``(N,)``, the images' names in the noise's address, no two alike; default their position.
         surrogates: networks to transfer attacks from, by name; for Itô models the noise-free network is added.
         queries: of the black-box attack, an image.
-        draws: random points an image; for a randomised model, points in all.
+        draws: of random points, see `AuditCase`.
         batch_size: images that go through a module at a time, each on all paths of a gradient; see `ModuleTarget`. It
             does not change the figures of a module without noise. An ensemble has its own ``chunk``.
         evidence: also run the audit's attacks for evasion, so that `Audit.run` becomes a bundle by `evidence_of`.

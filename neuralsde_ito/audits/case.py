@@ -169,7 +169,8 @@ class AuditCase:
         index: int64 ``(N,)``, the images' names in the noise's address, no two alike; default their position.
         surrogates: networks to transfer attacks from, by name; for Itô models the noise-free network is added.
         queries: of the black-box attack, an image.
-        draws: random points an image; for a randomised model, points in all.
+        draws: random points an image; for a randomised model, points in all. Default: 10,000, and fewer where these
+            would be more than 2**27 pixels, as 1,680 for 26 images of 3x32x32.
         batch_size: images that go through a module at a time, see `ModuleTarget`; an ensemble has its own ``chunk``.
 
     Raises:
@@ -186,7 +187,7 @@ class AuditCase:
         index: Tensor | None = None,
         surrogates: Mapping[str, nn.Module] | None = None,
         queries: int = 500,
-        draws: int = 10_000,
+        draws: int | None = None,
         batch_size: int | None = None,
     ) -> None:
         for network in (model, *(surrogates or {}).values()):
@@ -201,7 +202,8 @@ class AuditCase:
             raise ItoError(f"index names the images: one whole number for each of {len(x)}, no two alike.")
         if self.attack.eps == 0:
             raise ItoError("An audit needs a ball to attack in: eps must be above 0.")
-        self.queries, self.draws = whole_number("queries", queries), whole_number("draws", draws)
+        self.queries = whole_number("queries", queries)
+        self.draws = None if draws is None else whole_number("draws", draws)
         self.batch_size = None if batch_size is None else whole_number("batch_size", batch_size)
         if isinstance(self.model, Vote):
             self.model.chunk = self.batch_size or self.model.chunk

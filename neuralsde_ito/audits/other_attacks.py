@@ -43,6 +43,9 @@ def black_box(case: AuditCase) -> tuple[str, bool]:
     return found_beyond_kin(case, case.judge(square, rows).images[rows], rows, f", {case.queries} queries")
 
 
+_DRAWS, _PIXELS = 10_000, 1 << 27  # of random noise: points an image, and pixels in all (minutes on a CPU)
+
+
 @check(
     13,
     "random noise",
@@ -54,7 +57,11 @@ def black_box(case: AuditCase) -> tuple[str, bool]:
 def random_noise(case: AuditCase) -> tuple[str, bool]:
     """Uniform draws around the clean survivors; the draw with the smallest margin of each image is voted on."""
     rows = kin_survivors(case)
-    draws = case.draws if not case.randomised else math.ceil(case.draws / len(rows))
+    draws = case.draws or _DRAWS
+    if case.randomised:
+        draws = math.ceil(draws / len(rows))
+    elif case.draws is None:
+        draws = min(draws, max(1, _PIXELS // (case.x[0].numel() * len(rows))))
     return found_beyond_kin(case, _worst_draws(case, rows, draws)[rows], rows, f", {draws:,} draws each")
 
 

@@ -341,6 +341,15 @@ def test_13_random_noise(net, images):
     fails(checks.random_noise, quantised(net), images, eps=0.3, random_start=False, draws=500)
 
 
+@pytest.mark.parametrize(("draws", "expected"), [(None, 20), (7, 7)])
+def test_13_random_noise_draws_fewer_points_of_large_images(net, images, monkeypatch, draws, expected):
+    monkeypatch.setattr("neuralsde_ito.audits.other_attacks._PIXELS", 20 * 64 * 30)
+    x, y = images
+    check = outcome(checks.random_noise, net, (x[:30], y[:30]), eps=1e-4, **({} if draws is None else {"draws": draws}))
+    survivors = int((net(x[:30]).argmax(1) == y[:30]).sum())
+    assert f"{expected if draws else 20 * 30 // survivors} draws each" in check.figure
+
+
 def test_13_random_noise_on_a_randomised_model(net, images):
     masked = Wrapped(quantised(net), before=lambda x: x + 0.01 * torch.randn_like(x))
     fails(checks.random_noise, masked, images, eps=0.4, steps=2, eot=2, random_start=False, draws=4000)
