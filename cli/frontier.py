@@ -176,7 +176,7 @@ def _table(frontier: Frontier) -> None:
         resnet = point.defender == "resnet"
         noisy = [first.label for first, second in frontier.twins if second is point]
         twin = f"twin of {', '.join(noisy)} at omega 0" if noisy else ""
-        name = textwrap.wrap(point.label, 26) + textwrap.wrap(twin, 26)
+        name = textwrap.wrap(point.label, 24) + textwrap.wrap(twin, 24)
         paired = reference.paired(point)
         rows.append([
             "\n".join(name),
@@ -220,7 +220,7 @@ def _twin_table(frontier: Frontier) -> None:
                 str(paired.only_first), str(paired.only_second), output.p_value(paired.p)
             ]  # fmt: skip
         names = [f"{noisy.label}, omega {noisy.omega:g}", still.label]
-        rows.append(["\n".join(textwrap.wrap(name, 26)) for name in names] + cells)
+        rows.append(["\n".join(textwrap.wrap(name, 24)) for name in names] + cells)
     click.echo("\nWhat the noise adds: images that only one of two twins is right on\n")
     headers = ["with noise", "twin at omega 0", "honest: noise", "twin", "paired", "clean: noise", "twin", "paired"]
     output.table(rows, headers)
