@@ -238,7 +238,7 @@ def read_frontier(
     return Frontier(
         norm, radius, records[main].radii[radius], points, ensembles[main],
         twins=tuple(pair for pair in itertools.permutations(ensembles.values(), 2) if _are_twins(*pair)),
-        remarks=tuple(_remarks(records, main)),
+        remarks=tuple(_remarks(records, main, radius)),
     )  # fmt: skip
 
 
@@ -366,7 +366,7 @@ def _are_twins(noisy: Point, still: Point) -> bool:
     return [key for key in differing if key not in IDLE and key.split(".")[0] not in IDLE] == ["sde.omega"]
 
 
-def _remarks(records: Mapping[str, Record], main: str) -> Iterator[str]:
+def _remarks(records: Mapping[str, Record], main: str, eps: float) -> Iterator[str]:
     """What is to be said of the records beside the reference's."""
     model = records[main]
     others = {label: unpaired(record, model) for label, record in records.items() if label != main}
@@ -378,6 +378,13 @@ def _remarks(records: Mapping[str, Record], main: str) -> Iterator[str]:
     if len(set(precisions.values())) > 1:
         said = ", ".join(f"{precision} ({label})" for label, precision in precisions.items())
         yield f"The suites took their gradients in different precisions: {said}."
+    smaller = {
+        label: ", ".join(written for radius, written in sorted(record.radii.items()) if radius < eps) or "none"
+        for label, record in records.items()
+    }
+    if len(set(smaller.values())) > 1:
+        said = "; ".join(f"{label}: {written}" for label, written in smaller.items())
+        yield f"The suites did not pass through the same smaller radii, whose images compete at this one ({said})."
 
 
 @contextmanager

@@ -194,6 +194,17 @@ def test_different_precisions_are_said(make):
     assert "float32 (float32), bfloat16 (bfloat16)" in remark
 
 
+def test_different_smaller_radii_are_said(make):
+    runs = {
+        "a": make("a", record({"0.05": right(9), "0.1": right(4), "0.2": right(1)})),
+        "b": make("b", record({"0.1": right(4)})),
+    }
+    [remark] = read_frontier(runs).remarks
+    assert "(a: 0.05; b: none)" in remark
+    runs["b"] = make("c", record({"0.05": right(9), "0.1": right(4)}))
+    assert read_frontier(runs).remarks == ()
+
+
 def test_twins_differ_in_omega_only(make):
     def run(name: str, **config: Any) -> Run:
         return make(name, record({"0.1": right(4)}), **config)
