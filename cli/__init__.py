@@ -22,6 +22,7 @@ VERBS = {
     "suite": "Attack after attack on the images that the last ones left, for the ensemble and for the ResNet.",
     "audit": "Check whether a robustness figure is the model's strength or the attack's weakness.",
     "certify": "Prove L2 radii in which the smoothed vote of a run's ensemble keeps its class.",
+    "frontier": "Draw the honest accuracy of several runs against their clean accuracy, from their suites' records.",
     "verify": "Recompute the figures of an evidence bundle on fresh noise, and say which claims stand.",
     "reproduce": "Reproduce the paper's tables and figures, each number beside weak and the strongest attacks.",
     "predict": "Label pictures, or abstain.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -236,7 +237,8 @@ def evaluation_json(result: Evaluation) -> dict[str, Any]:
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:
-    """One JSON object in UTF-8. JSON has no NaN and no infinity: they become null."""
+    """One JSON object in UTF-8, each list of whole numbers on one line. JSON has no NaN and no infinity: they become
+    null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -246,6 +248,8 @@ def json_bytes(content: dict[str, Any]) -> bytes:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    # In JSON a line ends between values only, never in a string.
+    text = re.sub(r"\[\n\s*(-?\d+(?:,\s*-?\d+)*)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     return text.encode(errors="backslashreplace")  # a file name may hold bytes that are not UTF-8
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from neuralsde_ito.certificates.certify_run import CertifiedSplit
     from neuralsde_ito.data import Dataset
     from neuralsde_ito.runs.evaluate import Evaluation
+    from neuralsde_ito.runs.frontier import Frontier
     from neuralsde_ito.studies.compare import SolverComparison
     from neuralsde_ito.studies.depth import Reading
 
@@ -273,3 +275,68 @@ def depth_picture(readings: list[Reading], path: Path) -> None:
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+# Shapes that differ at a glance, without colour; those of ResNets are none of an ensemble's.
+_ENSEMBLE_SHAPES, _RESNET_SHAPES = "o^Dv*Ph<>", "sXp8"
+
+
+def frontier_picture(path: Path, frontier: Frontier) -> None:
+    """Honest against clean accuracy: a marker for each defender, filled if it has noise, and a line between twins."""
+    figure, axis = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    places: dict[str, tuple[float, float]] = {}
+    legend: list[tuple[Any, str]] = []
+    for defender, shapes in (("ito", _ENSEMBLE_SHAPES), ("resnet", _RESNET_SHAPES)):
+        for number, point in enumerate(point for point in frontier.points if point.defender == defender):
+            colour = GREY if defender == "resnet" else (BLUE, RED, ORANGE, "black")[number % 4]
+            marker = shapes[number % len(shapes)]
+            clean, honest = point.clean.outcomes, point.honest.outcomes
+            x, y = places[point.label] = (100 * clean.rate("correct").value, 100 * honest.rate("correct").value)
+            _abstained(axis, clean, honest, color=colour, marker=marker)
+            axis.errorbar(x, y, _ends(honest), _ends(clean), color=colour, lw=0.8, capsize=2, zorder=2)
+            style: dict[str, Any] = {
+                "marker": marker,
+                "color": colour,
+                "mfc": colour if point.omega else "white",
+                "ms": 9,
+                "mew": 1.5,
+            }
+            [handle] = axis.plot(x, y, ls="", zorder=3, **style)
+            legend.append((handle, "\n".join(textwrap.wrap(_plain(point.label), 34))))
+    legend.append((plt.Line2D([], [], color="black", lw=5, alpha=0.25), "abstained, on top of correct"))
+    for twins in frontier.twins:
+        xs, ys = zip(*(places[point.label] for point in twins), strict=True)
+        [handle] = axis.plot(xs, ys, color="black", lw=1, ls=":", zorder=1)
+        if twins is frontier.twins[0]:
+            legend.append((handle, "twins: they differ in omega only"))
+    counts = sorted({point.clean.outcomes.n for point in frontier.points})
+    many = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    data = _plain(frontier.reference.record.content["data"])
+    axis.set_title(f"{many} test images of {data}, ito-sde suite; thin bars: 95 % Wilson", fontsize=9)
+    honest_axis = f"honest: correct under {frontier.norm} attack, eps {frontier.written} (%)"
+    axis.set(xlabel="clean: correct (%)", ylabel=honest_axis)
+    axis.grid(True, lw=0.3, alpha=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*zip(*legend, strict=True), loc="outside right center", fontsize=8, frameon=False,
+                  title="filled: with noise", title_fontsize=8, alignment="left", labelspacing=0.9)  # fmt: skip
+    _save(figure, path)
+
+
+def _plain(text: str) -> str:
+    """A text without mathematics: a dollar sign stays one."""
+    return text.replace("$", r"\$")
+
+
+def _ends(outcomes: Outcomes) -> list[list[float]]:
+    """The interval of correct as an error bar: below and above, in per cent."""
+    rate = outcomes.rate("correct")
+    return [[100 * max(0.0, rate.value - rate.low)], [100 * max(0.0, rate.high - rate.value)]]
+
+
+def _abstained(axis: Any, clean: Outcomes, honest: Outcomes, **style: Any) -> None:
+    """Light segments from correct to correct + abstained: to the right on clean images, upward under attack."""
+    x, y = (100 * outcomes.rate("correct").value for outcomes in (clean, honest))
+    right, top = (100 * outcomes.rate("correct", "abstained").value for outcomes in (clean, honest))
+    for xs, ys in (([x, right], [y, y]), ([x, x], [y, top])):
+        if (xs[1], ys[1]) != (x, y):  # the marker at the end tells whose segment it is where several lie on a line
+            axis.plot(xs, ys, lw=5, ms=7, mew=0, alpha=0.3, markevery=[1], solid_capstyle="butt", zorder=1, **style)

@@ -188,7 +188,7 @@ def _report(
     labels: dict[float, str],
     seconds: float,
 ) -> dict[str, Any]:
-    """All figures, ready for JSON."""
+    """All figures, ready for JSON; and the names, true labels and decided labels of the images, for paired tests."""
     from neuralsde_ito.attacks.fingerprints import fingerprint
     from neuralsde_ito.outcomes import Outcomes
     from neuralsde_ito.runs.run import environment
@@ -203,11 +203,16 @@ def _report(
         **{key: said[key] for key in ("norm", "eps", "noise", "repeat", "effort", "seed", "batch_size", "precision")},
         "data": data,
         "images": len(truth),
+        "index": both.ito.images.index.tolist(),
+        "truth": truth.tolist(),
         "vote": opened.vote,
         "weights": fingerprint(ensemble),
         "seconds": round(seconds, 1),
         "environment": environment(),
-        "clean": {names[name]: Outcomes.of(run.clean, truth).as_dict() for name, run in both.runs.items()},
+        "clean": {
+            names[name]: Outcomes.of(run.clean, truth).as_dict() | {"labels": run.clean.tolist()}
+            for name, run in both.runs.items()
+        },
         "attacked": [
             {
                 "eps": eps,
@@ -222,7 +227,7 @@ def _report(
 
 
 def _entry(run: SuiteRun, level: int) -> dict[str, Any]:
-    """One defender at one radius: what denial leaves, what evasion leaves, and what each attack did."""
+    """One defender at one radius: what denial leaves, its labels, what evasion leaves, and what each attack did."""
     result = run.results[level]
     attacks = [
         {
@@ -247,7 +252,8 @@ def _entry(run: SuiteRun, level: int) -> dict[str, Any]:
         }
         for noise, other in result.noises.items()
     }
-    return run.outcomes(level).as_dict() | {"evasion": evasion, "steps": attacks, "noises": noises}
+    labels = result.denial.labels.tolist()
+    return run.outcomes(level).as_dict() | {"labels": labels, "evasion": evasion, "steps": attacks, "noises": noises}
 
 
 def _peer_row(run: SuiteRun, model: str, peer: str, eps: float, written: str, batch_size: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .noise.normals import normals
     from .outcomes import ABSTAIN, Outcomes, Paired, Rate, WorstCase
     from .runs.config import Config, load_config
+    from .runs.frontier import Frontier, read_frontier
     from .runs.run import Run, load_ensemble
     from .runs.storing import save_ensemble
     from .sde.block import BlockSDE
@@ -48,6 +49,7 @@ _HOMES = {
     "audits.check": ("Check",),
     "certificates.certify": ("Certificate", "certify"),
     "runs.run": ("Run", "load_ensemble"),
+    "runs.frontier": ("Frontier", "read_frontier"),
     "runs.storing": ("save_ensemble",),
     "studies.compare": ("SolverComparison", "compare_solvers"),
     "runs.config": ("Config", "load_config"),
@@ -85,8 +87,8 @@ __all__ = [  # noqa: RUF022  (in the order of reading)
     "SuiteSettings", "run_suite", "Suite", "SuiteResult", "standard", "least_norm", "audit", "Audit", "Check",
     "Evidence", "evidence_of", "save_bundle", "load_bundle", "suite_of", "verify_bundle", "Verification",
     "certify", "Certificate",
-    "load_data", "Config", "load_config", "Run", "save_ensemble", "load_ensemble", "compare_solvers",
-    "SolverComparison", "read_depths", "Reading", "density_shift", "DensityShift",
+    "load_data", "Config", "load_config", "Run", "save_ensemble", "load_ensemble", "read_frontier", "Frontier",
+    "compare_solvers", "SolverComparison", "read_depths", "Reading", "density_shift", "DensityShift",
     "ItoError",
 ]  # fmt: skip
 

@@ -51,7 +51,7 @@ class Run:
     ``members/NN.safetensors``     the fine-tuned members, from 00; weights of plain ResNets
     ``*.state.pt``                 beside the weights to come, the state of their training; deleted when it ends
     ``evaluation.json``, ``.png``  the clean table after training
-    ``VERB-NORM-DATE.*``           results of ``ito-sde attack`` and ``ito-sde suite``
+    ``VERB-NORM-DATE.*``           results of ``ito-sde attack``, ``ito-sde suite`` and ``ito-sde frontier``
     ``suite-DIGEST/``              the state of a suite that has not ended
     ``certify-l2-DATE.*``          certificates of ``ito-sde certify``
     ``certify-DIGEST/``            the state of a certification that has not ended

@@ -281,6 +281,8 @@ def test_help_and_version_do_not_wait_for_torch(tmp_path: Path) -> None:
         ("compare --run smal", "small"),
         ("depth --versus smal", "small"),
         ("verify nosuchfolder", "nosuchfolder"),
+        ("frontier small smal", "small"),
+        ("frontier small --norm l2", "ito-sde suite --run runs/small --norm l2 --eps 0.5"),
         ("reproduce tabel4", "table4"),
         ("train --set sde.omgea=0.4", "sde.omega"),
         ("train --data digit", "digits"),

@@ -813,6 +813,11 @@ VERBS = {
         {**RUN, **VOTE, "--norm": ["linf", "l2"], "--eps": ["0.1"], "--step-size": ["0.1"], "--restarts": ["1"],
          "--html": ["audit.html"], "--strict": None, "--json": None},
     ),
+    "frontier tiny": (
+        [],
+        {"--runs": ["runs"], "--norm": ["linf", "l2"], "--eps": ["0.1"], "--against": ["tiny", "single"],
+         "--label": ["tiny=a", "single=b"], "--out": ["f.png", "new/f.svg"], "--json": None, "RUN": ["single", "tiny"]},
+    ),
     "reproduce": (
         ["table2", "--limit", "6", "--dry-run"],
         {"--scale": ["smoke", "small", "paper"], "--data": ["folder"], "--weights": ["runs/tiny/resnet.safetensors"],
