@@ -147,9 +147,11 @@ def command(
     if as_json:
         output.print_json(report)
         return
-    output.describe_defender(opened)
+    _describe(opened, report)
     _table(certified, report, images)
     click.echo(f"\nRecord    {record}\nPicture   {picture}")
+    if opened.model is None and recast_from is None:
+        click.echo(f"Next      ito-sde suite --norm l2 --eps {sigma:g}    (the upper bound beside it)")
 
 
 def _known_sigma(chosen: options.DefenderOptions, typed: float | None) -> float | None:
@@ -274,14 +276,28 @@ def _each(certificate: Certificate, truth: Tensor) -> list[dict[str, Any]]:
 # --- the terminal ---------------------------------------------------------------------------------------
 
 
+def _describe(opened: options.Defender, report: dict[str, Any]) -> None:
+    """What was sampled, and how."""
+    sigma, members, remarks = report["sigma"], report["members"], report.get("remarks", ())
+    if opened.model is None:
+        config = opened.config
+        sde = config.sde.model_copy(update={"input_sigma": sigma})
+        output.describe_networks(config.model_copy(update={"sde": sde}), opened.folder)
+    else:
+        output.describe_model(opened)
+        click.echo(f"Image     x + {sigma:g} W before the model, W standard normal (in pixel units)")
+    each = f", {report['n'] // members:,} of each of {members} members" if members > 1 else ""
+    said = f"{report['n0']:,} choose the class, {report['n']:,} count{each}"
+    click.echo(f"Samples   {said}; alpha {report['alpha']:g}, seed {report['seed']}")
+    for remark in remarks:
+        output.sentence(f"Noise     {remark}")
+
+
 def _table(certified: CertifiedSplit, report: dict[str, Any], images: str) -> None:
     """Certified accuracy at the radii that were asked for, and what it means."""
     from neuralsde_ito.outcomes import Rate
 
     sampling, n = certified.certificate.sampling, report["images"]
-    members = f", {sampling.n // report['members']:,} of each member" if report["members"] > 1 else ""
-    click.echo(f"Smoothing x + {sampling.sigma:g} W, W standard normal; seed {sampling.seed}")
-    click.echo(f"Samples   {sampling.n0:,} choose the class, {sampling.n:,} count{members}; alpha {sampling.alpha:g}")
     click.echo(f"\n{images}; radius in pixel units, L2; % with 95 % Wilson intervals\n")
     rows = [
         [row["written"], output.percent(Rate.of(row["count"], row["n"])), f"{row['count']:,} of {row['n']:,}"]

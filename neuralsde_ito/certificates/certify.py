@@ -277,7 +277,7 @@ class Certifier:
             drawn = labels.new_zeros(len(x), 1 + logits.shape[2]).scatter_add_(1, labels, torch.ones_like(labels))
             votes = drawn if votes is None else votes + drawn
         assert votes is not None
-        return votes[:, 1:].cpu()
+        return votes[:, 1:].contiguous().cpu()
 
 
 def certify(
