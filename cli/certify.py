@@ -51,9 +51,15 @@ class Asked:
         type=click.FloatRange(0, min_open=True),
         help="Standard deviation of the noise on the image, in pixel units.  [default: the run's sde.input_sigma]",
     ),
-    click.option("--n0", type=click.IntRange(1), default=100, show_default=True, help="Samples that choose the class."),
     click.option(
-        "--n", type=click.IntRange(1), default=10_000, show_default=True, help="Samples that count for the radius."
+        "--n0", type=click.IntRange(1, 10**9), default=100, show_default=True, help="Samples that choose the class."
+    ),
+    click.option(
+        "--n",
+        type=click.IntRange(1, 10**9),
+        default=10_000,
+        show_default=True,
+        help="Samples that count for the radius.",
     ),
     click.option(
         "--alpha", type=_QUARTER, default=0.001, show_default=True, help="Error of a certificate, for each image."

@@ -33,6 +33,8 @@ def test_the_least_count_is_the_first_with_a_radius():
     least = bounds.least_count(10_000, 0.001)
     assert bounds.radius([least - 1, least], 10_000, 0.25, 0.001).tolist() == pytest.approx([0, 6.26e-5], abs=1e-6)
     assert bounds.least_count(10, 0.001) == 10
+    for n, alpha in ((57, 0.2), (1000, 0.01), (4001, 1e-6)):
+        assert bounds.least_count(n, alpha) == int((bounds.lower_bound(np.arange(n + 1), n, alpha) > 0.5).argmax())
     with pytest.raises(ItoError, match=r"9 samples give no certificate at alpha 0\.001, .*; take 10 or"):
         bounds.least_count(9, 0.001)
 

@@ -199,6 +199,7 @@ ENSEMBLE_OF_TWO = [{"input_sigma": 0.1}, {"input_sigma": 0.2}]
         (linear, {"sigma": 0.1, "alpha": 0.5}, "alpha must be above 0 and below 1/4"),
         (linear, {"sigma": 0.1, "beta": 0.3}, "beta must be at least 0 and below 1/4"),
         (linear, {"sigma": 0.1, "n": 9}, "take 10 or more"),
+        (linear, {"sigma": 0.1, "n": 10**12}, "at most 1,000,000,000"),
         (linear, {"sigma": 0.1, "n0": 0}, "n0 must be a whole number"),
         (linear, {"sigma": 0.1, "index": torch.arange(3)}, "index names the images"),
         (lambda: len, {"sigma": 0.1}, "must be an nn.Module"),
