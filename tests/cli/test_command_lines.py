@@ -813,6 +813,11 @@ VERBS = {
         {**RUN, **VOTE, "--norm": ["linf", "l2"], "--eps": ["0.1"], "--step-size": ["0.1"], "--restarts": ["1"],
          "--html": ["audit.html"], "--strict": None, "--json": None},
     ),
+    "certify": (
+        ["--limit", "2", "--n", "20", "--n0", "5", "--sigma", "0.25"],
+        {**RUN, "--n": ["30"], "--n0": ["3"], "--sigma": ["0.1", "1"], "--alpha": ["0.1"], "--beta": ["0", "0.01"],
+         "--radius": ["0", "0.5", "64/255"], "--batch-size": ["1"], "--resume": None, "--json": None},
+    ),
     "reproduce": (
         ["table2", "--limit", "6", "--dry-run"],
         {"--scale": ["smoke", "small", "paper"], "--data": ["folder"], "--weights": ["runs/tiny/resnet.safetensors"],
@@ -857,7 +862,19 @@ VERBS = {
 }  # fmt: skip
 
 
-ENDLESS = {"--inferences", "--repeat", "--restarts", "--effort", "--batch", "--images", "--steps", "--eot", "--omega"}
+ENDLESS = {
+    "--inferences",
+    "--repeat",
+    "--restarts",
+    "--effort",
+    "--batch",
+    "--images",
+    "--steps",
+    "--eot",
+    "--omega",
+    "--n",
+    "--n0",
+}
 
 
 def _value(draw: random.Random, option: str, fitting: list[str]) -> str:
