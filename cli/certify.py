@@ -114,7 +114,7 @@ def command(
     ito-sde certify --limit 500
     ito-sde certify --model mymodels:make_net --data digits --sigma 0.25
     """
-    written = {parse_eps(text): text for text in reversed(radii)}
+    written = {parse_eps(text, "--radius"): text for text in reversed(radii)}
     chosen.check()
     sigma = _known_sigma(chosen, asked.sigma)
 
@@ -133,9 +133,13 @@ def command(
     options.check_folder(opened.folder)
 
     begun, among = time.monotonic(), world()
-    with output.progress(len(data.test), "certify", "images") as bar:
+    with output.progress(len(among.share(data.test)), "certify", "images") as bar:
         settings = (asked.batch_size, opened.folder, resume, bar.update, among)
-        certified = certify_split(voter, data.test, sampling, *settings)
+        try:
+            certified = certify_split(voter, data.test, sampling, *settings)
+        except KeyboardInterrupt:
+            click.echo("Finished batches are kept; go on: the same command with --resume.", err=True)
+            raise
     seconds = time.monotonic() - begun
     if not among.first:
         return

@@ -156,7 +156,9 @@ def test_an_interrupted_command_goes_on_and_mixes_no_settings(here: Path, capfd,
         return kept(self, x, index)
 
     monkeypatch.setattr(Certifier, "certify", certify)
-    assert ito_sde(words, capfd)[0] == 130
+    code, _, err = ito_sde(words, capfd)
+    assert code == 130
+    assert "go on: the same command with --resume" in err
     assert len(list(Path("runs/noisy").glob("certify-*/*.safetensors"))) == 2
     code, _, err = ito_sde(f"{words} --resume --n0 21", capfd)
     assert "nothing to resume" in complaint(code, err)
@@ -180,7 +182,7 @@ def test_an_interrupted_command_goes_on_and_mixes_no_settings(here: Path, capfd,
         ("--run noisy --sigma 0", "--sigma"),
         ("--run noisy --alpha 0.3", "--alpha"),
         ("--run noisy --beta 0.3", "--beta"),
-        ("--run noisy --radius 1/0", "1/0"),
+        ("--run noisy --radius 1/0", "--radius '1/0' divides by zero"),
         ("--run noisy --data digits", "--data"),
         ("--run nosy", "noisy"),
         ("--run noisy --resume", "nothing to resume"),
