@@ -51,9 +51,15 @@ class Asked:
         type=click.FloatRange(0, min_open=True),
         help="Standard deviation of the noise on the image, in pixel units.  [default: the run's sde.input_sigma]",
     ),
-    click.option("--n0", type=click.IntRange(1), default=100, show_default=True, help="Samples that choose the class."),
     click.option(
-        "--n", type=click.IntRange(1), default=10_000, show_default=True, help="Samples that count for the radius."
+        "--n0", type=click.IntRange(1, 10**9), default=100, show_default=True, help="Samples that choose the class."
+    ),
+    click.option(
+        "--n",
+        type=click.IntRange(1, 10**9),
+        default=10_000,
+        show_default=True,
+        help="Samples that count for the radius.",
     ),
     click.option(
         "--alpha", type=_QUARTER, default=0.001, show_default=True, help="Error of a certificate, for each image."
@@ -108,7 +114,7 @@ def command(
     ito-sde certify --limit 500
     ito-sde certify --model mymodels:make_net --data digits --sigma 0.25
     """
-    written = {parse_eps(text): text for text in reversed(radii)}
+    written = {parse_eps(text, "--radius"): text for text in reversed(radii)}
     chosen.check()
     sigma = _known_sigma(chosen, asked.sigma)
 
@@ -127,9 +133,13 @@ def command(
     options.check_folder(opened.folder)
 
     begun, among = time.monotonic(), world()
-    with output.progress(len(data.test), "certify", "images") as bar:
+    with output.progress(len(among.share(data.test)), "certify", "images") as bar:
         settings = (asked.batch_size, opened.folder, resume, bar.update, among)
-        certified = certify_split(voter, data.test, sampling, *settings)
+        try:
+            certified = certify_split(voter, data.test, sampling, *settings)
+        except KeyboardInterrupt:
+            click.echo("Finished batches are kept; go on: the same command with --resume.", err=True)
+            raise
     seconds = time.monotonic() - begun
     if not among.first:
         return
@@ -147,9 +157,11 @@ def command(
     if as_json:
         output.print_json(report)
         return
-    output.describe_defender(opened)
+    _describe(opened, report)
     _table(certified, report, images)
     click.echo(f"\nRecord    {record}\nPicture   {picture}")
+    if opened.model is None and recast_from is None:
+        click.echo(f"Next      ito-sde suite --norm l2 --eps {sigma:g}    (the upper bound beside it)")
 
 
 def _known_sigma(chosen: options.DefenderOptions, typed: float | None) -> float | None:
@@ -274,14 +286,28 @@ def _each(certificate: Certificate, truth: Tensor) -> list[dict[str, Any]]:
 # --- the terminal ---------------------------------------------------------------------------------------
 
 
+def _describe(opened: options.Defender, report: dict[str, Any]) -> None:
+    """What was sampled, and how."""
+    sigma, members, remarks = report["sigma"], report["members"], report.get("remarks", ())
+    if opened.model is None:
+        config = opened.config
+        sde = config.sde.model_copy(update={"input_sigma": sigma})
+        output.describe_networks(config.model_copy(update={"sde": sde}), opened.folder)
+    else:
+        output.describe_model(opened)
+        click.echo(f"Image     x + {sigma:g} W before the model, W standard normal (in pixel units)")
+    each = f", {report['n'] // members:,} of each of {members} members" if members > 1 else ""
+    said = f"{report['n0']:,} choose the class, {report['n']:,} count{each}"
+    click.echo(f"Samples   {said}; alpha {report['alpha']:g}, seed {report['seed']}")
+    for remark in remarks:
+        output.sentence(f"Noise     {remark}")
+
+
 def _table(certified: CertifiedSplit, report: dict[str, Any], images: str) -> None:
     """Certified accuracy at the radii that were asked for, and what it means."""
     from neuralsde_ito.outcomes import Rate
 
     sampling, n = certified.certificate.sampling, report["images"]
-    members = f", {sampling.n // report['members']:,} of each member" if report["members"] > 1 else ""
-    click.echo(f"Smoothing x + {sampling.sigma:g} W, W standard normal; seed {sampling.seed}")
-    click.echo(f"Samples   {sampling.n0:,} choose the class, {sampling.n:,} count{members}; alpha {sampling.alpha:g}")
     click.echo(f"\n{images}; radius in pixel units, L2; % with 95 % Wilson intervals\n")
     rows = [
         [row["written"], output.percent(Rate.of(row["count"], row["n"])), f"{row['count']:,} of {row['n']:,}"]

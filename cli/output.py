@@ -137,7 +137,14 @@ def paired_json(paired: Paired, other: str) -> dict[str, Any]:
 
 
 def describe(config: Config, folder: Path, members: int, inferences: int, rule: str) -> None:
-    """Print the run, its ResNet, its SDE, noise of the image if there is any, and its ensemble, a line each."""
+    """Print the run as `describe_networks` does, and its vote."""
+    describe_networks(config, folder)
+    vote = f"{count(members, 'member')} x {count(inferences, 'inference')}"
+    click.echo(f"Ensemble  {vote}, {rule} majority, else it abstains")
+
+
+def describe_networks(config: Config, folder: Path) -> None:
+    """Print the run, its ResNet, its SDE, and noise of the image if there is any, a line each."""
     sde = config.sde
     formula = Schedule(sde.omega, sde.schedule).formula
     source = (
@@ -154,8 +161,6 @@ def describe(config: Config, folder: Path, members: int, inferences: int, rule: 
         click.echo(
             f"Image     x + {sde.input_sigma:g} W before the stem, W standard normal (sde.input_sigma, in pixel units)"
         )
-    vote = f"{count(members, 'member')} x {count(inferences, 'inference')}"
-    click.echo(f"Ensemble  {vote}, {rule} majority, else it abstains")
 
 
 def describe_defender(defender: Defender) -> None:
@@ -164,10 +169,7 @@ def describe_defender(defender: Defender) -> None:
     if defender.model is None:
         describe(defender.config, defender.folder, *vote.values())
         return
-    parts = [module for module in ensemble.members.modules() if not list(module.children())]
-    training = sorted({type(module).__name__ for module in parts if module.training})
-    mode = f"in eval mode but for {', '.join(training)}" if training else "in eval mode"
-    click.echo(f"Model     {defender.model}(), {'in train mode' if all(m.training for m in parts) else mode}")
+    describe_model(defender)
     if not ensemble.noisy:
         click.echo("Vote      none: it answers every image in one way")
         return
@@ -176,6 +178,14 @@ def describe_defender(defender: Defender) -> None:
     click.echo(f"Vote      it is random, so a vote was laid over it: {inferences} an image; more than half decide")
     for remark in getattr(ensemble, "remarks", ()):
         sentence(f"Noise     {remark}")
+
+
+def describe_model(defender: Defender) -> None:
+    """Print the user's network and its modes."""
+    parts = [module for module in defender.ensemble.members.modules() if not list(module.children())]
+    training = sorted({type(module).__name__ for module in parts if module.training})
+    mode = f"in eval mode but for {', '.join(training)}" if training else "in eval mode"
+    click.echo(f"Model     {defender.model}(), {'in train mode' if all(m.training for m in parts) else mode}")
 
 
 def evaluation_table(

@@ -170,15 +170,16 @@ def certificate_picture(path: Path, certified: CertifiedSplit, about: str) -> No
     certificate, truth = certified.certificate, certified.truth
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     largest = certificate.sampling.largest_radius
-    grid = np.linspace(0, 1.05 * largest, 211)
+    grid = np.linspace(0, largest, 201)
     rates = [certificate.accuracy(truth, radius) for radius in grid]
     axis.plot(grid, [100 * r.value for r in rates], color=BLUE, lw=2, drawstyle="steps-post")
     low, high = [100 * r.low for r in rates], [100 * r.high for r in rates]
     axis.fill_between(grid, low, high, color=BLUE, alpha=0.15, step="post")
     axis.axvline(largest, color=GREY, ls="--", lw=1)
     said = f"largest radius of {certificate.sampling.n:,} samples"
-    axis.text(largest, 2, f"{said} ", color="#606060", fontsize=8, rotation=90, ha="right", va="bottom")
-    axis.set(xlabel="L2 radius (pixel units)", ylabel="certified accuracy (%)", ylim=(-3, 103), xlim=(0, grid[-1]))
+    axis.text(0.99 * largest, 100, said, color="#606060", fontsize=8, rotation=90, ha="right", va="top")
+    axis.set(xlabel="L2 radius (pixel units)", xlim=(0, 1.05 * largest))
+    axis.set(ylabel="certified accuracy (%)", ylim=(-3, 103))
     axis.set_title(about, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

@@ -74,8 +74,8 @@ def nearest(kind: str, typed: object, known: Iterable[str]) -> str:
     return f"Unknown {kind} {shown(typed)}; did you mean {max(close, key=similarity)!r}?"
 
 
-def parse_eps(text: str | float) -> float:
-    """A radius as a number or a fraction, ``"8/255"``.
+def parse_eps(text: str | float, name: str = "eps") -> float:
+    """A radius as a number or a fraction, ``"8/255"``; messages call it ``name``.
 
     Raises:
         ItoError: not a number, a division by zero, negative or not finite.
@@ -85,11 +85,11 @@ def parse_eps(text: str | float) -> float:
             raise TypeError
         value = float(Fraction(text)) if isinstance(text, str) and "/" in text else float(text)
     except ZeroDivisionError:
-        raise ItoError(f"eps {shown(text)} divides by zero.") from None
+        raise ItoError(f"{name} {shown(text)} divides by zero.") from None
     except (ValueError, TypeError, OverflowError):
-        raise ItoError(f"eps must be a number or a fraction such as 8/255, got {shown(text)}.") from None
+        raise ItoError(f"{name} must be a number or a fraction such as 8/255, got {shown(text)}.") from None
     if not math.isfinite(value) or value < 0:
-        raise ItoError(f"eps must be finite and at least 0, got {shown(text)}.")
+        raise ItoError(f"{name} must be finite and at least 0, got {shown(text)}.")
     return value
 
 

@@ -19,6 +19,8 @@ from neuralsde_ito import cli as command_line
 from neuralsde_ito import distributed
 from neuralsde_ito.attacks import PGD
 from neuralsde_ito.attacks.sweep import attack_sweep
+from neuralsde_ito.certificates.certify import Sampling, smoothed, with_input_sigma
+from neuralsde_ito.certificates.certify_run import certify_split
 from neuralsde_ito.distributed import ALONE, World
 from neuralsde_ito.runs.evaluate import evaluate
 from neuralsde_ito.runs.run import Run
@@ -103,14 +105,17 @@ os._exit(0)
 
 
 def work(among: World) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """Tensors and figures of the clean table, of a sweep and of a suite, on 5 images in batches of 2."""
+    """Tensors and figures of the clean table, a sweep, a suite and certificates, on 5 images in batches of 2."""
     run, data = Run.open("runs/one"), ito.load_data("digits").test.first(5)
     both = (run.ensemble(), run.resnet())
     clean = evaluate(*both, data, batch_size=2, among=among)
     sweep = attack_sweep(*both, data, [PGD(eps=0.1, steps=2, eot=2)], ("ensemble", "resnet"), batch_size=2, among=among)
     settings = ito.SuiteSettings(radii=(0.1,), effort=0.01, batch_size=2)
     suite = ito.run_suite(*both, data, settings, among=among)
-    tensors = {f"clean {name}": getattr(clean, name) for name in ("index", "truth", "labels", "votes", "drawn")}
+    noisy = smoothed(with_input_sigma(both[0], 0.25))[0]
+    certified = certify_split(noisy, data, Sampling(0.25, 5, 20), batch_size=2, among=among).certificate
+    tensors = {f"certified {name}": getattr(certified, name) for name in ("index", "selected", "votes", "drawn")}
+    tensors |= {f"clean {name}": getattr(clean, name) for name in ("index", "truth", "labels", "votes", "drawn")}
     tensors |= {f"sweep {name}": images for name, images in sweep.images[0].items()}
     figures: dict[str, object] = {"cost": [vars(cost) for cost in sweep.cost[0].values()], "invalid": sweep.invalid}
     for goal in ("denial", "evasion"):

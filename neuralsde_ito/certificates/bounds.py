@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta, norm
+from scipy.stats import beta, binom, norm
 
 from ..validation import ItoError
 
@@ -57,11 +57,15 @@ def least_count(n: int, alpha: float) -> int:
     Raises:
         ItoError: not even ``n`` agreeing samples do.
     """
-    enough = lower_bound(np.arange(n + 1), n, alpha) > 0.5
-    if not enough[-1]:
+    if not lower_bound(n, n, alpha) > 0.5:
         least = math.floor(math.log(alpha) / math.log(0.5)) + 1
         raise ItoError(f"{n} samples give no certificate at alpha {alpha:g}, whatever they say; take {least} or more.")
-    return int(enough.argmax())
+    least = int(binom.isf(alpha, n, 0.5))  # near enough to be found by steps
+    while lower_bound(least, n, alpha) <= 0.5:
+        least += 1
+    while lower_bound(least - 1, n, alpha) > 0.5:
+        least -= 1
+    return least
 
 
 def looks(n: int, step: int = 1) -> list[int]:

@@ -60,6 +60,7 @@ from . import bounds
 
 BATCH = 20  # images at a time, by default: each is sampled 10,000 times
 COLUMNS = ("index", "selected", "votes", "drawn")  # the tensors of a `Certificate`
+_MOST = 10**9  # samples
 _AT_ONCE = 1 << 14  # samples in one call, whose logits are held together
 
 
@@ -92,6 +93,8 @@ class Sampling:
             raise ItoError("A certificate needs noise on the image: give a sigma above 0 (pixel units), such as 0.25.")
         for name, least in (("n0", 1), ("n", 1), ("seed", 0)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        if max(self.n0, self.n) > _MOST:
+            raise ItoError(f"n0 and n must be at most {_MOST:,}, got {self.n0:,} and {self.n:,}.")
         if not 0 < self.alpha < 0.25:
             raise ItoError(f"alpha must be above 0 and below 1/4, such as 0.001, got {shown(self.alpha)}.")
         if not 0 <= self.beta < 0.25:
@@ -277,7 +280,7 @@ class Certifier:
             drawn = labels.new_zeros(len(x), 1 + logits.shape[2]).scatter_add_(1, labels, torch.ones_like(labels))
             votes = drawn if votes is None else votes + drawn
         assert votes is not None
-        return votes[:, 1:].cpu()
+        return votes[:, 1:].contiguous().cpu()
 
 
 def certify(

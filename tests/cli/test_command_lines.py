@@ -818,6 +818,11 @@ VERBS = {
         {"--runs": ["runs"], "--norm": ["linf", "l2"], "--eps": ["0.1"], "--against": ["tiny", "single"],
          "--label": ["tiny=a", "single=b"], "--out": ["f.png", "new/f.svg"], "--json": None, "RUN": ["single", "tiny"]},
     ),
+    "certify": (
+        ["--limit", "2", "--n", "20", "--n0", "5", "--sigma", "0.25"],
+        {**RUN, "--n": ["30"], "--n0": ["3"], "--sigma": ["0.1", "1"], "--alpha": ["0.1"], "--beta": ["0", "0.01"],
+         "--radius": ["0", "0.5", "64/255"], "--batch-size": ["1"], "--resume": None, "--json": None},
+    ),
     "reproduce": (
         ["table2", "--limit", "6", "--dry-run"],
         {"--scale": ["smoke", "small", "paper"], "--data": ["folder"], "--weights": ["runs/tiny/resnet.safetensors"],
@@ -853,6 +858,7 @@ VERBS = {
         {"--config": ["digits", "good.yaml"], "--set": ["sde.omega=0.1", "sde.steps=2", "finetune.lr=1e30"],
          "--data": ["digits", "folder"], "--arch": ["resnet8"], "--weights": ["runs/tiny/resnet.safetensors"],
          "--omega": ["0.1", "0"], "--seed": ["1"], "--run": ["new", "tiny"], "--runs": ["runs"], "--resume": None,
+         "--adversary": ["n-fgsm", "trades"], "--norm": ["l2"], "--eps": ["0.1", "9"],
          "--overwrite": None, "--device": ["cpu"], "--json": None, "--print-config": None},
     ),
     "verify bundle": (
@@ -862,7 +868,19 @@ VERBS = {
 }  # fmt: skip
 
 
-ENDLESS = {"--inferences", "--repeat", "--restarts", "--effort", "--batch", "--images", "--steps", "--eot", "--omega"}
+ENDLESS = {
+    "--inferences",
+    "--repeat",
+    "--restarts",
+    "--effort",
+    "--batch",
+    "--images",
+    "--steps",
+    "--eot",
+    "--omega",
+    "--n",
+    "--n0",
+}
 
 
 def _value(draw: random.Random, option: str, fitting: list[str]) -> str:
