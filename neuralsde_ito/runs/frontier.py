@@ -286,12 +286,12 @@ def adversary(config: Config) -> tuple[str, str]:
 
 def _adversary(fit: Fit) -> str:
     """The adversary in one training."""
-    settings = getattr(fit, "adversary", None)
-    method = getattr(settings, "method", "none")
-    if method == "none":
+    settings = fit.adversary
+    if settings.method == "none":
         return "none"
-    norm, eps = getattr(settings, "norm", "linf"), getattr(settings, "eps", "")
-    return " ".join([method, *([] if norm == "linf" else [norm]), eps if isinstance(eps, str) else f"{eps:g}"]).strip()
+    norm = "" if settings.norm == "linf" else f" {settings.norm}"
+    eps = settings.eps if isinstance(settings.eps, str) else f"{settings.eps:g}"
+    return f"{settings.method}{norm} {eps}"
 
 
 def _records(runs: Mapping[str, Run], norm: str, eps: str | float | None) -> dict[str, Record]:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,20 +265,25 @@ def test_a_damaged_record_is_told_in_a_sentence(make, content):
 
 
 def test_an_adversary_is_named_by_what_it_does_and_to_whom():
-    def trained(resnet: Any = None, members: Any = None, weights: str | None = None, epochs: int = 1) -> tuple:
-        def fit(adversary: Any) -> SimpleNamespace:  # configurations of earlier versions have no adversary
-            return SimpleNamespace(epochs=epochs, **({"adversary": SimpleNamespace(**adversary)} if adversary else {}))
+    def trained(resnet: str = "none", members: str = "none", weights: str | None = None, epochs: int = 1) -> tuple:
+        def fit(written: str) -> dict[str, Any]:
+            method, *rest = written.split()
+            norm, eps = rest if len(rest) == 2 else ("linf", rest[0] if rest else "8/255")
+            return {"epochs": epochs, "adversary": {"method": method, "norm": norm, "eps": eps}}
 
-        network = SimpleNamespace(weights=weights)
-        return adversary(SimpleNamespace(network=network, resnet=fit(resnet), finetune=fit(members)))
+        overrides = {
+            "network.weights": weights,
+            "resnet": fit(resnet) | {"lr": 0.1},
+            "finetune": fit(members) | {"lr": 0.1},
+        }
+        return adversary(load_config(overrides=overrides))
 
-    pgd, none = {"method": "pgd", "norm": "linf", "eps": "8/255"}, {"method": "none", "norm": "linf", "eps": "8/255"}
-    assert trained() == trained(none, none) == ("none", "none")
-    assert trained(pgd, pgd) == ("pgd 8/255", "pgd 8/255")
-    assert trained(pgd) == ("pgd 8/255", "pgd 8/255, then none")
-    assert trained(none, {"method": "trades", "norm": "l2", "eps": 0.5}) == ("none", "none, then trades l2 0.5")
-    assert trained(pgd, pgd, weights="given.pth") == ("unknown", "unknown, then pgd 8/255")
-    assert trained(pgd, none, epochs=0) == ("pgd 8/255", "pgd 8/255")
+    assert trained() == ("none", "none")
+    assert trained("pgd 8/255", "pgd 8/255") == ("pgd 8/255", "pgd 8/255")
+    assert trained("pgd 8/255") == ("pgd 8/255", "pgd 8/255, then none")
+    assert trained("none", "trades l2 0.5") == ("none", "none, then trades l2 0.5")
+    assert trained("pgd 8/255", "pgd 8/255", weights="given.pth") == ("unknown", "unknown, then pgd 8/255")
+    assert trained("pgd 8/255", "none", epochs=0) == ("pgd 8/255", "pgd 8/255")
     assert adversary(load_config()) == ("none", "none")
 
 
