@@ -22,7 +22,7 @@ from ..files import write_atomically
 from ..models.ensemble import ItoEnsemble
 from ..models.resnets import Normalize
 from ..runs.build import build_resnet, load_dataset, with_image_size
-from ..runs.config import Config
+from ..runs.config import Config, Fit
 from ..runs.run import Run
 from .declared import DataName, Scale
 from .pieces import Block, Piece, Work
@@ -155,14 +155,16 @@ class Laboratory:
         images = self.dataset(data)
         config = with_image_size(config, images)
         # The ResNet does not depend on omega: all systems of one configuration share it.
-        start = {
+        start: dict[str, Any] = {
             "data": {**config.data.model_dump(mode="json", exclude={"path", "test_limit"})},
             "images": self.fingerprint(data, "train"),
             "network": {**config.network.model_dump(mode="json"), "weights": _weights_digest(config)},
-            "resnet": None if config.network.weights else config.resnet.model_dump(mode="json"),
+            "resnet": None if config.network.weights else fit_inputs(config.resnet),
             "seed": config.seed,
         }
-        tuned = {"sde": sde_inputs(config), "finetune": config.finetune.model_dump(mode="json")}
+        if config.sde.input_sigma:  # the ResNet trains with it, too
+            start["input_sigma"] = config.sde.input_sigma
+        tuned = {"sde": sde_inputs(config), "finetune": fit_inputs(config.finetune)}
         arch = config.network.arch
         base = Run(self.folder / "models" / f"{arch}-{_digest(start)}", config)
         run = Run(self.folder / "models" / f"{arch}-omega{omega:g}-{_digest([start, tuned])}", config)
@@ -263,6 +265,13 @@ def split_digest(split: Split) -> str:
 def sde_inputs(config: Config) -> dict[str, Any]:
     """The settings of the SDE that name a result; noise of the image only where there is some, as before it existed."""
     return config.sde.model_dump(mode="json", exclude=None if config.sde.input_sigma else {"input_sigma"})
+
+
+def fit_inputs(fit: Fit) -> dict[str, Any]:
+    """The settings of a training that name a result; the newer ones only where they do something, as above."""
+    newer = ("adversary", "awp", "average", "held_out", "consistency", "precision")
+    idle = {name for name in newer if getattr(fit, name) == Fit.model_fields[name].default}
+    return fit.model_dump(mode="json", exclude=idle)
 
 
 def _weights_digest(config: Config) -> str | None:

@@ -1,7 +1,7 @@
 """Certificates under attack, by hand: ``python tests/certificates/under_attack.py RUN [--n 10000] [--limit 100]``.
 
-The suite attacks each image inside its certified radius. Then a smoothed vote of so many fresh samples decides on what it
-found: a wrong answer would contradict the certificate (or be the error ``alpha`` at work).
+The suite attacks each image inside its certified radius. Then a smoothed vote of so many fresh samples decides on what
+it found: a wrong answer would contradict the certificate (or be the error ``alpha`` at work).
 """
 
 from __future__ import annotations

@@ -11,12 +11,14 @@ from neuralsde_ito.models.ensemble import ItoEnsemble
 from neuralsde_ito.outcomes import ABSTAIN
 from neuralsde_ito.reproduction import items, makers, protocols, reproduce
 from neuralsde_ito.reproduction.declared import ITEMS, SCALES, Item, Scale, load_item, load_scale
+from neuralsde_ito.reproduction.laboratory import fit_inputs
 from neuralsde_ito.reproduction.pieces import Piece, Work, dealt, in_order, joined
 from neuralsde_ito.reproduction.protocols import PROTOCOLS, STEPS
 from neuralsde_ito.reproduction.reproduce import Plan, Request, carry_out, make_plan, results_of
 from neuralsde_ito.reproduction.rows import nearest_row
 from neuralsde_ito.reproduction.store import Store
 from neuralsde_ito.reproduction.voters import heat_maps, right_or_abstained
+from neuralsde_ito.runs.config import Adversary, Fit
 from neuralsde_ito.validation import ItoError
 
 PAPER = Path(__file__).resolve().parents[3] / "shared" / "PAPER.md"
@@ -356,3 +358,11 @@ def test_a_scale_says_what_it_needs_and_an_item_that_needs_imagenet_names_its_co
     command = "ito-sde reproduce table5 --scale paper --imagenet FOLDER"
     with pytest.raises(ItoError, match=f"The item table5 needs ImageNet: {command}"):
         make_plan(Request(("table5",), "paper", {}, folder=tmp_path))
+
+
+def test_settings_that_do_nothing_leave_the_names_of_results_as_they_were() -> None:
+    fit = Fit(epochs=2, lr=0.1)
+    assert set(fit_inputs(fit)) == {"epochs", "lr", "optimizer", "decay", "weight_decay", "batch_size"}
+    assert fit_inputs(Fit(epochs=2, lr=0.1, awp=0.01)) == {**fit_inputs(fit), "awp": 0.01}
+    attacked = fit_inputs(Fit(epochs=2, lr=0.1, adversary=Adversary(method="pgd")))
+    assert attacked["adversary"]["method"] == "pgd"
