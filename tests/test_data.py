@@ -116,6 +116,16 @@ def test_skip_leaves_out_exactly_the_first_batches(digits, size, epoch):
             assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+def test_what_is_held_out_and_the_rest_make_the_whole(digits):
+    labels = torch.arange(50) % 10
+    for split in (digits.train, Streamed(tuple(Path(f"{i}.png") for i in range(50)), labels, 8)):
+        held, rest = split.first(20), split.without(20)
+        names = torch.cat([held.names, rest.names])
+        assert torch.equal(names.sort().values, torch.arange(len(split)))
+        assert torch.equal(torch.cat([held.labels, rest.labels]), split.labels[names])
+    assert [file.stem for file in rest.files] == [str(name) for name in rest.names.tolist()]
+
+
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_the_batch_size_changes_neither_order_nor_augmentation(digits, size):
     split = digits.train.first(150)
