@@ -115,6 +115,8 @@ def command(
     ito-sde suite --model mymodels:make_net --data digits --norm linf --eps 0.1
     """
     radii = tuple(sorted({check_eps(asked.norm, text) for text in asked.radii})) or (0.0,)  # before torch is imported
+    if resume and precision == "auto":  # a second trial may choose the other one, and would find nothing to go on with
+        raise click.UsageError("With --resume name the precision that the suite began with: it said which.")
     chosen.check()
 
     from neuralsde_ito.attacks.other_libraries import check_peer

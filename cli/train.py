@@ -243,6 +243,9 @@ def _created(folder: Path, config: Config, overwrite: bool) -> tuple[Run, Datase
     images = load_dataset(config)
     config = with_image_size(config, images)
     build_resnet(config, images)
+    for fit in (config.resnet, config.finetune):
+        if fit.held_out:
+            images.train.without(fit.held_out)
     if not os.path.isdir(folder):
         options.check_folder(folder)
     return Run.create(folder, config, overwrite), images
