@@ -231,10 +231,15 @@ class Trainer:
 
         Raises:
             Interrupted: ``should_stop`` returned true.
-            ItoError: ``state_file`` is damaged or of another training, or BatchNorm cannot normalise a batch of one
-                image.
+            ItoError: ``state_file`` is damaged or of another training; BatchNorm cannot normalise a batch of one image;
+                an adversary or consistency for a network that is not recast; or no image is left to train on.
             Diverged: the loss or a weight is not finite.
         """
+        robust = settings.adversary.method != "none" or settings.consistency
+        if robust and not isinstance(model, ItoResNet):
+            raise ItoError(
+                "An adversary and consistency act along paths: train ito.recast(net, omega=0.0), not the network."
+            )
         device = next(model.parameters()).device
         held_out, data = (
             (data.first(settings.held_out), data.without(settings.held_out)) if settings.held_out else (None, data)

@@ -348,3 +348,10 @@ def test_consistency_trains_and_resumes(tmp_path):
 def test_consistency_without_noise_is_refused(phase):
     with pytest.raises(ItoError, match=f"{phase}.consistency compares paths"):
         tiny(**{f"{phase}__consistency": 1.0, "sde__omega": 0.0})
+
+
+@pytest.mark.parametrize("change", [{"adversary": Adversary(method="pgd")}, {"consistency": 1.0}])
+def test_a_network_that_is_not_recast_is_refused(tmp_path, change):
+    net = ito.load_resnet("resnet8", num_classes=10, in_channels=1)
+    with pytest.raises(ItoError, match="not the network"):
+        Trainer(tmp_path / "x.pt").fit(net, load_data("digits").train.first(8), Fit(epochs=1, lr=0.1, **change), 0, "x")
