@@ -431,7 +431,7 @@ def test_flags_set_keys_of_the_configuration(trained: Path, capfd) -> None:
 
     tree = yaml.safe_load(out)
     sde = {"omega": 0.1, "schedule": "multiplicative", "solver": "srk", "steps": 4, "horizon": 2.0}
-    assert tree["sde"] == {**sde, "checkpoint": False}  # a flag comes before --set
+    assert tree["sde"] == {**sde, "checkpoint": False, "input_sigma": 0.0}  # a flag comes before --set
     assert (tree["data"]["train_limit"], tree["data"]["test_limit"]) == (50, 50)
 
 
