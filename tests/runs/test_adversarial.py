@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import assert_same_trainings, run, tiny
+from test_training import assert_same_trainings, run, run_and_leave, tiny
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +27,7 @@ from neuralsde_ito.runs.adversarial import (
 from neuralsde_ito.runs.build import load_dataset
 from neuralsde_ito.runs.config import Adversary, Fit
 from neuralsde_ito.runs.run import Run
-from neuralsde_ito.runs.training import Interrupted, Trainer
+from neuralsde_ito.runs.training import Trainer
 from neuralsde_ito.validation import ItoError
 
 ROBUST = {
@@ -203,20 +203,7 @@ def test_consistency_is_its_paper_s_loss():
 def test_a_robust_run_that_is_left_at_any_step_ends_like_one_that_was_not(tmp_path: Path) -> None:
     config = tiny(**ROBUST)
     run(tmp_path / "alone", config)
-    steps = [0]
-
-    def stop_now_and_then() -> bool:
-        steps[0] += 1
-        return steps[0] % 3 == 0
-
-    for _ in range(40):
-        try:
-            run(tmp_path / "left", config, should_stop=stop_now_and_then)
-            break
-        except Interrupted:
-            pass
-    else:
-        pytest.fail("the run never ended")
+    run_and_leave(tmp_path / "left", config, every=3)
     assert_same_trainings(tmp_path / "alone", tmp_path / "left")
     rows = (tmp_path / "alone" / "metrics.jsonl").read_text()
     assert rows.count("held_out_attacked") == 6
@@ -328,19 +315,9 @@ def test_a_network_to_be_smoothed_trains_on_noisy_images(tmp_path):
 
 def test_consistency_trains_and_resumes(tmp_path):
     changes = {"finetune__consistency": 10.0, "resnet__consistency": 5.0, "sde__input_sigma": 0.25}
-    config, steps = tiny(**changes), [0]
+    config = tiny(**changes)
     run(tmp_path / "alone", config)
-
-    def stop_now_and_then() -> bool:
-        steps[0] += 1
-        return steps[0] % 4 == 0
-
-    for _ in range(40):
-        try:
-            run(tmp_path / "left", config, should_stop=stop_now_and_then)
-            break
-        except Interrupted:
-            pass
+    run_and_leave(tmp_path / "left", config, every=4)
     assert_same_trainings(tmp_path / "alone", tmp_path / "left")
 
 

@@ -49,25 +49,31 @@ def run(folder: Path, config: ito.Config, **callbacks) -> Run:
     return made
 
 
-def test_a_run_that_is_left_at_any_step_ends_like_one_that_was_not(tmp_path: Path) -> None:
-    config = tiny()
-    run(tmp_path / "alone", config)
+def run_and_leave(folder: Path, config: ito.Config, every: int) -> None:
+    """A run that is left after each ``every`` steps, in the middle of epochs and at their ends, and goes on."""
     steps = [0]
 
     def stop_now_and_then() -> bool:
         steps[0] += 1
-        return steps[0] % 4 == 0  # in the middle of epochs and at their ends
+        return steps[0] % every == 0
 
     for _ in range(40):
         try:
-            run(tmp_path / "left", config, should_stop=stop_now_and_then)
+            run(folder, config, should_stop=stop_now_and_then)
             break
         except Interrupted:
-            assert len(list((tmp_path / "left").rglob("*.state.pt"))) == 1
+            assert len(list(folder.rglob("*.state.pt"))) == 1
     else:
         pytest.fail("the run never ended")
+    assert steps[0] > 2 * every
+    assert not list(folder.rglob("*.state.pt"))
+
+
+def test_a_run_that_is_left_at_any_step_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    config = tiny()
+    run(tmp_path / "alone", config)
+    run_and_leave(tmp_path / "left", config, every=4)
     assert_same_trainings(tmp_path / "alone", tmp_path / "left")
-    assert not list((tmp_path / "left").rglob("*.state.pt"))
 
 
 def assert_same_trainings(alone: Path, other: Path) -> None:
