@@ -1,4 +1,5 @@
-"""Fixtures for what lies beside the checkout: trained weights and real images; the project holds neither."""
+"""Fixtures for what lies beside the checkout (trained weights and real images, of which the project holds neither), and
+for what tests of pictures share."""
 
 import tarfile
 from pathlib import Path
@@ -48,3 +49,18 @@ def cifar10_test(cifar10_jpeg) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file, _ in files])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
     return images, torch.tensor([label for _, label in files])
+
+
+@pytest.fixture
+def canvas(monkeypatch):
+    """A function that gives the figure of matplotlib's that was made last."""
+    from matplotlib.figure import Figure
+
+    made, init = [], Figure.__init__
+
+    def noted(self, *arguments, **settings):
+        made.append(self)
+        init(self, *arguments, **settings)
+
+    monkeypatch.setattr(Figure, "__init__", noted)
+    return lambda: made[-1]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from neuralsde_ito.cli import output, pictures
 from PIL import Image
 
@@ -236,20 +235,6 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(here, ito_sde):
 
 
 # --- the picture ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def canvas(monkeypatch):
-    """The figure that was made last."""
-    made = []
-    init = Figure.__init__
-
-    def noted(self, *arguments, **settings):
-        made.append(self)
-        init(self, *arguments, **settings)
-
-    monkeypatch.setattr(Figure, "__init__", noted)
-    return lambda: made[-1]
 
 
 def crowded(home: Path, n: int = 9) -> Frontier:

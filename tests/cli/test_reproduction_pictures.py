@@ -9,27 +9,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from neuralsde_ito.cli import reproduction_pictures
 from neuralsde_ito.cli.reproduction_pictures import draw
 from PIL import Image
 
 from neuralsde_ito import ItoError
-
-
-@pytest.fixture
-def canvas(monkeypatch):
-    """The figure that `draw` made last."""
-    made = []
-    init = Figure.__init__
-
-    def noted(self, *arguments, **settings):
-        made.append(self)
-        init(self, *arguments, **settings)
-
-    monkeypatch.setattr(Figure, "__init__", noted)
-    return lambda: made[-1]
 
 
 def line(label: str = "suite", style: str = "strong", **changes) -> dict[str, Any]:
