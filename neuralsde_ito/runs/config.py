@@ -85,7 +85,7 @@ class Adversary(_Section):
     @model_validator(mode="after")
     def _possible(self) -> Adversary:
         check_eps(self.norm, self.eps)
-        if self.step_size is not None and not parse_eps(self.step_size) > 0:
+        if self.step_size is not None and not parse_eps(self.step_size, "step_size") > 0:
             raise ItoError(f"step_size must be above 0, got {shown(self.step_size)}.")
         if self.method == "n-fgsm" and self.steps not in (None, 1):
             raise ItoError(f"n-fgsm is one step, got steps={self.steps}; take pgd for more.")

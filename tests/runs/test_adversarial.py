@@ -293,6 +293,7 @@ def test_the_resnet_of_a_robust_run_is_saved_as_a_resnet(tmp_path):
         ({"finetune__adversary.eps": "8"}, "at most 1 under linf"),
         ({"finetune__adversary.method": "n-fgsm", "finetune__adversary.steps": 3}, "one step"),
         ({"finetune__adversary.step_size": "0"}, "above 0"),
+        ({"finetune__adversary.step_size": "long"}, "step_size must be a number"),
         ({"finetune__adversary.method": "pgd", "finetune__consistency": 5.0}, "consistency"),
         ({"finetune__average": 1.0}, "average"),
     ],
