@@ -128,8 +128,10 @@ class Fit(_Section):
     average: float = Field(0.0, ge=0, lt=1, description="Decay of the weights' moving average, the result; 0: none.")
     held_out: int = Field(0, ge=0, description="Training images left out, which choose the best epoch; 0: the last.")
     consistency: float = Field(0.0, ge=0, description="Weight of the consistency between two paths of an image.")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of convolutions in training; auto: bfloat16 on CUDA, float32 elsewhere."
+    precision: Literal["auto", "native", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of convolutions in training; auto: bfloat16 on CUDA, float32 elsewhere; native: bfloat16 also on "
+        "a CPU that has instructions for it.",
     )
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import copy
 import io
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,7 @@ class _Training:
         settings: how it is trained.
         seed, member: of noise.
         totals: ``(2,)``, the loss of this epoch's images and the number of correct ones, both as sums.
+        precision: of convolutions, float32 or bfloat16.
         averaged: the network with the moving average of the weights, if the settings ask for one.
         best: accuracies on the held-out images, under attack and clean, and the weights that had them.
         epoch, step: finished epochs, and finished steps of the current epoch.
@@ -75,6 +77,7 @@ class _Training:
     seed: int
     member: int
     totals: Tensor
+    precision: str
     averaged: nn.Module | None = None
     best: dict[str, Any] | None = None
     epoch: int = 0
@@ -85,13 +88,6 @@ class _Training:
     def result(self) -> nn.Module:
         """The network that the training gives, as it is now."""
         return self.model if self.averaged is None else self.averaged
-
-    @property
-    def precision(self) -> str:
-        """Of convolutions: the settings', or what suits the device."""
-        if self.settings.precision != "auto":
-            return self.settings.precision
-        return "bfloat16" if self.totals.device.type == "cuda" else "float32"
 
     def train_on(self, x: Tensor, y: Tensor, index: Tensor, rate: float) -> None:
         """One step of the optimizer on a batch of images, the names of which are ``index``."""
@@ -192,7 +188,8 @@ class _Training:
             )
         self.epoch, self.step = self.epoch + 1, 0
         self.totals = torch.zeros_like(self.totals)
-        return {"phase": self.name, "epoch": self.epoch, "loss": loss, "accuracy": accuracy, "lr": rate}
+        row: dict[str, object] = {"phase": self.name, "epoch": self.epoch, "loss": loss, "accuracy": accuracy}
+        return row | {"lr": rate, "precision": self.precision}
 
 
 @dataclass
@@ -247,12 +244,13 @@ class Trainer:
         steps = len(batch_bounds(len(data), settings.batch_size, training=True))
         double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         totals = torch.zeros(2, dtype=double, device=device)
-        training = _Training(phase, model, _optimizer(model, settings), settings, seed, member, totals)
+        precision = training_precision(settings.precision, device)
+        training = _Training(phase, model, _optimizer(model, settings), settings, seed, member, totals, precision)
         if settings.average:
             training.averaged = copy.deepcopy(model).requires_grad_(False)
+        self._restore(training, steps)
         if training.precision == "bfloat16":
             model.to(memory_format=torch.channels_last)
-        self._restore(training, steps)
         saved = time.monotonic()
         order = member_seed(seed, member)
         while training.epoch < settings.epochs:
@@ -294,6 +292,7 @@ class Trainer:
             "totals": training.totals,
             "averaged": None if training.averaged is None else training.averaged.state_dict(),
             "best": training.best,
+            "precision": training.precision,
             "rows": self.rows,
         }
         torch.save(state, buffer)
@@ -320,6 +319,8 @@ class Trainer:
             training.steps = training.epoch * steps + training.step
             training.totals = state["totals"].to(training.totals.device)
             training.best = state.get("best")  # states of earlier versions have none
+            # As it began, even if it now goes on with another processor.
+            training.precision = state.get("precision", training.precision)
             if training.averaged is not None:
                 training.averaged.load_state_dict(state["averaged"])
         except Exception as error:  # a damaged file can fail in any way
@@ -332,6 +333,31 @@ class Trainer:
                 f"The training state {str(self.state_file)!r} is {training.step} batches into an epoch of {steps}: "
                 "the data have changed since; delete it, and resume."
             )
+
+
+def training_precision(asked: str, device: torch.device) -> str:
+    """In which precision convolutions are trained, ``float32`` or ``bfloat16``; see `Fit.precision`.
+
+    It follows from the names of settings and device and from what the processor has, not from a measurement: the same
+    command gives the same weights again. Warns where bfloat16 is asked for and a CPU can only imitate it.
+    """
+    native = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
+    if asked in ("auto", "native"):
+        return "bfloat16" if native and (asked == "native" or device.type == "cuda") else "float32"
+    if asked == "bfloat16" and device.type == "cpu" and not native:
+        warnings.warn(
+            "This processor has no instructions for bfloat16: a training in it can take ten times as long as in "
+            "float32. precision: native takes bfloat16 only where they are there.",
+            stacklevel=2,
+        )
+    return asked
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16, as far as this version of torch can tell."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
+    older = (getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(has is True for name, has in capabilities.items() if "bf16" in name) or any(older)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from neuralsde_ito.runs.adversarial import (
 from neuralsde_ito.runs.build import load_dataset
 from neuralsde_ito.runs.config import Adversary, Fit
 from neuralsde_ito.runs.run import Run
-from neuralsde_ito.runs.training import Trainer
+from neuralsde_ito.runs.training import Interrupted, Trainer, training_precision
 from neuralsde_ito.validation import ItoError
 
 ROBUST = {
@@ -263,6 +263,58 @@ def test_held_out_images_are_not_trained_on():
         data.without(len(data))
 
 
+def processor(monkeypatch, **capabilities: object) -> None:
+    """As if the processor had these instructions."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "capabilities", "taken"),
+    [
+        ("native", "cpu", {"avx512_bf16": True}, "bfloat16"),
+        ("native", "cpu", {"amx_bf16": True}, "bfloat16"),
+        ("native", "cpu", {"avx512_bf16": False, "cpu_name": "x", "l2_cache_size": 1}, "float32"),
+        ("native", "cpu", {}, "float32"),
+        ("native", "cuda", {}, "bfloat16"),
+        ("native", "mps", {"avx512_bf16": True}, "float32"),
+        ("auto", "cpu", {"avx512_bf16": True}, "float32"),
+        ("auto", "cuda", {}, "bfloat16"),
+        ("bfloat16", "cpu", {"avx512_bf16": True}, "bfloat16"),
+        ("float32", "cuda", {}, "float32"),
+    ],
+)
+def test_the_precision_of_a_training(asked, device, capabilities, taken, monkeypatch):
+    processor(monkeypatch, **capabilities)
+    assert training_precision(asked, torch.device(device)) == taken
+
+
+def test_bfloat16_that_a_processor_imitates_is_obeyed_and_said(monkeypatch):
+    processor(monkeypatch)
+    with pytest.warns(UserWarning, match="no instructions for bfloat16.*precision: native"):
+        assert training_precision("bfloat16", torch.device("cpu")) == "bfloat16"
+
+
+def test_a_training_that_goes_on_with_another_processor_keeps_its_precision(model, tmp_path, monkeypatch):
+    data, settings = load_data("digits").train.first(64), Fit(epochs=2, lr=0.01, batch_size=32, precision="native")
+    processor(monkeypatch, avx512_bf16=True)
+    whole = Trainer(tmp_path / "whole.pt")
+    whole.fit(first := copy.deepcopy(model), data, settings, 0, "x")
+    left = Trainer(tmp_path / "left.pt", should_stop=lambda: True)
+    with pytest.raises(Interrupted):
+        left.fit(copy.deepcopy(model), data, settings, 0, "x")
+    processor(monkeypatch)
+    rest = Trainer(tmp_path / "left.pt")
+    rest.fit(second := copy.deepcopy(model), data, settings, 0, "x")
+    assert rest.rows == whole.rows
+    assert {row["precision"] for row in rest.rows} == {"bfloat16"}
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:This processor has no instructions")
 def test_training_in_bfloat16(model, tmp_path):
     data, losses = load_data("digits").train.first(256), []
     for precision in ("float32", "bfloat16"):
