@@ -1,6 +1,6 @@
-"""Frozen basic blocks, one Euler step each: fewer forward passes over memory, and a gradient written by hand.
+"""Frozen blocks, one Euler step each: fewer forward passes over memory, and a gradient written by hand.
 
-Where no weight needs a gradient, the derivative of a block only needs to know which numbers its two ReLUs let through.
+Where no weight needs a gradient, the derivative of a block only needs to know which numbers its ReLUs let through.
 Autograd would keep the activations, and would allocate a tensor for every step of the backward pass.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .. import kernels
 from ..modules import untouched
@@ -30,8 +30,7 @@ class FrozenResNet(ItoResNet):
         rest = list(self.sdes)[1:]
         if not (self.one_euler_step and rest and all(_is_torchvisions(s.block) for s in rest)):
             return False
-        first: BasicBlock = rest[0].block
-        weight = first.conv1.weight.detach()
+        weight = _convolutions(rest[0].block)[0].weight.detach()
         return kernels.library is not None if weight.device.type == "cpu" else kernels.takes(weight)
 
     def solve_blocks(self, state: Tensor, keys: Tensor, copies: int) -> Tensor:
@@ -42,25 +41,33 @@ class FrozenResNet(ItoResNet):
 
 
 def _is_torchvisions(block: nn.Module) -> bool:
-    """Whether a block is torchvision's ``BasicBlock`` with its BatchNorms folded, and computes what its class says."""
-    if type(block) is not BasicBlock or not all(untouched(m) for m in block.modules()):
-        return False
-    convs = (block.conv1, block.conv2)
+    """Whether a block is torchvision's with its BatchNorms folded, and computes what its class says."""
     # Exactly these classes: a subclass may do something else.
+    if type(block) not in (BasicBlock, Bottleneck) or not all(untouched(m) for m in block.modules()):
+        return False
+    convs = _convolutions(block)
+    norms = (getattr(block, f"bn{i + 1}") for i in range(len(convs)))
     return (
-        type(block.bn1) is type(block.bn2) is nn.Identity
+        all(type(norm) is nn.Identity for norm in norms)
         and type(block.relu) is nn.ReLU
         and all(type(c) is nn.Conv2d and c.padding_mode == "zeros" and type(c.padding) is tuple for c in convs)
     )
 
 
+def _convolutions(block: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions of a ``BasicBlock`` (two) or a ``Bottleneck`` (three) in order; a ReLU follows each."""
+    if isinstance(block, Bottleneck):
+        return [block.conv1, block.conv2, block.conv3]
+    assert isinstance(block, BasicBlock)
+    return [block.conv1, block.conv2]
+
+
 class _BlockRecord(NamedTuple):
     """What the backward pass through a block needs."""
 
-    block: BasicBlock
-    shape: torch.Size  # of the block's input
-    inner: Tensor  # bool: which numbers the first ReLU let through
-    outer: Tensor  # bool: which numbers the second one did
+    convs: list[nn.Conv2d]
+    shapes: list[torch.Size]  # of each convolution's input
+    passed: list[Tensor]  # bool: which numbers the ReLU after each convolution let through
     shortcut: tuple[Tensor, Tensor] | None  # its input and its output, on an autograd graph of their own
 
 
@@ -73,35 +80,39 @@ class _FrozenBlocks(torch.autograd.Function):
         ctx.copies, ctx.records = copies, []
         x = diffuse(sdes[0], torch.cat([x] * copies) if copies > 1 else x, keys, in_place=copies > 1)
         for sde in sdes[1:]:
-            block: BasicBlock = sde.block
-            skip, shortcut = x, None
+            block: BasicBlock | Bottleneck = sde.block
+            convs, skip, shortcut = _convolutions(block), x, None
             if block.downsample is not None:
                 with torch.set_grad_enabled(recorded):
                     entry = x.detach().requires_grad_(recorded)
                     shortcut = (entry, block.downsample(entry))
                 skip = shortcut[1].detach()
-            hidden = block.conv1(x)
-            inner = kernels.rectify_(hidden, remember=recorded)
-            y = block.conv2(hidden)
-            outer = kernels.rectify_(y, skip, remember=recorded)
-            if inner is not None and outer is not None:
-                ctx.records.append(_BlockRecord(block, x.shape, inner, outer, shortcut))
-            x = diffuse(sde, y, keys, in_place=True)
+            shapes, passed = [], []
+            for i, conv in enumerate(convs, 1):
+                shapes.append(x.shape)
+                x = conv(x)
+                mask = kernels.rectify_(x, skip if i == len(convs) else None, remember=recorded)
+                if mask is not None:
+                    passed.append(mask)
+            if recorded:
+                ctx.records.append(_BlockRecord(convs, shapes, passed, shortcut))
+            x = diffuse(sde, x, keys, in_place=True)
         return x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         gradient, skip = gradient.clone(), None  # the operations below are in place
-        for i, (block, shape, inner, outer, shortcut) in reversed(list(enumerate(ctx.records))):
+        for i, (convs, shapes, passed, shortcut) in reversed(list(enumerate(ctx.records))):
             # `gradient` through the convolutions and `skip` past them: their sum is the gradient of the block's output.
-            skip = kernels.gate_(gradient, outer, skip)
-            hidden = kernels.gate_(_gradient_before(block.conv2, inner.shape, skip), inner)
+            gradient = skip = kernels.gate_(gradient, passed[-1], skip)
+            for conv, shape, gate in zip(convs[:0:-1], shapes[:0:-1], passed[-2::-1], strict=True):
+                gradient = kernels.gate_(_gradient_before(conv, shape, gradient), gate)
             if shortcut is not None:
                 (skip,) = torch.autograd.grad(shortcut[1], shortcut[0], skip, retain_graph=True)
             if i == 0:  # the rest is linear, and the same for all copies of a state: they can be added up here
-                skip, hidden = (reduce(Tensor.add_, part.chunk(ctx.copies)) for part in (skip, hidden))
-            gradient = _gradient_before(block.conv1, hidden.shape[:1] + shape[1:], hidden)
+                skip, gradient = (reduce(Tensor.add_, part.chunk(ctx.copies)) for part in (skip, gradient))
+            gradient = _gradient_before(convs[0], gradient.shape[:1] + shapes[0][1:], gradient)
         return gradient if skip is None else gradient.add_(skip), None, None, None
 
 
