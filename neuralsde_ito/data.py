@@ -309,7 +309,7 @@ class _ImageFiles(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed >> np.uint64(1)))
             top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
-            flip = bool(torch.rand(()) < 0.5)
+            flip = bool(torch.rand((), device="cpu") < 0.5)
         image = TF.resized_crop(image, top, left, height, width, [size, size])
         return row, _pixels(TF.hflip(image) if flip else image), transparent
 

@@ -35,7 +35,7 @@ def fingerprint(voter: Voter) -> str:
 
 def fingerprint_split(split: Split) -> str:
     """SHA-256 of a whole split's size, names and labels, from which a choice of images is drawn."""
-    names = torch.arange(len(split)) if split.names is None else split.names
+    names = torch.arange(len(split), device="cpu") if split.names is None else split.names
     return _digest(names, split.labels)
 
 

@@ -98,7 +98,9 @@ def join_noises(parts: list[dict[str, OtherNoise]]) -> dict[str, OtherNoise]:
 def to_tensors(noises: dict[str, OtherNoise]) -> dict[str, Tensor]:
     """All values by name, as files keep them; `from_tensors` takes them back."""
     return {
-        f"{name}.{what}": torch.as_tensor(value) for name, one in noises.items() for what, value in vars(one).items()
+        f"{name}.{what}": value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        for name, one in noises.items()
+        for what, value in vars(one).items()
     }
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..models.voting import Voter
+from ..models.vote import as_voter
 from ..outcomes import WorstCase
 from ..validation import ItoError, one_of, shown
 from .apgd import APGD
@@ -184,13 +184,13 @@ class Suite:
         """How the report votes."""
         return Report(self.seed, self.noise, self.repeat)
 
-    def attack(self, ensemble: Voter, images: Images, radii: Sequence[float], name: str = "0") -> list[SuiteResult]:
+    def attack(self, ensemble: nn.Module, images: Images, radii: Sequence[float], name: str = "0") -> list[SuiteResult]:
         """`run` to its end: the result at each radius."""
         last = {result.eps: result for _, result in self.run(ensemble, images, radii, name)}
         return [last[eps] for eps in radii]
 
     def run(
-        self, ensemble: Voter, images: Images, radii: Sequence[float], name: str = "0"
+        self, ensemble: nn.Module, images: Images, radii: Sequence[float], name: str = "0"
     ) -> Iterator[tuple[Step, SuiteResult]]:
         """Attack a batch at rising radii. The best candidates, not labels, are carried to the next radius.
 
@@ -198,7 +198,7 @@ class Suite:
         their goal where an image is denied without a wrong answer, from the best candidate for evasion.
 
         Args:
-            ensemble: the defender.
+            ensemble: the defender; any other module than an ensemble votes as a `Vote`.
             images: the batch.
             radii: rising, in pixel units.
             name: of the batch, in the state.
@@ -216,12 +216,12 @@ class Suite:
                 raise ItoError(f"The suite has no steps at eps {eps:g}.")
             for step in steps:
                 one_of("surrogate", step.through, ("itself", *self.surrogates))
-        selection = Selection(ensemble, images, self.report)
+        selection = Selection(as_voter(ensemble), images, self.report)
         selection.restore(self._once(f"{name}-clean", selection.offer_clean))
         since = 0  # the number of attacks at smaller radii
         for eps, steps in sequences.items():
             attacks = [(goal, step) for goal in GOALS for step in steps]
-            counts = torch.zeros(len(_COUNTS), len(attacks), dtype=torch.int64)
+            counts = torch.zeros(len(_COUNTS), len(attacks), dtype=torch.int64, device="cpu")
             for number, (goal, step) in enumerate(attacks):
                 attack = partial(self._attack, selection, goal, step, since + number, since)
                 state = self._once(f"{name}-{eps!r}-{number}", attack)
@@ -237,7 +237,7 @@ class Suite:
     def _attack(self, selection: Selection, goal: str, step: Step, number: int, since: int) -> dict[str, Tensor]:
         """Run one attack; gives its counts and the selection's state after it."""
         rows = selection.to_attack(goal, step.barely)
-        counts = torch.zeros(len(_COUNTS), dtype=torch.int64)
+        counts = torch.zeros(len(_COUNTS), dtype=torch.int64, device="cpu")
         if len(rows):
             start = selection.best[goal].images[rows] if step.warm or goal == "evasion" else None
             images, attack = selection.images[rows], replace(step.attack, goal=goal)
@@ -246,7 +246,7 @@ class Suite:
             selection.offer(rows, result.images, number, since)
             fooled = selection.best[goal].reached[rows]
             values = (len(rows), int(fooled.sum()), result.queries, result.gradients, int(result.blind.sum()))
-            counts = torch.tensor(values)
+            counts = torch.tensor(values, device="cpu")
         return {"counts": counts, **selection.state()}
 
     def _under_other_noise(self, selection: Selection, result: SuiteResult, name: str) -> SuiteResult:

@@ -29,6 +29,7 @@ from ..distributed import ALONE, World
 from ..files import write_atomically
 from ..models.ensemble import ItoEnsemble, NoiseFree
 from ..models.recast import recast
+from ..models.vote import as_voter
 from ..models.voting import Voter
 from ..names import PRECISIONS
 from ..outcomes import Outcomes, Paired
@@ -85,17 +86,17 @@ class SuiteSettings:
         standard(self.norm, 0.0, True, self.effort)  # checks the effort
         Report(self.seed, self.noise, self.repeat)
 
-    def suite(self, ensemble: Voter, resnet: nn.Module | None = None) -> Suite:
+    def suite(self, ensemble: nn.Module, resnet: nn.Module | None = None) -> Suite:
         """The suite against one defender; attacks through a network that there is not are left out.
 
         Args:
-            ensemble: the defender; a `Vote` must have seen images, see `Vote.observe`.
+            ensemble: the defender, an `ItoEnsemble`, or a `Vote` that has seen images (see `Vote.observe`).
             resnet: the network that it came from, a surrogate; None for a stranger's model.
         """
         surrogates: dict[str, nn.Module] = {}
         if resnet is not None and isinstance(ensemble, ItoEnsemble):
             surrogates = {"resnet": resnet, "noise-free": NoiseFree(ensemble)}
-        noisy, names = ensemble.noisy, ("itself", *surrogates)
+        noisy, names = as_voter(ensemble).noisy, ("itself", *surrogates)
 
         def steps(eps: float) -> list[Step]:
             every = standard(self.norm, eps, noisy, self.effort)
@@ -172,7 +173,7 @@ class SuiteRun:
 
 def attack_images(
     suite: Suite,
-    ensemble: Voter,
+    ensemble: nn.Module,
     images: Images,
     radii: Sequence[float],
     batch_size: int = 250,
@@ -183,7 +184,7 @@ def attack_images(
 
     Args:
         suite: `SuiteSettings.suite`, or one's own.
-        ensemble: the defender.
+        ensemble: the defender; any other module than an ensemble votes as a `Vote`.
         images: on the CPU; their batches go to the ensemble's device.
         radii: rising, in pixel units.
         batch_size: images at a time.
@@ -193,6 +194,7 @@ def attack_images(
     Raises:
         ItoError: radii that do not rise; an unknown surrogate.
     """
+    ensemble = as_voter(ensemble)
     device = ensemble.device
     done: list[tuple[Tensor, Tensor, list[SuiteResult]]] = []
     for number, batch in among.own(list(enumerate(images.batches(batch_size)))):
@@ -289,7 +291,7 @@ class SuiteComparison:
 
 
 def run_suite(
-    ensemble: Voter,
+    ensemble: nn.Module,
     resnet: nn.Module | None,
     split: Split,
     settings: SuiteSettings,
@@ -301,7 +303,7 @@ def run_suite(
     """Attack an ensemble and its ResNet by the suite ``standard``, at every radius.
 
     Args:
-        ensemble, resnet: on one device. Without a ResNet the ensemble, or a stranger's `Vote`, is attacked alone.
+        ensemble, resnet: on one device. Without a ResNet the ensemble, or a stranger's module, is attacked alone.
         split: the images, such as ``load_data("digits").test.first(100)``.
         settings: of the suite.
         state: a folder, such as that of the run. In it a folder of its own, named by the hash of settings, weights
@@ -314,6 +316,7 @@ def run_suite(
     Raises:
         ItoError: there is nothing to resume.
     """
+    ensemble = as_voter(ensemble)
     device = ensemble.device
     images = Images.of(split, settings.batch_size, device)
     folder = None if state is None else Path(state) / f"suite-{_digest(ensemble, images, settings)}"

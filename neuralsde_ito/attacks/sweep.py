@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data import Split
 from ..distributed import ALONE, World
 from ..models.ensemble import ItoEnsemble, NoiseFree
+from ..models.vote import as_voter
 from ..models.voting import Voter
 from ..outcomes import WorstCase
 from ..validation import ItoError, image_names, one_of
@@ -118,7 +119,7 @@ def _first_wrong(truth: Tensor, labels: Sequence[Tensor]) -> Tensor:
 
 
 def attack_sweep(
-    ensemble: Voter,
+    ensemble: nn.Module,
     resnet: nn.Module | None,
     data: Split,
     attacks: Sequence[PGD],
@@ -138,7 +139,7 @@ def attack_sweep(
     were made for the ensemble.
 
     Args:
-        ensemble, resnet: on one device. A stranger's model has no ResNet beside it.
+        ensemble, resnet: on one device. A stranger's module, which votes as a `Vote`, has no ResNet beside it.
         data: the images.
         attacks: one a radius, the same but for ``eps``.
         surrogates: names in `SURROGATES`; default all, and without a ResNet the model itself.
@@ -150,7 +151,7 @@ def attack_sweep(
     Raises:
         ItoError: an unknown surrogate.
     """
-    attacks = sorted(attacks, key=lambda attack: attack.eps)
+    ensemble, attacks = as_voter(ensemble), sorted(attacks, key=lambda attack: attack.eps)
     surrogates = surrogates or (SURROGATES if resnet is not None else SURROGATES[:1])
     models = surrogate_models(ensemble, resnet, surrogates)
     device = ensemble.device
@@ -269,7 +270,7 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 
 def least_norm(
-    ensemble: Voter,
+    ensemble: nn.Module,
     x: Tensor,
     y: Tensor,
     attack: Callable[[float], Attack],
@@ -290,6 +291,7 @@ def least_norm(
         most: the largest radius.
         rounds: bisections; the result is exact to ``most / 2**rounds``, as far as the attack is.
     """
+    ensemble = as_voter(ensemble)
     images, report = Images(x, y, image_names(index, x)), Report(seed)
     low = torch.zeros(len(x), device=x.device)
     least = torch.full((len(x),), math.inf, device=x.device)

@@ -365,7 +365,7 @@ def _landscape(case: AuditCase, size: int = 21) -> Landscape | None:
     model = case.fixed
     if model is None or not len(rows):
         return None
-    row, ball, reach = int(rows[0]), BALLS[case.attack.norm], torch.linspace(-2, 2, size)
+    row, ball, reach = int(rows[0]), BALLS[case.attack.norm], torch.linspace(-2, 2, size, device="cpu")
     x, y = case.x[row : row + 1], case.y[row : row + 1]
     with torch.enable_grad():
         start = x.clone().requires_grad_()

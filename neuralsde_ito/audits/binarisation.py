@@ -94,7 +94,7 @@ def _plant(case: AuditCase, model: nn.Module, rows: Tensor) -> tuple[_Readouts, 
     cloud, surface, random = cloud - centre, surface - centre, random - centre
     scatter = torch.einsum("knc,knd->ncd", cloud, cloud) / _POINTS
     spread = scatter.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    ridge = 1e-4 * spread[:, None, None] * torch.eye(scatter.shape[1]).to(scatter)
+    ridge = 1e-4 * spread[:, None, None] * torch.eye(scatter.shape[1], device="cpu").to(scatter)
     # Fisher's direction for every surface point, and the point's score along it: (K, N, classes) and (K, N).
     directions = torch.linalg.solve(scatter + ridge, surface.permute(1, 2, 0)).permute(2, 0, 1)
     score, farthest = (surface * directions).sum(-1).max(0)

@@ -359,10 +359,14 @@ def _evidence(head: dict[str, Any], tensors: dict[str, Tensor]) -> Evidence:
         values = rows
         for key in keys:
             values = [value[key] for value in values]
-        return torch.tensor([numbers[value] for value in values] if keys[-1] == "source" else values)
+        if keys[-1] == "source":
+            values = [numbers[value] for value in values]
+        return torch.tensor(values, device="cpu")
 
     def votes(case: str) -> Tensor:
-        votes = torch.zeros(head["repeat"], head["members"], len(rows), head["classes"], dtype=torch.int64)
+        votes = torch.zeros(
+            head["repeat"], head["members"], len(rows), head["classes"], dtype=torch.int64, device="cpu"
+        )
         for i, row in enumerate(rows):
             for r, members in enumerate(row[case]["votes"]):
                 for m, counts in enumerate(members):

@@ -66,7 +66,7 @@ def fit_substitute(
     generator = torch.Generator().manual_seed(seed)
     clean = answers(x)
     classes = clean.shape[1]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same weights on all devices
         torch.default_generator.manual_seed(seed)
         network = Substitute((x.shape[1], x.shape[2], x.shape[3]), classes).to(x)
     optimizer = torch.optim.Adam(network.parameters(), 4e-3)
@@ -81,8 +81,8 @@ def fit_substitute(
         if round_ == 0:
             keys = make_keys(seed, "gradient", -5, torch.arange(len(rows), device=x.device))
             ask(ball.start(x[rows], 2 * eps, keys).clamp(0, 1))
-            others = torch.randperm(len(rows), generator=generator).to(x.device)
-            share = (0.6 * torch.rand(len(rows), 1, 1, 1, generator=generator)).to(x)
+            others = torch.randperm(len(rows), generator=generator, device="cpu").to(x.device)
+            share = (0.6 * torch.rand(len(rows), 1, 1, 1, generator=generator, device="cpu")).to(x)
             ask(torch.lerp(x[rows], x[rows][others], share))
         else:
             ask(_steps_on(network, x, clean, norm, eps))
@@ -114,7 +114,7 @@ def _train(
     """Steps of Adam on the cross-entropy between the model's answers and those of each part of the substitute."""
     with torch.enable_grad():
         for _ in range(_STEPS):
-            rows = torch.randint(len(x), (_BATCH,), generator=generator).to(x.device)
+            rows = torch.randint(len(x), (_BATCH,), generator=generator, device="cpu").to(x.device)
             images, target = x[rows] - 0.5, p[rows]
             loss = sum(-(target * part(images).log_softmax(1)).sum(1).mean() for part in network.children())
             optimizer.zero_grad()

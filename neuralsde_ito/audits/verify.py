@@ -40,6 +40,7 @@ from ..attacks.square import Square
 from ..attacks.suite import Step, Suite, SuiteResult, join_results
 from ..attacks.targets import KnownPaths, as_target
 from ..data import Split
+from ..models.vote import as_voter
 from ..models.voting import Voter
 from ..modules import evaluating
 from ..outcomes import ABSTAIN, Paired, Rate, WorstCase
@@ -97,7 +98,7 @@ class Verification:
 
 def verify_bundle(
     evidence: Evidence,
-    ensemble: Voter | None,
+    ensemble: nn.Module | None,
     split: Split | None,
     suite: Suite | None,
     seed: int | None = None,
@@ -111,7 +112,8 @@ def verify_bundle(
 
     Args:
         evidence: as read by `load_bundle`, which has compared the images with their SHA-256.
-        ensemble: the defender, on any device, with the inferences and the rule that are claimed; None: it is not there.
+        ensemble: the defender, on any device, with the inferences and the rule that are claimed; any other module
+            than an ensemble votes as a `Vote`. None: it is not there.
         split: the whole test split, of which the images are `Split.first`; None: it is not there.
         suite: the attacks that the bundle claims, see `suite_of`; seed, noise and repeat are taken from the bundle.
             None: it is not there.
@@ -134,6 +136,7 @@ def verify_bundle(
     """
     check_evidence(evidence)
     whole_number("sample", sample)
+    ensemble = None if ensemble is None else as_voter(ensemble)
     if seed is None:
         seed = secrets.randbits(62)
     if abs(seed - evidence.seed) < evidence.repeat:  # reports count upward from a seed
@@ -193,7 +196,7 @@ def _ball(evidence: Evidence) -> Claim:
 
 def _unattacked(evidence: Evidence) -> Claim:
     """An image whose source is no attack is the clean one, bit for bit."""
-    differing = torch.zeros(len(evidence.index), dtype=torch.bool)
+    differing = torch.zeros(len(evidence.index), dtype=torch.bool, device="cpu")
     for case in cases_of(evidence).values():
         differing |= (case.source == CLEAN) & (case.images != evidence.originals).flatten(1).any(1)
     return _differing("unattacked images", "the originals, bit for bit", differing)
@@ -202,7 +205,7 @@ def _unattacked(evidence: Evidence) -> Claim:
 def _labels(evidence: Evidence) -> Claim:
     """The labels are `worst_labels` of the recorded votes, and there are no more votes than inferences."""
     claimed = {"clean": evidence.clean, **{name: case.labels for name, case in cases_of(evidence).items()}}
-    differing = torch.zeros(len(evidence.index), dtype=torch.bool)
+    differing = torch.zeros(len(evidence.index), dtype=torch.bool, device="cpu")
     for name, votes in votes_in(evidence).items():
         differing |= worst_labels(votes, evidence.truth, evidence.rule, evidence.inferences) != claimed[name]
         differing |= ((votes < 0).any(3) | (votes.sum(3) > evidence.inferences)).any(1).any(0)
@@ -265,21 +268,21 @@ def _sources(evidence: Evidence, radii: list[float], suite: Suite | None) -> Cla
     if not radii or len(evidence.attacks) % (2 * len(radii)):
         return Claim(name, claimed, "the config names no radii that fit the attacks", False)
     steps = len(evidence.attacks) // (2 * len(radii))  # of one goal at one radius
-    reached = torch.tensor(radii).double().repeat_interleave(2 * steps)
-    outside = torch.zeros(n, dtype=torch.bool)
+    reached = torch.tensor(radii, device="cpu").double().repeat_interleave(2 * steps)
+    outside = torch.zeros(n, dtype=torch.bool, device="cpu")
     for case in cases_of(evidence).values():
         outside |= (case.source != CLEAN) & (norms_of(evidence, case) > reached[case.source] + ROUNDING)
     # Without the suite it is not known which steps these are.
     barely = [True] * steps if suite is None else [step.barely for step in suite.steps(radii[-1])]
     if len(barely) != steps:
         return Claim(name, claimed, "the attacks are not those of the suite", False)
-    attacked = torch.tensor(evidence.attacked).view(-1, steps)
+    attacked = torch.tensor(evidence.attacked, device="cpu").view(-1, steps)
     made = torch.stack([case.source for case in cases_of(evidence).values()])  # (2, N)
     least = torch.zeros_like(attacked)
     for number in range(len(evidence.attacks)):
         goal, step = divmod(number, steps)
         later = [number, *(goal * steps + s for s in range(step + 1, steps) if barely[step] or not barely[s])]
-        least[goal, step] = int(torch.isin(made, torch.tensor(later)).any(0).sum())
+        least[goal, step] = int(torch.isin(made, torch.tensor(later, device="cpu")).any(0).sum())
     strict = attacked[:, [not own for own in barely]]
     falling = (strict[:, 1:] <= strict[:, :-1]).all()
     possible = bool(((attacked >= least) & (attacked <= n)).all() and falling)
@@ -316,7 +319,9 @@ def _data(evidence: Evidence, split: Split | None) -> Iterator[Claim]:
     misnamed = evidence.index != images.index
     yield _differing("true labels", "the data set's", (evidence.truth != images.y) | misnamed)
     alike = images.x.shape == evidence.originals.shape
-    distance = (images.x - evidence.originals).abs().flatten(1).amax(1) if alike else torch.full((n,), math.inf)
+    distance = (
+        (images.x - evidence.originals).abs().flatten(1).amax(1) if alike else torch.full((n,), math.inf, device="cpu")
+    )
     yield _differing("original images", "the data set's", ~(distance <= ROUNDING) | misnamed)
 
 

@@ -256,7 +256,7 @@ class Certifier:
         s, n = self.sampling, len(x)
         selected = self._votes(x, index, "selection", 0, s.n0)
         candidates, votes = selected.argmax(1), torch.zeros_like(selected)
-        drawn, active = torch.zeros(n, dtype=torch.int64), torch.arange(n)
+        drawn, active = torch.zeros(n, dtype=torch.int64, device="cpu"), torch.arange(n, device="cpu")
         least = bounds.least_count(s.n, s.alpha)
         for look in (*bounds.looks(s.n, self.members), s.n):
             first = int(drawn[active[0]])

@@ -27,7 +27,8 @@ _NARROW_CHANNELS = 128
 # smaller ones are mostly overhead. On a GPU enough to fill it.
 _PIECE_ELEMENTS = {"cpu": 1 << 21}
 # Largest difference from the reference, relative to the spread between classes. TF32, which torch uses in a GPU's
-# convolutions unless told otherwise, keeps three digits: two orders of the same sums differ by that.
+# convolutions unless told otherwise, keeps three digits: two orders of the same sums differ by that. How a GPU rounds is
+# the user's setting; it is obeyed, and not changed.
 _TOLERANCE, _TOLERANCE_TF32 = 1e-4, 1e-2
 
 
@@ -147,12 +148,23 @@ def close_logits(logits: Tensor, expected: Tensor) -> bool:
     finite = expected.isfinite().all(-1)
     if not torch.equal(finite, logits.isfinite().all(-1)):
         return False
-    tf32 = logits.device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    tf32 = _computes_in_tf32(logits.device)
     logits, expected = logits[finite].cpu().double(), expected[finite].cpu().double()  # MPS has no float64
     if not len(expected):
         return True
     spread = (expected.amax(-1) - expected.amin(-1)).amax()
     return bool((logits - expected).abs().amax() <= (_TOLERANCE_TF32 if tf32 else _TOLERANCE) * spread)
+
+
+def _computes_in_tf32(device: torch.device) -> bool:
+    """Whether convolutions or matrix products of float32 may be made in TF32, which keeps 10 bits after the point."""
+    if device.type != "cuda":
+        return False
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    try:  # of torch 2.9 and later; where these were set, the older settings cannot be read
+        return "tf32" in (convolutions.conv.fp32_precision, products.fp32_precision)
+    except AttributeError:
+        return convolutions.allow_tf32 or products.allow_tf32
 
 
 def piece_of(model: ItoResNet, x: Tensor, gradient: bool = False) -> int:

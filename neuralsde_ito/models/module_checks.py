@@ -100,7 +100,7 @@ def check_model(
 def _random_images(shape: Sequence[int]) -> Tensor:
     if len(shape) != 3:
         raise ItoError(f"The shape of an image is (channels, height, width), got {tuple(shape)}.")
-    return torch.rand(8, *shape, generator=torch.Generator().manual_seed(0))
+    return torch.rand(8, *shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 @dataclass
@@ -229,7 +229,9 @@ def _images_do_not_depend_on_their_batch(case: _Case) -> None:
     half = (len(case.x) + 1) // 2
     with torch.no_grad():
         together = case.path(voter, case.x)
-        apart = [case.path(voter, case.x[rows], rows) for rows in torch.arange(len(case.x)).split(half)]
+        apart = [
+            case.path(voter, case.x[rows], rows) for rows in torch.arange(len(case.x), device=case.x.device).split(half)
+        ]
         turned = torch.arange(len(case.x), device=case.x.device).flip(0)
         difference = max(
             _apart(together, torch.cat(apart)), _apart(together, case.path(voter, case.x[turned], turned)[turned])
@@ -293,12 +295,14 @@ def _the_gradient_is_that_of_the_function(case: _Case) -> None:
     x = 0.01 + 0.98 * case.x.double()  # inside [0, 1], where steps to both sides stay in it
     exact = _in_double(case)
     voter = case.voter(exact, x)
-    directions = torch.randn(_DIRECTIONS, *x.shape[1:], generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(_DIRECTIONS, *x.shape[1:], generator=generator, dtype=x.dtype, device="cpu")
     directions = (directions / directions.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).to(x.device)
     with torch.enable_grad():
         points = x.clone().requires_grad_()
         logits = case.path(voter, points)
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype).to(x.device)
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.randn(logits.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
         if not logits.requires_grad:
             raise SkipTest("No gradient comes back, see a_gradient_reaches_every_image.")
         (gradient,) = torch.autograd.grad((weights * logits).sum(), points)

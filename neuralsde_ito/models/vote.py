@@ -90,7 +90,9 @@ class Vote(Voter):
             ItoError: no image was seen yet.
         """
         if self._noisy is None:
-            raise ItoError("Only images show whether the module is random: call observe(x) first.")
+            raise ItoError(
+                "Only images show whether a module is random: make vote = ito.Vote(module) and call vote.observe(x)."
+            )
         return self._noisy
 
     @torch.no_grad()
@@ -180,7 +182,7 @@ class Vote(Voter):
             return self._call(x, seed, purpose, numbers, index)[:-more]
         keys, common = make_keys(seed, purpose, 0, numbers, index), None
         if not self._together:
-            common = int(make_keys(seed, purpose, 1, int(numbers[0])))  # there is no second member: no image's key
+            common = int(make_keys(seed, purpose, 1, numbers[0]))  # there is no second member: no image's key
         with replayed(keys, common, self._others):
             return answers(self.module, x)
 

@@ -63,7 +63,7 @@ def with_image_size(config: Config, data: Dataset) -> Config:
 def build_resnet(config: Config, data: Dataset) -> nn.Sequential:
     """The ResNet from which a run starts: with the weights of ``network.weights``, or random ones from the seed."""
     network = config.network
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same random weights on all devices
         torch.manual_seed(config.seed)
         return load_resnet(
             network.arch, network.weights, len(data.classes), data.image_shape[0], network.mean, network.std

@@ -137,7 +137,7 @@ class Decisions:
             return cls(outcomes, None)
         import torch
 
-        labels, true = torch.tensor(entry["labels"]), torch.tensor(truth)
+        labels, true = torch.tensor(entry["labels"], device="cpu"), torch.tensor(truth, device="cpu")
         if Outcomes.of(labels, true) != outcomes:
             raise ValueError
         return cls(outcomes, labels == true)

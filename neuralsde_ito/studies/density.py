@@ -158,8 +158,8 @@ def _halves(paths: int, members: int, permutations: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     own = paths // members
     # Pooled path p is at [p // members, p % members]; a division takes half of each column.
-    ranks = torch.rand(permutations, 2 * own, members, generator=generator).argsort(1)
-    given = torch.arange(2 * paths) < paths
+    ranks = torch.rand(permutations, 2 * own, members, generator=generator, device="cpu").argsort(1)
+    given = torch.arange(2 * paths, device="cpu") < paths
     return torch.cat([given[None], (ranks < own).flatten(1)]).double()
 
 

@@ -60,7 +60,7 @@ class Order:
 
 def slope(steps: Sequence[int], errors: Tensor) -> Tensor:
     """Least-squares slope of ``log error`` against ``log step``: errors ``(..., S)`` -> ``(...)``."""
-    x = -torch.tensor(steps, dtype=torch.float64).log()
+    x = -torch.tensor(steps, dtype=torch.float64, device="cpu").log()
     x = x - x.mean()
     return (errors.double().log() * x).sum(-1) / x.square().sum()
 
@@ -112,7 +112,7 @@ def fit_order(
     fit = standard_error = weak = None
     if len(fitted) >= 3:
         fine = [steps[i] for i in fitted]
-        fit = float(slope(fine, torch.tensor([errors[i] for i in fitted])))
+        fit = float(slope(fine, torch.tensor([errors[i] for i in fitted], device="cpu")))
         groups = [differences[i].reshape(_GROUPS, -1) for i in fitted]
         slopes = slope(fine, torch.stack([group.square().mean(1).sqrt() for group in groups], -1))
         standard_error = float(slopes.std()) / math.sqrt(_GROUPS)
@@ -127,7 +127,7 @@ def _weak_order(steps: Sequence[int], differences: Sequence[Tensor]) -> tuple[fl
     noises = [float(means.std()) / math.sqrt(_GROUPS) for means in group_means]
     if not all(bias > 4 * noise for bias, noise in zip(biases, noises, strict=True)):
         return None
-    relative = torch.tensor([noise / bias for bias, noise in zip(biases, noises, strict=True)])
-    x = torch.tensor(steps, dtype=torch.float64).log()
+    relative = torch.tensor([noise / bias for bias, noise in zip(biases, noises, strict=True)], device="cpu")
+    x = torch.tensor(steps, dtype=torch.float64, device="cpu").log()
     error_of_slope = float(relative.square().mean().sqrt() / (x - x.mean()).square().sum().sqrt())
-    return float(slope(steps, torch.tensor(biases))), error_of_slope
+    return float(slope(steps, torch.tensor(biases, device="cpu"))), error_of_slope

@@ -72,8 +72,8 @@ class Problem:
 
 def _start(paths: int, y0: float, seed: int) -> tuple[Tensor, Tensor]:
     """Initial states ``(paths // 64, 64)`` and their keys."""
-    keys = make_keys(seed, "report", index=torch.arange(paths // 64))
-    return torch.full((paths // 64, 64), y0, dtype=torch.float64), keys
+    keys = make_keys(seed, "report", index=torch.arange(paths // 64, device="cpu"))
+    return torch.full((paths // 64, 64), y0, dtype=torch.float64, device="cpu"), keys
 
 
 def _block(function: Callable[[Tensor], Tensor], schedule: Schedule) -> BlockSDE:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 import neuralsde_ito as ito
 from neuralsde_ito.attacks import PGD, Square, targets
+from neuralsde_ito.attacks.images import Images
 from neuralsde_ito.attacks.objectives import mean_loss
-from neuralsde_ito.attacks.sweep import surrogate_models
+from neuralsde_ito.attacks.sweep import attack_sweep, surrogate_models
 from neuralsde_ito.attacks.targets import ModuleTarget, as_target, classify
 from neuralsde_ito.audits.audit import CHECKS, audit
 from neuralsde_ito.audits.case import AuditCase, JudgedAttack, input_gradients_only
 from neuralsde_ito.audits.check import percent
 from neuralsde_ito.audits.gradients import solver_gradient
+from neuralsde_ito.data import InMemory
 from neuralsde_ito.models.inspection import as_called, replay
 from neuralsde_ito.noise.keys import PathRange
 
@@ -668,3 +670,30 @@ def test_a_ball_of_nan_is_no_ball(x):
     standing = torch.zeros(12, dtype=torch.bool)
     case.__dict__["white_box"] = JudgedAttack(x * torch.nan, y, standing, ~standing, None)
     assert checks.the_ball(case).verdict == "fail"
+
+
+@pytest.mark.parametrize("make", [network, with_dropout])
+def test_suites_and_sweeps_take_a_module_as_it_is(make, x):
+    module = make()
+    voter, images = ito.Vote(module), Images(x, known(module, x), torch.arange(len(x)))
+    voter.observe(x)
+    suite = ito.SuiteSettings("linf", (0.1,), effort=0.1).suite(voter)
+    data = InMemory((255 * x).byte(), images.y)
+    for found in (
+        lambda model: suite.attack(model, images, [0.1])[0].denial,
+        lambda model: (
+            ito.run_suite(model, None, data, ito.SuiteSettings("linf", (0.1,), effort=0.1)).ito.results[0].denial
+        ),
+        lambda model: attack_sweep(model, None, data, [PGD("linf", 0.1, 3)]).denial[0],
+    ):
+        mine, votes = found(module), found(voter)
+        assert torch.equal(mine.images, votes.images)
+        assert torch.equal(mine.votes, votes.votes)
+    least = [ito.least_norm(model, x, images.y, lambda eps: PGD("l2", eps, 2), 1.0, 2) for model in (module, voter)]
+    assert torch.equal(*least)
+    assert bool((least[0] > 0).any())
+
+
+def test_whether_a_module_is_random_is_asked_of_images():
+    with pytest.raises(ito.ItoError, match=r"vote = ito.Vote\(module\) and call vote.observe"):
+        ito.SuiteSettings("linf", (0.1,)).suite(network())

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import subprocess
 import sys
 import threading
 
@@ -719,3 +720,26 @@ def test_a_start_outside_of_the_ball_is_brought_into_it(kind, norm):
     assert float(ito.attacks.BALLS[norm].length(found - X).max()) <= 0.05 + 1e-6
     with pytest.raises(ito.ItoError, match="start must be images of shape"):
         attack.run(ensemble, X, torch.arange(4), start=torch.ones(4, 1, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        ("", True),  # torch's default: convolutions
+        ("cudnn.allow_tf32 = False", False),
+        ("cudnn.allow_tf32 = False; backends.cuda.matmul.allow_tf32 = True", True),
+        ("cudnn.conv.fp32_precision = 'ieee'", False),
+        ("cudnn.conv.fp32_precision = 'ieee'; backends.cuda.matmul.fp32_precision = 'tf32'", True),
+    ],
+)
+def test_whether_a_gpu_computes_in_tf32_can_be_read_however_it_was_set(settings, taken):
+    if "fp32_precision" in settings and not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("this version of torch has only the older settings")
+    code = (
+        "import torch; from torch import backends; from torch.backends import cudnn; "
+        "from neuralsde_ito.models.inference import _computes_in_tf32; "
+        f"{settings or 'pass'}; "
+        "print(_computes_in_tf32(torch.device('cuda')), _computes_in_tf32(torch.device('cpu')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [str(taken), "False"]
