@@ -189,7 +189,7 @@ def _random_subject(arch: str, device: str, batch: int) -> _Subject:
 
     on = pick_device(device)
     net = load_resnet(arch).eval().to(on)
-    x = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(on)
+    x = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0), device="cpu").to(on)
     y = torch.arange(batch, device=on) % 10
     return _Subject(f"{arch} with random weights, random images", arch, net, recast(net), None, x, y, on)
 

@@ -1,9 +1,10 @@
 """Tensors are made on the device of their images, whatever ``torch.set_default_device`` says.
 
 The default device of these tests is ``meta``, where nothing can be computed: a tensor that is made there by mistake
-stops the test. A GPU as the default device of images on the CPU would meet the same places.
+stops most computations. A GPU as the default device of images on the CPU would meet the same places.
 """
 
+import ast
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torchdiffeq  # noqa: F401  (makes constants on the default device, when it is first imported)
 from torch import Tensor, nn
+from torch.utils._device import _device_constructors
 
 import neuralsde_ito as ito
 from neuralsde_ito.attacks.pgd import PGD
@@ -35,6 +37,7 @@ class Noisy(nn.Module):
         return self.net(x + 0.1 * torch.randn_like(x))
 
 
+ROOT = Path(__file__).resolve().parents[1]
 NET = ito.load_resnet("resnet8", num_classes=10, in_channels=1).eval()
 NOISY = Noisy(NET)
 X, Y = next(load_data("digits").test.batches(6))[1:]
@@ -90,16 +93,34 @@ EVERYTHING: dict[str, Callable[[], object]] = {
     "the least norm": lambda: ito.least_norm(itos(), X, Y, lambda eps: PGD("l2", eps, 2), 1.0, 2),
     "an audit": lambda: ito.audit(itos(), X, Y, "linf", 0.1),
     "a certificate": lambda: ito.certify(NET, X, sigma=0.25, n=200),
-    "a comparison of laws": lambda: ito.density_shift(LOGITS[:10], LOGITS[10:]),
     "solvers compared": lambda: ito.compare_solvers(itos().members[0], X, solvers=["euler", "heun"], steps=(1, 2)),
     "an order": lambda: geometric_brownian_motion(paths=64).solve("milstein", 4),
     "epochs of images": lambda: list(load_data("digits").train.first(20).batches(8, epoch=(0, 1))),
 }
 
 
+def test_laws_are_compared_as_everywhere() -> None:
+    found = ito.density_shift(LOGITS[:10], LOGITS[10:])
+    torch.set_default_device(None)
+    assert torch.equal(found.mmd, ito.density_shift(LOGITS[:10], LOGITS[10:]).mmd)
+
+
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_nothing_is_made_on_the_default_device(name: str) -> None:
     EVERYTHING[name]()
+
+
+def test_whatever_makes_a_tensor_names_its_device() -> None:
+    makers, found = {function.__name__ for function in _device_constructors()}, []
+    for file in sorted(path for package in ("neuralsde_ito", "cli") for path in (ROOT / package).rglob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+                continue
+            of_torch = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
+            if of_torch and call.func.attr in makers and "device" not in [word.arg for word in call.keywords]:
+                found.append(f"{file.relative_to(ROOT)}: {ast.unparse(call)}")
+    # As a layer's weights, these buffers are where a user wants new modules to be.
+    assert found == [f"neuralsde_ito/models/resnets.py: torch.tensor({name})" for name in ("mean", "std")]
 
 
 def test_a_bundle_is_verified(tmp_path: Path) -> None:

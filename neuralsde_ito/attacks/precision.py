@@ -62,7 +62,7 @@ def try_precisions(model: nn.Module, x: Tensor, y: Tensor) -> PrecisionTrial:
         except (ItoError, RuntimeError) as error:  # a module's own code may not bear bfloat16
             return PrecisionTrial("float32", f"Gradients in bfloat16 cannot be taken: {str(error).splitlines()[0]}")
     first, second = (last[precision].gradient.flatten(1) for precision in PRECISIONS)
-    cosine = float(F.cosine_similarity(first.double(), second.double()).median())
+    cosine = float(F.cosine_similarity(first.cpu().double(), second.cpu().double()).median())  # MPS has no float64
     ratio = seconds["bfloat16"] / seconds["float32"]
     figures = f"{ratio:.2f} of float32's time, cosine {cosine:.3f} with its gradients"
     if not cosine >= _LEAST_COSINE:

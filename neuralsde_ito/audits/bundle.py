@@ -511,5 +511,5 @@ def votes_in(evidence: Evidence) -> dict[str, Tensor]:
 
 
 def norms_of(evidence: Evidence, case: WorstCase) -> Tensor:
-    """The norm of every perturbation, float64 ``(N,)``."""
-    return BALLS[evidence.norm].length(case.images.double() - evidence.originals.double())
+    """The norm of every perturbation, float64 ``(N,)`` on the CPU."""
+    return BALLS[evidence.norm].length(case.images.cpu().double() - evidence.originals.cpu().double())

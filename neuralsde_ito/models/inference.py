@@ -27,8 +27,8 @@ _NARROW_CHANNELS = 128
 # smaller ones are mostly overhead. On a GPU enough to fill it.
 _PIECE_ELEMENTS = {"cpu": 1 << 21}
 # Largest difference from the reference, relative to the spread between classes. TF32, which torch uses in a GPU's
-# convolutions unless told otherwise, keeps three digits: two orders of the same sums differ by that. How a GPU rounds is
-# the user's setting; it is obeyed, and not changed.
+# convolutions unless told otherwise, keeps three digits: two orders of the same sums differ by that. How a GPU rounds
+# is the user's setting, which we read and do not change.
 _TOLERANCE, _TOLERANCE_TF32 = 1e-4, 1e-2
 
 
@@ -161,10 +161,11 @@ def _computes_in_tf32(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    try:  # of torch 2.9 and later; where these were set, the older settings cannot be read
-        return "tf32" in (convolutions.conv.fp32_precision, products.fp32_precision)
-    except AttributeError:
+    # Of torch 2.9 and later. Where one of these was set, the older settings cannot be read.
+    precisions = [getattr(own, "fp32_precision", None) for own in (getattr(convolutions, "conv", None), products)]
+    if None in precisions:
         return convolutions.allow_tf32 or products.allow_tf32
+    return "tf32" in precisions
 
 
 def piece_of(model: ItoResNet, x: Tensor, gradient: bool = False) -> int:

@@ -292,6 +292,7 @@ def _a_gradient_reaches_every_image(case: _Case) -> None:
 
 def _the_gradient_is_that_of_the_function(case: _Case) -> None:
     voter = case.repeatable()
+    _need_float64(case)
     x = 0.01 + 0.98 * case.x.double()  # inside [0, 1], where steps to both sides stay in it
     exact = _in_double(case)
     voter = case.voter(exact, x)
@@ -334,7 +335,13 @@ def _in_double(case: _Case) -> nn.Module:
     return copied
 
 
+def _need_float64(case: _Case) -> None:
+    if case.x.device.type == "mps":
+        raise SkipTest("Apple's GPUs have no float64: check the module on a CPU.")
+
+
 def _float64_works(case: _Case) -> None:
+    _need_float64(case)
     copied = case.copied().double()
     with torch.no_grad(), as_called(copied):
         try:

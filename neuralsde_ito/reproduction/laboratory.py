@@ -252,7 +252,7 @@ class Laboratory:
 def split_digest(split: Split) -> str:
     """SHA-256 of a split: pixels and labels; of files too large for memory their names and sizes."""
     digest = hashlib.sha256(split.labels.numpy().tobytes())
-    names = torch.arange(len(split)) if split.names is None else split.names
+    names = torch.arange(len(split), device="cpu") if split.names is None else split.names
     digest.update(names.numpy().tobytes())
     pixels = getattr(split, "pixels", None)
     if pixels is not None:

@@ -52,7 +52,7 @@ class Maker:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="A randomised model is attacked with one path")
                 result = attack.run(model, images.x, images.y, self.seed, images.index)
-            return {"images": result.images, "cost": torch.tensor([result.gradients, result.queries])}
+            return {"images": result.images, "cost": torch.tensor([result.gradients, result.queries], device="cpu")}
 
         size = lab.size(block)
         paths = attack.eot if protocol.through in ("ensemble", "member") else max(1, members)
@@ -261,5 +261,7 @@ def _columns(level: int, result: SuiteResult) -> Tensors:
     return {
         f"denial-{level}": result.denial.labels,
         f"evasion-{level}": result.evasion.labels,
-        f"counts-{level}": torch.tensor([result.attacked, result.fooled, result.queries, result.gradients]),
+        f"counts-{level}": torch.tensor(
+            [result.attacked, result.fooled, result.queries, result.gradients], device="cpu"
+        ),
     }

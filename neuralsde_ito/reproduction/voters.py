@@ -75,8 +75,8 @@ def _mean_rate(winners: Tensor, truth: Tensor, members: int, inferences: int, ru
     total, (all_inferences, all_members, n) = 0, winners.shape
     for choice in range(_CHOICES):
         generator = torch.Generator().manual_seed(choice)
-        of_members = torch.randperm(all_members, generator=generator)[:members].tolist()
-        of_inferences = torch.randperm(all_inferences, generator=generator)[:inferences].tolist()
+        of_members = torch.randperm(all_members, generator=generator, device="cpu")[:members].tolist()
+        of_inferences = torch.randperm(all_inferences, generator=generator, device="cpu")[:inferences].tolist()
         total += int(right_or_abstained(winners, truth, of_members, of_inferences, rule).sum())
     return total / (_CHOICES * n)
 

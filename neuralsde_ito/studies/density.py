@@ -177,7 +177,7 @@ def _distances(pooled: Tensor, halves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     energy = (4 * across(distance) - distance.sum()) / n**2
 
-    above = torch.triu_indices(2 * n, 2 * n, 1)
+    above = torch.triu_indices(2 * n, 2 * n, 1, device=distance.device)
     bandwidth = distance[above[0], above[1]].median().clamp_min(torch.finfo(distance.dtype).tiny ** 0.25)
     kernel = (-((distance / bandwidth) ** 2) / 2).exp()
     cross = across(kernel)

@@ -1,9 +1,9 @@
 """All that wants a GPU, in one call: ``python tests/benchmarks/gpu.py --out FOLDER [--data FOLDER] [--device cuda]``.
 
 Four parts: whether the GPU computes what the CPU does; what an inference costs; what a gradient costs, as a share of
-the card's peak in bfloat16; and the suite on a trained ensemble. FOLDER gets ``gpu.json`` and ``gpu.md``, written anew after
-each part, so that a call that is cut off leaves what it has measured. With the defaults it takes some minutes on a large
-GPU; ``--device cpu --arch resnet8 --batch 32 --images 20 --epochs 1 --members 1 --limit 200`` tries it on a CPU.
+the card's peak in bfloat16; and the suite on a trained ensemble. FOLDER gets ``gpu.json`` and ``gpu.md``, written anew
+after each row, so that a call that is cut off leaves what it has measured. With the defaults it takes some minutes on a
+large GPU; ``--device cpu --arch resnet8 --batch 32 --images 20 --epochs 1 --members 1 --limit 200`` tries it on a CPU.
 """
 
 from __future__ import annotations
@@ -161,13 +161,9 @@ def suite(report: Report, words: argparse.Namespace, device: torch.device) -> No
     config = ito.load_config(
         "cifar10-resnet18" if words.data else "digits", overrides={**settings, "ensemble.members": words.members}
     )
-    if words.data:
-        config = config.model_copy(
-            update={"data": config.data.model_copy(update={"name": "imagefolder", "path": words.data})}
-        )
-    if words.limit:
-        limits = {"train_limit": words.limit, "test_limit": words.limit}
-        config = config.model_copy(update={"data": config.data.model_copy(update=limits)})
+    folder = {"name": "imagefolder", "path": words.data} if words.data else {}
+    limits = {"train_limit": words.limit, "test_limit": words.limit} if words.limit else {}
+    config = config.model_copy(update={"data": config.data.model_copy(update={**folder, **limits})})
     data = load_dataset(config)
     run = Run.create(words.out / "run", config)
     seconds = time.perf_counter()
