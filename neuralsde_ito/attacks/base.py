@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..bfloat16 import warn_of_imitation
 from ..models.inspection import as_called
 from ..models.vote import as_voter
 from ..models.voting import Voter
@@ -166,6 +167,8 @@ class Attack:
     ) -> AttackResult:
         """Attempt after attempt, one for each restart and each class to aim at, on the images that still survive."""
         draws = self.steps + 2  # of one attempt: the start, each step or query, and one to spare
+        if self.precision == "bfloat16":
+            warn_of_imitation(x.device)
         panels = Panels(target, y, seed, index, self.eot, self.selection, draws, self.precision)
         if panels.noisy and self.eot == 1:
             warnings.warn(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..bfloat16 import computes_in_bfloat16
 from ..models.inspection import as_called
 from ..names import PRECISIONS
 from ..validation import ItoError, check_images, check_labels, recordable
@@ -35,7 +36,8 @@ class PrecisionTrial(NamedTuple):
 def try_precisions(model: nn.Module, x: Tensor, y: Tensor) -> PrecisionTrial:
     """Take a few gradients in float32 and in bfloat16, by turns, and see which precision to attack in.
 
-    bfloat16 is to be taken where its gradients point where float32's do, and are ready sooner. The answer depends on
+    bfloat16 is to be taken where its gradients point where float32's do, and are ready sooner. It is not tried where a
+    processor would only imitate it. The answer depends on
     the processor and on what else it does: name the precision where a figure is to be made again.
 
     Args:
@@ -46,6 +48,8 @@ def try_precisions(model: nn.Module, x: Tensor, y: Tensor) -> PrecisionTrial:
         ItoError: images, labels or a model that cannot be attacked.
     """
     check_images(x)
+    if not computes_in_bfloat16(x.device):
+        return PrecisionTrial("float32", "This processor has no instructions for bfloat16.")
     with torch.inference_mode(False), as_called(model):
         x, y = recordable(x.detach())[:_IMAGES], recordable(check_labels(y, len(x)))[:_IMAGES]
         target, rows = as_target(model, x), torch.arange(len(x), device=x.device)

@@ -15,6 +15,7 @@ from ..attacks.other_libraries import peer_attack
 from ..attacks.pgd import PGD
 from ..attacks.suite_run import SuiteSettings
 from ..attacks.targets import Ascent, EnsembleTarget, Target, in_precision
+from ..bfloat16 import computes_in_bfloat16
 from ..models.ensemble import ItoEnsemble
 from ..models.inference import in_bfloat16, quicken
 from ..models.recast import ItoResNet
@@ -101,7 +102,9 @@ class _PausingTarget:
 
 
 def _has_bfloat16(ensemble: ItoEnsemble, x: Tensor) -> bool:
-    """Whether gradients can be taken in bfloat16."""
+    """Whether gradients can be taken in bfloat16, and the processor does not only imitate it."""
+    if not computes_in_bfloat16(x.device):
+        return False
     try:
         for member in ensemble.members:
             in_bfloat16(quicken(member, x))

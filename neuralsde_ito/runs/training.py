@@ -11,7 +11,6 @@ import copy
 import io
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..bfloat16 import computes_in_bfloat16, warn_of_imitation
 from ..data import Split, batch_bounds
 from ..files import write_atomically
 from ..models.recast import ItoResNet
@@ -341,23 +341,13 @@ def training_precision(asked: str, device: torch.device) -> str:
     It follows from the names of settings and device and from what the processor has, not from a measurement: the same
     command gives the same weights again. Warns where bfloat16 is asked for and a CPU can only imitate it.
     """
-    native = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
-    if asked in ("auto", "native"):
-        return "bfloat16" if native and (asked == "native" or device.type == "cuda") else "float32"
-    if asked == "bfloat16" and device.type == "cpu" and not native:
-        warnings.warn(
-            "This processor has no instructions for bfloat16: a training in it can take ten times as long as in "
-            "float32. precision: native takes bfloat16 only where they are there.",
-            stacklevel=2,
-        )
+    if asked == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    if asked == "native":
+        return "bfloat16" if computes_in_bfloat16(device) else "float32"
+    if asked == "bfloat16":
+        warn_of_imitation(device)
     return asked
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether the processor has instructions for bfloat16, as far as this version of torch can tell."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
-    older = (getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(has is True for name, has in capabilities.items() if "bf16" in name) or any(older)
 
 
 @torch.no_grad()

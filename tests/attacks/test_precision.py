@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import neuralsde_ito as ito
-from neuralsde_ito import kernels
+from neuralsde_ito import bfloat16, kernels
 from neuralsde_ito.attacks import APGD, PGD, Attack, try_precisions
 from neuralsde_ito.attacks import precision as precision_module
 from neuralsde_ito.attacks.objectives import OBJECTIVES
@@ -14,6 +14,7 @@ from neuralsde_ito.attacks.targets import Ascent, KnownPaths, as_target, in_prec
 from neuralsde_ito.noise.keys import PathRange, make_keys
 from neuralsde_ito.noise.normals import add_normals
 
+pytestmark = pytest.mark.filterwarnings("ignore:This processor has no instructions for bfloat16")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -175,6 +176,7 @@ def test_all_attacks_of_a_suite_take_its_precision() -> None:
 
 def test_a_trial_takes_what_is_quicker(images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that is set: bfloat16 takes half of float32's time, then twice."""
+    monkeypatch.setattr(precision_module, "computes_in_bfloat16", lambda device: True)
     for ratio, expected in ((0.5, "bfloat16"), (2.0, "float32")):
         lengths = iter([0, 1, 0, ratio] * 3)
         monkeypatch.setattr(precision_module.time, "perf_counter", lambda lengths=lengths: next(lengths))
@@ -183,10 +185,24 @@ def test_a_trial_takes_what_is_quicker(images: tuple[Tensor, Tensor], monkeypatc
         assert f"{ratio:.2f} of float32's time" in trial.why
 
 
-def test_a_trial_says_why_bfloat16_is_not_taken(images: tuple[Tensor, Tensor]) -> None:
-    trial = try_precisions(network(solver="milstein"), *images)
-    assert trial.precision == "float32"
-    assert "cannot be taken" in trial.why
+def test_a_trial_says_why_bfloat16_is_not_taken(images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, model, why in (
+        (True, network(solver="milstein"), "cannot be taken"),
+        (False, network(), "no instructions for bfloat16"),  # it is not even tried
+    ):
+        monkeypatch.setattr(precision_module, "computes_in_bfloat16", lambda device, native=native: native)
+        trial = try_precisions(model, *images)
+        assert trial.precision == "float32"
+        assert why in trial.why
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_attack_that_a_processor_imitates_is_obeyed_and_said(
+    images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bfloat16, "computes_in_bfloat16", lambda device: False)
+    with pytest.warns(UserWarning, match="no instructions for bfloat16.*precision auto"):
+        PGD("linf", 0.01, 1, 2, precision="bfloat16").run(network(), *images)
 
 
 def test_an_audit_says_in_which_precision_it_took_gradients() -> None:

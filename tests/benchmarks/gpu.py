@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def same_as_cpu(report: Report, words: argparse.Namespace, device: torch.device)
     paths = PathRange(words.seed, "gradient", torch.arange(64), 0, 4)
     gradients = []
     for model, at in ((here, "cpu"), (there, device)):
-        some = PathRange(paths.seed, paths.purpose, paths.index.to(at), paths.first, paths.count)
+        some = replace(paths, index=paths.index.to(at))
         gradients.append(EnsembleTarget(model).ascend(OBJECTIVES["mean-loss"], x.to(at), y.to(at), some).gradient.cpu())
     cosine = nn.functional.cosine_similarity(*(gradient.flatten(1) for gradient in gradients)).min()
     report.add("same", "gradients of 4 paths, least cosine with the CPU's", f"{float(cosine):.5f}", "near 1")

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import neuralsde_ito as ito
-from neuralsde_ito.benchmarks import turns
+from neuralsde_ito.benchmarks import attacks, turns
 from neuralsde_ito.benchmarks.attacks import bench_attack, bench_suite
 from neuralsde_ito.benchmarks.costs import bf16_peak, operations
 from neuralsde_ito.benchmarks.turns import run_in_turns
 
+pytestmark = pytest.mark.filterwarnings("ignore:This processor has no instructions for bfloat16")
 CPU = torch.device("cpu")
 
 
@@ -58,8 +59,9 @@ def ensemble():
     return ito.ItoEnsemble([ito.recast(ito.load_resnet("resnet8"), omega=0.2)], inferences=4)
 
 
-def test_attacks_are_measured_beside_torchattacks(ensemble):
+def test_attacks_are_measured_beside_torchattacks(ensemble, monkeypatch):
     pytest.importorskip("torchattacks", reason="torchattacks is not installed")
+    monkeypatch.setattr(attacks, "computes_in_bfloat16", lambda device: True)
     x = torch.rand(4, 3, 32, 32)
     modes = [module.training for module in ensemble.modules()]
     rows = bench_attack(ensemble, x, ensemble.predict(x).labels, [0.01, 0.02], steps=3, eot=2)
@@ -68,8 +70,9 @@ def test_attacks_are_measured_beside_torchattacks(ensemble):
     assert [module.training for module in ensemble.modules()] == modes
 
 
-def test_the_suite_is_measured_beside_autoattack(ensemble):
+def test_the_suite_is_measured_beside_autoattack(ensemble, monkeypatch):
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    monkeypatch.setattr(attacks, "computes_in_bfloat16", lambda device: True)
     x = torch.rand(3, 3, 32, 32)
     y = ensemble.predict(x, 0, torch.arange(3)).labels
     y[0] = (y[0] + 1) % 10  # wrong without attack: nobody attacks it

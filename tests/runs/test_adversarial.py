@@ -292,7 +292,7 @@ def test_the_precision_of_a_training(asked, device, capabilities, taken, monkeyp
 
 def test_bfloat16_that_a_processor_imitates_is_obeyed_and_said(monkeypatch):
     processor(monkeypatch)
-    with pytest.warns(UserWarning, match="no instructions for bfloat16.*precision: native"):
+    with pytest.warns(UserWarning, match="no instructions for bfloat16.*precision native"):
         assert training_precision("bfloat16", torch.device("cpu")) == "bfloat16"
 
 
