@@ -561,7 +561,7 @@ def _modes(net: nn.Module, rng: random.Random) -> None:
 
 def _format(net: nn.Module, rng: random.Random) -> None:
     net.to(memory_format=torch.channels_last)
-    # With AVX2 alone torch 2.14 writes outside of its memory: gradients of channels_last weights (6, 4, 1, 1), stride 2.
+    # With AVX2 alone torch 2.14 writes outside its memory: gradients of channels_last weights (6, 4, 1, 1), stride 2.
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         net.requires_grad_(False)
 
