@@ -17,6 +17,10 @@ from .active import ActiveSet
 from .base import Attack
 from .norms import BALLS
 
+# In units of the last place of the largest logit: what a margin changes by where only the batch shrinks, and
+# other kernels run. A square that changes nothing (its pixels lie on the surface, a quantiser follows) is no progress.
+_ROUNDING = 64
+
 _SQUARES = -2  # the use of this attack's random numbers, see `ActiveSet.keys`
 
 
@@ -66,7 +70,10 @@ class Square(Attack):
                 active.iterate = self.project(trial.clamp(0, 1), active.origin)
             logits = active.query()
             fooled = active.settle(logits, query)
-            waited = torch.where(active.keep_best(active.loss(logits)), 0, waited + 1)
+            before = active.best_loss
+            active.keep_best(active.loss(logits))
+            rose = active.best_loss - before > _ROUNDING * torch.finfo(logits.dtype).eps * logits.abs().amax((0, 2))
+            waited = torch.where(rose, 0, waited + 1)
             (waited,) = active.drop(fooled, waited)
             if self.patience is not None:
                 (waited,) = active.give_up(waited >= self.patience, waited)

@@ -1362,7 +1362,8 @@ def test_no_two_uses_share_a_draw(net, x, y, monkeypatch, name, goal):
     # A use: the attempt, and the functions of the attack from which paths are asked for.
     uses: dict[tuple[str, int, int], list[tuple[object, ...]]] = defaultdict(list)
     attempts = 0
-    attack = replace(STRONG[name]("linf", 0.15), restarts=3, goal=goal, steps=4)
+    # An eps that leaves half of the images: where none is left, an attack ends before its third attempt.
+    attack = replace(STRONG[name]("linf", 0.05), restarts=3, goal=goal, steps=4)
     path_logits, attempt = ItoEnsemble.path_logits, type(attack).attempt
 
     def count(self, *args):
@@ -1426,6 +1427,24 @@ def test_square_gives_up_where_the_margin_does_not_rise(exact, x, y):
         assert (margin(exact(hasty.images), y) > margin(exact(x), y)).any()  # what it had found is not lost
     with pytest.raises(ito.ItoError, match="patience must be a whole number of at least 1, got 0"):
         Square(patience=0)
+
+
+class Drifting(Flat):
+    """Its margin rises at every query, by a unit in the last place: what other kernels do where the batch shrinks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit = torch.tensor([1.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.logit = torch.nextafter(self.logit, torch.zeros(1))
+        return super().forward(x) * self.logit
+
+
+def test_square_takes_no_rounding_for_progress(x):
+    attack = Square(eps=0.3, steps=500, patience=7, eot=2, selection=2)  # the drift makes the model a random one
+    drifting = attack.run(Drifting(), x[:4], torch.zeros(4, dtype=torch.long))
+    assert drifting.queries == 2 * 4 * (1 + 7 + 1)
 
 
 def test_square_goes_on_from_a_start_or_from_its_own_whichever_is_better(exact, x, y):
