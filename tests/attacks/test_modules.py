@@ -16,6 +16,7 @@ from neuralsde_ito.attacks.images import Images
 from neuralsde_ito.attacks.objectives import mean_loss
 from neuralsde_ito.attacks.sweep import attack_sweep, surrogate_models
 from neuralsde_ito.attacks.targets import ModuleTarget, as_target, classify
+from neuralsde_ito.audits import substitute
 from neuralsde_ito.audits.audit import CHECKS, audit
 from neuralsde_ito.audits.case import AuditCase, JudgedAttack, input_gradients_only
 from neuralsde_ito.audits.check import percent
@@ -32,6 +33,12 @@ SHORT = {"eps": 0.1, "steps": 3, "eot": 3, "queries": 5, "draws": 50}
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch) -> None:
+    """The substitute's training is half of an audit of so small a network, and no test here is about it."""
+    monkeypatch.setattr(substitute, "_STEPS", 12)
 
 
 @pytest.fixture
