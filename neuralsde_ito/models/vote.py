@@ -163,35 +163,35 @@ class Vote(Voter):
         else:
             one_path = ((numbers == number).nonzero()[:, 0] for number in numbers.unique())
             pieces = [piece for places in one_path for piece in places.split(at_once)]
+        taken = self._sizes_of_weights()
+        keys = make_keys(paths.seed, paths.purpose, 0, numbers, paths.index[rows])
+        common = make_keys(paths.seed, paths.purpose, 1, numbers)  # there is no second member: no image's key
         try:
-            parts = [
-                self._call(x.index_select(0, rows[p]), paths.seed, paths.purpose, numbers[p], paths.index[rows[p]])
-                for p in pieces
-            ]
+            parts = []
+            for p in pieces:
+                shared = None if self._together else int(common[p[0]])
+                parts.append(self._call(x.index_select(0, rows[p]), keys[p], shared, taken))
         except SharedDraw:  # the module has not drawn so when it was observed
             self._together = False
             return self._along(x, rows, numbers, paths, at_once)
         return torch.cat(parts)[torch.cat(pieces).argsort()]
 
-    def _call(self, x: Tensor, seed: int, purpose: str, numbers: Tensor, index: Tensor) -> Tensor:
-        """One call: logits ``(N, classes)`` of images along their paths ``numbers`` ``(N,)``."""
-        n = self._size(len(x))
-        if n > len(x):
-            more = n - len(x)
-            x, numbers, index = (torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) for t in (x, numbers, index))
-            return self._call(x, seed, purpose, numbers, index)[:-more]
-        keys, common = make_keys(seed, purpose, 0, numbers, index), None
-        if not self._together:
-            common = int(make_keys(seed, purpose, 1, numbers[0]))  # there is no second member: no image's key
-        with replayed(keys, common, self._others):
-            return answers(self.module, x)
+    def _call(self, x: Tensor, keys: Tensor, common: int | None, taken: set[int]) -> Tensor:
+        """One call: logits ``(N, classes)`` of images with their keys ``(N,)``; ``common`` as in `replayed`.
 
-    def _size(self, n: int) -> int:
-        """The least size of a batch, from ``n`` on, that no weight has: noise on weights is not noise on images."""
-        taken = {1, *(len(own) for own in (*self.module.parameters(), *self.module.buffers()) if own.dim())}
-        while n in taken:
-            n += 1
-        return n
+        The batch gets a size that is not ``taken`` by a weight: noise on weights is not noise on images.
+        """
+        n, more = len(x), 0
+        while n + more in taken:
+            more += 1
+        if more:
+            x, keys = (torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) for t in (x, keys))
+        with replayed(keys, common, self._others):
+            return answers(self.module, x)[:n]
+
+    def _sizes_of_weights(self) -> set[int]:
+        """The first sizes of parameters and buffers; and 1, which a shape has often."""
+        return {1, *(len(own) for own in (*self.module.parameters(), *self.module.buffers()) if own.dim())}
 
     def _begin(self, x: Tensor, seed: int, purpose: str, index: Tensor) -> tuple[int, list[Inferences]]:
         self.observe(x)
