@@ -165,11 +165,12 @@ class Vote(Voter):
             pieces = [piece for places in one_path for piece in places.split(at_once)]
         taken = self._sizes_of_weights()
         keys = make_keys(paths.seed, paths.purpose, 0, numbers, paths.index[rows])
-        common = make_keys(paths.seed, paths.purpose, 1, numbers)  # there is no second member: no image's key
+        # There is no second member: these are no image's keys.
+        common = None if self._together else make_keys(paths.seed, paths.purpose, 1, numbers)
         try:
             parts = []
             for p in pieces:
-                shared = None if self._together else int(common[p[0]])
+                shared = None if common is None else int(common[p[0]])
                 parts.append(self._call(x.index_select(0, rows[p]), keys[p], shared, taken))
         except SharedDraw:  # the module has not drawn so when it was observed
             self._together = False
