@@ -47,8 +47,12 @@ def well_known(module: nn.Module) -> bool:
 
 def mixes_images(module: nn.Module) -> bool:
     """Whether one image's output depends on the others: BatchNorm with the statistics of the batch."""
-    norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return any(m.training or m.running_mean is None for m in norms)
+    return any(map(mixes_images_itself, module.modules()))
+
+
+def mixes_images_itself(module: nn.Module) -> bool:
+    """`mixes_images` of a module without its children."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class ActiveSet:
         last, best = self._loss(logits, rows).chunk(2)
         self.best = choose(last > best, self.iterate, self.best)
 
-    def settle(self, logits: Tensor, draw: int) -> Tensor:
+    def settle(self, logits: Tensor, draw: int, among: Tensor | None = None) -> Tensor:
         """Make the iterate the result of every image that is fooled beyond luck; returns which, bool ``(K,)``.
 
         They stay in the set until `drop`. Where the attack does not ``stop``, no image is settled.
@@ -118,6 +118,7 @@ class ActiveSet:
             draw: of the selection. Success on ``logits`` may be luck under noise, and rounding in bfloat16: images that
                 are near enough to the goal are judged on this draw, too. Others are not, as that costs as much as a
                 gradient.
+            among: bool ``(K,)``, images that may be settled; default all.
         """
         if not self.stop:
             return torch.zeros_like(self.rows, dtype=torch.bool)
@@ -126,13 +127,15 @@ class ActiveSet:
             fooled = share_not_won(logits, labels, self.goal) <= 2 * _BEYOND_LUCK
         else:
             fooled = goal_reached(logits, labels, self.goal)
+        if among is not None:
+            fooled &= among
         if (noisy or self.panels.precision != "float32") and bool(fooled.any()):
             near = fooled.nonzero()[:, 0]
-            again = self.panels.judge(self.iterate[near], self.rows[near], draw)
+            iterate, rows = self.iterate[near], self.rows[near]
             if noisy:
-                fooled[near] = share_not_won(again, labels[near], self.goal) <= _BEYOND_LUCK
+                fooled[near] = self.panels.wins(iterate, rows, draw, self.goal, 1 - _BEYOND_LUCK)
             else:
-                fooled[near] = goal_reached(again, labels[near], self.goal)
+                fooled[near] = goal_reached(self.panels.judge(iterate, rows, draw), labels[near], self.goal)
         self._result[self._positions[fooled]] = self.iterate[fooled]
         return fooled
 

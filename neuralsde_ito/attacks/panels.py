@@ -9,6 +9,8 @@ draws come before those of the attempts: one compares the results of all attempt
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -118,7 +120,27 @@ class Panels:
 
     def judge(self, x: Tensor, rows: Tensor, draw: int) -> Tensor:
         """Logits ``(P, K, classes)`` on one of the attempt's draws of the selection panel."""
-        return self._logits(x, rows, "selection", _FIRST + self.attempt * self.draws + draw)
+        return self._logits(x, rows, "selection", self._number(draw))
+
+    def wins(self, x: Tensor, rows: Tensor, draw: int, goal: str, share: float) -> Tensor:
+        """Whether the attack wins this ``share`` of the paths of a draw of the selection, bool ``(K,)``.
+
+        An image that has lost too many of the first half of the paths is not asked on the others.
+        """
+        standing, asked = torch.arange(len(rows), device=rows.device), 0
+        seen: list[Tensor] = []
+        while len(standing) and asked < self.selection:
+            half = -(-self.selection // 2)
+            part = (asked, half if not asked else self.selection - half)
+            more = self._logits(x[standing], rows[standing], "selection", self._number(draw), part)
+            logits = torch.cat([*seen, more])
+            asked = len(logits)  # a target that knows the paths gives all of them at once
+            lost = (share_not_won(logits, self.labels[rows[standing]], goal) * asked).round()
+            stay = lost <= math.floor((1 - share) * max(asked, self.selection) + 1e-6)
+            standing, seen = standing[stay], [logits[:, stay]]
+        won = torch.zeros_like(rows, dtype=torch.bool)
+        won[standing] = True
+        return won
 
     def compare(self, x: Tensor, rows: Tensor) -> Tensor:
         """Logits ``(P, K, classes)`` on the draw of the selection panel on which all attempts are compared."""
@@ -128,10 +150,17 @@ class Panels:
         """Mean probabilities ``(K, classes)``, by which the classes to aim at are chosen."""
         return zero_invalid(self._logits(x, rows, "selection", _RANK)).softmax(-1).mean(0)
 
-    def _logits(self, x: Tensor, rows: Tensor, panel: str, draw: int) -> Tensor:
-        count = self.eot if panel == "gradient" else self.selection
-        self.queries += count * len(rows)
-        logits = self.target.path_logits(x, PathRange(self.seed, panel, self.index[rows], draw * count, count))
+    def _number(self, draw: int) -> int:
+        """The number of one of the attempt's draws among all of the selection."""
+        return _FIRST + self.attempt * self.draws + draw
+
+    def _logits(self, x: Tensor, rows: Tensor, panel: str, draw: int, part: tuple[int, int] | None = None) -> Tensor:
+        """Logits along a draw, or along a ``part`` of it: the number of its first path in the draw, and how many."""
+        whole = self.eot if panel == "gradient" else self.selection
+        first, count = part or (0, whole)
+        paths = PathRange(self.seed, panel, self.index[rows], draw * whole + first, count)
+        logits = self.target.path_logits(x, paths)
+        self.queries += len(logits) * len(rows)
         self._check(logits)
         return logits
 

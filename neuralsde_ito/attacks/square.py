@@ -68,10 +68,10 @@ class Square(Attack):
                 start = query == 1 and active.given
                 trial = self.first_iterate(active) if start else self._with_square(active, query)
                 active.iterate = self.project(trial.clamp(0, 1), active.origin)
-            logits = active.query()
-            fooled = active.settle(logits, query)
-            before = active.best_loss
-            active.keep_best(active.loss(logits))
+            logits, before = active.query(), active.best_loss
+            better = active.keep_best(active.loss(logits))
+            # All queries are on the same paths: an image on which the best one was luck is judged again when it rose.
+            fooled = active.settle(logits, query, better)
             rose = active.best_loss - before > _ROUNDING * torch.finfo(logits.dtype).eps * logits.abs().amax((0, 2))
             waited = torch.where(rose, 0, waited + 1)
             (waited,) = active.drop(fooled, waited)

@@ -153,7 +153,7 @@ class ModuleTarget:
         def piece(part: slice) -> Tensor:
             return self._along(paths.of(part), x[part])
 
-        return torch.cat(in_pieces(piece, len(x), self.batch_size or 256, x.device, side_by_side=False), 1)
+        return torch.cat(in_pieces(piece, len(x), self.batch_size or 256, x.device, side_by_side=None), 1)
 
     def ascend(self, objective: Objective, x: Tensor, y: Tensor, paths: PathRange) -> Ascent:
         """See `Target`."""
@@ -163,7 +163,7 @@ class ModuleTarget:
             with narrower:
                 return _ascend(objective, x[part], y[part], partial(self._along, paths.of(part)))
 
-        return _joined(in_pieces(piece, len(x), self.at_once(paths.count), x.device, side_by_side=False))
+        return _joined(in_pieces(piece, len(x), self.at_once(paths.count), x.device, side_by_side=None))
 
     def at_once(self, count: int) -> int:
         """How many images a gradient is taken of at a time, on ``count`` paths each."""
@@ -252,8 +252,8 @@ class EnsembleTarget:
             return _ascend(objective, x[part], y[part], partial(quick.path_logits, paths=paths.of(part)))
 
         try:
-            side_by_side = all(well_known(member) for member in members)
-            pieces = in_pieces(piece, len(x), max(1, size // paths.count), x.device, side_by_side)
+            size = max(1, size // paths.count)
+            pieces = in_pieces(piece, len(x), size, x.device, lambda: all(map(well_known, members)))
         except (RuntimeError, MemoryError) as error:
             # Not even a piece of one image fits: the only remedy left is to store less.
             if not out_of_memory(error) or all(member.checkpoint for member in members):

@@ -39,7 +39,7 @@ class NES(Attack):
         """See `Attack.attempt`."""
         ball, velocity = BALLS[self.norm], torch.zeros_like(active.origin)
         for step in active.steps(range(self.steps)):
-            logits = active.judge(step)
+            logits = active.query()
             active.keep_best(active.loss(logits), logits)
             fooled = active.settle(logits, step)
             gradient = self._gradient(active, step)

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..modules import ModuleListOf, mixes_images
+from ..modules import ModuleListOf, mixes_images_itself
 from ..noise.keys import PathRange, fresh_keys, make_keys
 from ..validation import ItoError, image_names, whole_number
 from .inference import infer, piece_of, quicken
@@ -83,7 +83,7 @@ class ItoEnsemble(Voter):
     def _logits_of(self, member: int, x: Tensor, keys: Tensor) -> Tensor:
         """Logits ``(P, N, classes)`` of one member along paths ``(P, N)``; the paths' common part is computed once."""
         model = self.members[member]
-        if mixes_images(model) or any(module.training for module in model.modules()):
+        if any(module.training or mixes_images_itself(module) for module in model.modules()):
             return torch.stack([model(x, path) for path in keys])
         if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in model.parameters()))):
             rows = torch.arange(len(x), device=x.device).repeat(len(keys))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -184,7 +185,7 @@ def infer(model: ItoResNet, x: Tensor, rows: Tensor, keys: Tensor, size: int | N
     Where an image has several inferences, their common part runs once (unless a subclass or a hook forbids it). A
     single state is doubled, because a batch of one takes other convolution kernels, with other last bits.
     """
-    size, side_by_side = size or piece_of(model, x), well_known(model)
+    size, side_by_side = size or piece_of(model, x), partial(well_known, model)
     state = None
 
     def common_part(part: slice) -> Tensor:

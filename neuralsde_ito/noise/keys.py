@@ -171,15 +171,15 @@ class PathRange:
         """The same range for some of the images."""
         return replace(self, index=self.index[rows])
 
-    def by_member(self, members: int) -> Iterator[tuple[int, list[int], Tensor]]:
+    def by_member(self, members: int) -> Iterator[tuple[int, range, Tensor]]:
         """The range dealt out to ``members``; a member without a path in the range is left out.
 
         Yields:
             A member's number, the ``P`` positions of its paths in the range, and their keys, int64 ``(P, N)``.
         """
+        paths = torch.arange(self.first, self.first + self.count, device=self.index.device)[:, None]
+        keys = make_keys(self.seed, self.purpose, paths % members, paths // members, self.index)
         for member in range(members):
-            positions = [p for p in range(self.count) if (self.first + p) % members == member]
+            positions = range((member - self.first) % members, self.count, members)
             if positions:
-                first = (self.first + positions[0]) // members
-                inference = torch.arange(first, first + len(positions), device=self.index.device)[:, None]
-                yield member, positions, make_keys(self.seed, self.purpose, member, inference, self.index)
+                yield member, positions, keys[positions.start :: members]

@@ -40,7 +40,7 @@ from neuralsde_ito.attacks import (
 )
 from neuralsde_ito.attacks.images import Images
 from neuralsde_ito.attacks.objectives import TARGETED, margin
-from neuralsde_ito.attacks.panels import Panels, right_share, wrong_share
+from neuralsde_ito.attacks.panels import GOALS, Panels, right_share, share_not_won, wrong_share
 from neuralsde_ito.attacks.report import Report
 from neuralsde_ito.attacks.selection import Selection
 from neuralsde_ito.attacks.sweep import SURROGATES, Sweep, attack_sweep, surrogate_models
@@ -1390,6 +1390,20 @@ def test_no_two_uses_share_a_draw(net, x, y, monkeypatch, name, goal):
         assert len(found) == 1 or compared or (repeated and "ascend" not in found[0]), draw
 
 
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("selection", [1, 7, 20])
+def test_half_of_a_draw_decides_where_the_other_half_cannot(net, x, y, goal, selection):
+    ensemble = make_ensemble(net, 1.4, 1.4)
+    whole, halved = (Panels(as_target(ensemble, x), y, 0, torch.arange(len(x)), 4, selection, 9) for _ in range(2))
+    images, rows = (x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1), whole.index
+    for share in (0.3, 0.85):
+        expected = share_not_won(whole.judge(images, rows, 2), y, goal) <= 1 - share + 1e-6
+        assert torch.equal(halved.wins(images, rows, 2, goal, share), expected)
+        assert expected.any()
+        assert not expected.all()
+    assert halved.queries < whole.queries or selection == 1
+
+
 # --- Square climbs the margin ---------------------------------------------------------------------------
 
 
@@ -1445,6 +1459,23 @@ def test_square_takes_no_rounding_for_progress(x):
     attack = Square(eps=0.3, steps=500, patience=7, eot=2, selection=2)  # the drift makes the model a random one
     drifting = attack.run(Drifting(), x[:4], torch.zeros(4, dtype=torch.long))
     assert drifting.queries == 2 * 4 * (1 + 7 + 1)
+
+
+class OnlyLuck:
+    """Class 0, but on the paths of the queries, where class 1 wins by a margin that no square raises."""
+
+    distinct = None
+
+    def path_logits(self, x: Tensor, paths: PathRange) -> Tensor:
+        logits = torch.tensor([0.0, 1.0] if paths.purpose == "gradient" else [1.0, 0.0])
+        return logits.expand(paths.count, len(x), 2)
+
+
+def test_square_judges_luck_once(x):
+    attack = Square(eps=0.3, steps=30, eot=3)
+    found = attack.run(OnlyLuck(), x[:4], torch.zeros(4, dtype=torch.long))
+    assert not found.fooled.any()
+    assert found.queries == 4 * (3 * 31 + 10 + 20)  # the queries, half a draw to see that it was luck, the candidate
 
 
 def test_square_goes_on_from_a_start_or_from_its_own_whichever_is_better(exact, x, y):
