@@ -88,8 +88,8 @@ def in_pieces(
 ) -> list[Result]:
     """``work`` on slices of ``range(total)``, each at most ``size`` long and all about equally long.
 
-    On a CPU they run side by side, elsewhere one after another. Half a piece or less is not divided. Where memory runs
-    out, all work is done again in pieces half as long. An empty range is one empty piece.
+    On a CPU they run side by side, elsewhere one after another. Where memory runs out, all work is done again in pieces
+    half as long. An empty range is one empty piece.
 
     Args:
         work: what is done on a slice.
@@ -101,7 +101,7 @@ def in_pieces(
         torch.cuda.OutOfMemoryError, RuntimeError: a piece of one does not fit.
     """
     while True:
-        divisible = side_by_side is not None and device.type == "cpu" and 2 * total > size and side_by_side()
+        divisible = side_by_side is not None and device.type == "cpu" and total > size and side_by_side()
         at_once = workers() if divisible else 1
         least = math.ceil(total / size)
         even = math.ceil(least / at_once) * at_once  # so that all threads finish at about the same time

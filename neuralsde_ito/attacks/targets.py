@@ -246,7 +246,7 @@ class EnsembleTarget:
         """See `Target`."""
         quick = self._of_gradients(x)
         members: list[ItoResNet] = list(quick.members)
-        size = quick.chunk or min(piece_of(member, x, gradient=True) for member in members)
+        size = quick.chunk or min(piece_of(member, x) for member in members)
 
         def piece(part: slice) -> Ascent:
             return _ascend(objective, x[part], y[part], partial(quick.path_logits, paths=paths.of(part)))

@@ -66,6 +66,9 @@ def bench_attack(ensemble: ItoEnsemble, x: Tensor, y: Tensor, radii: list[float]
             "ours": partial(ours, eps),
         }
         if _has_bfloat16(single, x):
+            cases["ours in bfloat16, every image to the end"] = partial(
+                ours, eps, stop=False, keep="last", precision="bfloat16"
+            )
             cases["ours, gradients in bfloat16"] = partial(ours, eps, precision="bfloat16")
         rows += _attack_rows("attack", cases, eps, correct, x.device)
     return rows

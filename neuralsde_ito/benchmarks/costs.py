@@ -68,7 +68,7 @@ def bench_inference(net: nn.Module, model: ItoResNet, x: Tensor, repeats: int, c
         replace(
             row,
             cold=row.cold if "compile" in row.name else None,
-            note=f"{100 * share / row.seconds:.1f} % of the card's bf16 peak" if share else "",
+            note=f"{100 * share / row.seconds:.1f} % of the card's bf16 peak" if share else row.note,
         )
         for row in rows
     ]
@@ -108,7 +108,7 @@ def bench_votes(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, repeats: int) 
         cases[f"decision, {rule}"] = partial(voting.predict, x)
     with evaluating(net):
         rows = interleaved("vote", cases, repeats, x.device)
-    return [replace(row, cold=None, note=note) for row, note in zip(rows, notes, strict=True)]
+    return [replace(row, cold=None, note=note or row.note) for row, note in zip(rows, notes, strict=True)]
 
 
 @torch.no_grad()

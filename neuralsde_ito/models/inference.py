@@ -24,9 +24,9 @@ Result = TypeVar("Result")
 # Up to this many channels channels_last is the quicker layout on a CPU: ResNet-20 gains a fifth, ResNet-18 loses a
 # tenth.
 _NARROW_CHANNELS = 128
-# Elements of the state that go through a network at a time. On a CPU a few MiB: larger pieces leave its caches, and
+# Elements of the state that go through a network at a time. On a CPU 4 MiB: larger pieces leave its caches, and
 # smaller ones are mostly overhead. On a GPU enough to fill it.
-_PIECE_ELEMENTS = {"cpu": 1 << 21}
+_PIECE_ELEMENTS = {"cpu": 1 << 20}
 # Largest difference from the reference, relative to the spread between classes. TF32, which torch uses in a GPU's
 # convolutions unless told otherwise, keeps three digits: two orders of the same sums differ by that. How a GPU rounds
 # is the user's setting, which we read and do not change.
@@ -169,13 +169,11 @@ def _computes_in_tf32(device: torch.device) -> bool:
     return "tf32" in precisions
 
 
-def piece_of(model: ItoResNet, x: Tensor, gradient: bool = False) -> int:
+def piece_of(model: ItoResNet, x: Tensor) -> int:
     """How many states go through a model at a time, for images of the size of ``x``, ``(N, C, H, W)``."""
     largest: float = max(math.prod(sde.shape) for sde in model.sdes)
     # States grow with the images, as the outputs of convolutions do.
     largest *= max(1.0, math.prod(x.shape[1:]) / math.prod(model.image_shape))
-    if gradient and not (isinstance(model, FrozenResNet) and model.manual_gradient):
-        largest *= 2  # autograd keeps twice as many tensors: half as many states fit the caches
     return max(2, int(_PIECE_ELEMENTS.get(x.device.type, 1 << 27) / max(1, largest)))
 
 

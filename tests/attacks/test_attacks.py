@@ -582,9 +582,9 @@ def test_every_step_and_restart_has_new_gradient_paths(net, x, y, monkeypatch):
     # The candidates of both restarts are compared on the same paths, which no suspect and no last iterate met before.
     selection = [(first, count) for purpose, first, count in ranges if purpose == "selection"]
     assert [first for first, _ in selection].count(0) == 2
-    assert {count for _, count in selection} == {6}
+    assert {count for _, count in selection} <= {6, 3}  # a suspect whom half of a draw has acquitted is left alone
     assert len({first for first, _ in selection}) == len(selection) - 1
-    assert all(first % 6 == 0 for first, _ in selection)
+    assert all(first % count == 0 for first, count in selection)
 
 
 def test_another_seed_is_another_attack_and_the_same_is_the_same(exact, x, y):
@@ -1396,11 +1396,12 @@ def test_half_of_a_draw_decides_where_the_other_half_cannot(net, x, y, goal, sel
     ensemble = make_ensemble(net, 1.4, 1.4)
     whole, halved = (Panels(as_target(ensemble, x), y, 0, torch.arange(len(x)), 4, selection, 9) for _ in range(2))
     images, rows = (x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1), whole.index
-    for share in (0.3, 0.85):
+    found = []
+    for share in (0.2, 0.5, 0.85):
         expected = share_not_won(whole.judge(images, rows, 2), y, goal) <= 1 - share + 1e-6
         assert torch.equal(halved.wins(images, rows, 2, goal, share), expected)
-        assert expected.any()
-        assert not expected.all()
+        found.append(expected)
+    assert any(bool(won.any()) and not bool(won.all()) for won in found)
     assert halved.queries < whole.queries or selection == 1
 
 

@@ -151,17 +151,14 @@ def test_elsewhere_than_on_a_cpu_pieces_run_one_after_another_in_the_caller_s_th
     ("total", "size", "lengths"),
     [
         (20, 7, [5, 5, 5, 5]),
-        (20, 20, [10, 10]),
-        (11, 20, [5, 6]),
-        (10, 20, [10]),
+        (21, 20, [10, 11]),
+        (20, 20, [20]),
         (3, 7, [3]),
         (5, 2, [1, 2, 2]),
         (1, 1, [1]),
     ],
 )
-def test_on_a_cpu_every_worker_has_as_many_pieces_but_none_of_one_for_that_and_none_of_half_a_piece(
-    total, size, lengths, monkeypatch
-):
+def test_on_a_cpu_every_worker_has_as_many_pieces_but_none_of_one_for_that(total, size, lengths, monkeypatch):
     monkeypatch.setattr(parallel, "workers", lambda: 2)
     parts = in_pieces(lambda part: part, total, size, torch.device("cpu"))
     assert [part.stop - part.start for part in parts] == lengths
