@@ -344,10 +344,11 @@ def right_by_several_votes(case: AuditCase, *stages: Tensor) -> list[Tensor]:
     Two attacks are compared by these: one vote on an image near one half is luck. The model's figures are one vote's.
     """
     votes, model = range(_VOTES if case.randomised else 1), case.model
-    done: list[tuple[Tensor, Tensor]] = []
+    done: list[tuple[Tensor, Tensor]] = case.shared.setdefault("several votes", [])
+    found = []
     for images in stages:
         ask, labels = torch.ones_like(case.y, dtype=torch.bool), torch.full_like(case.y, ABSTAIN)
-        for before, known in done:  # no image is voted on twice
+        for before, known in done:  # no image is voted on twice in an audit
             same = ask & (images == before).flatten(1).all(1)
             labels[same], ask = known[same], ask & ~same
         rows = ask.nonzero()[:, 0]
@@ -356,5 +357,6 @@ def right_by_several_votes(case: AuditCase, *stages: Tensor) -> list[Tensor]:
                 [model.predict(images[rows], case.seed + 101 + v, case.index[rows], full=True).votes for v in votes]
             )
             labels[rows] = decide(cast.sum(0), model.rule, len(votes) * model.inferences)
-        done.append((images, labels))
-    return [labels == case.y for _, labels in done]
+            done.append((images, labels))
+        found.append(labels == case.y)
+    return found
