@@ -48,6 +48,25 @@ def test_the_bottom_line_is_a_figure_of_one_vote_as_that_of_the_attack_in_doubt(
     assert torch.equal(best.labels[same], case.white_box.labels[same])
 
 
+def test_several_votes_are_cast_once_on_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    vote, x, y = ito.Vote(Loud()), torch.rand(6, 1, 4, 4), torch.zeros(6, dtype=torch.int64)
+    vote.observe(x)
+    case, asked, predict = AuditCase(vote, x, y, PGD("linf", 0.01, 2, eot=4)), [], ito.Vote.predict
+
+    def count(self, images, *args, **kwargs):
+        asked.append(len(images))
+        return predict(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(ito.Vote, "predict", count)
+    other = torch.cat([x[:4], 1 - x[4:]])
+    first, second = battery.right_by_several_votes(case, x, other)
+    assert asked == 5 * [6] + 5 * [2]
+    again = battery.right_by_several_votes(case, other, x)
+    assert len(asked) == 10
+    assert torch.equal(again[0], second)
+    assert torch.equal(again[1], first)
+
+
 class Claims(Function):
     """The identity, which claims that it has no gradient."""
 
