@@ -134,9 +134,11 @@ class Panels:
             part = (asked, half if not asked else self.selection - half)
             more = self._logits(x[standing], rows[standing], "selection", self._number(draw), part)
             logits = torch.cat([*seen, more])
-            asked = len(logits)  # a target that knows the paths gives all of them at once
-            lost = (share_not_won(logits, self.labels[rows[standing]], goal) * asked).round()
-            stay = lost <= math.floor((1 - share) * max(asked, self.selection) + 1e-6)
+            # A target that knows the paths gives all of them at once, whatever it is asked for.
+            whole = self.selection if len(more) == part[1] else len(logits)
+            asked = len(logits) if len(more) == part[1] else self.selection
+            lost = (share_not_won(logits, self.labels[rows[standing]], goal) * len(logits)).round()
+            stay = lost <= math.floor((1 - share) * whole + 1e-6)
             standing, seen = standing[stay], [logits[:, stay]]
         won = torch.zeros_like(rows, dtype=torch.bool)
         won[standing] = True
