@@ -105,11 +105,27 @@ INLINE void by_pixels(float *noise, const float *cosines, const float *sines, in
         }
 }
 
-/* out = x + scale * normals, for states of `rows` images with 2 * half numbers each. They are contiguous
- * (channels = 1), or channels_last with an even number of channels (at most 256) and of pixels. `elements` are in the
- * order of the state. `x` and `out` may be the same. */
-INLINE void add(void *out, const void *x, const int64_t *keys, int64_t rows, const int64_t *elements, int64_t half,
-                int64_t channels, float scale, int brief) {
+/* relu(x + skip), or relu(x) without a skip. `passed`, if it is given, receives whether the number went through; NaN
+ * goes through. The compiler tests `skip` and `passed` once, before the loop. */
+INLINE float relu(const void *x, const void *skip, uint8_t *passed, int64_t i, int brief) {
+    float sum = get(x, i, brief);
+    if (skip)
+        sum += get(skip, i, brief);
+    if (passed)
+        passed[i] = !(sum <= 0.0f);
+    return sum <= 0.0f ? 0.0f : sum;
+}
+
+INLINE void add_one(void *out, const void *x, const void *skip, uint8_t *passed, int64_t i, float noise, int rectified,
+                    int brief) {
+    put(out, i, (rectified ? relu(x, skip, passed, i, brief) : get(x, i, brief)) + noise, brief);
+}
+
+/* out = x + scale * normals, or relu(x + skip) + scale * normals if `rectified`, for states of `rows` images with
+ * 2 * half numbers each. They are contiguous (channels = 1), or channels_last with an even number of channels (at most
+ * 256) and of pixels. `elements` are in the order of the state. `x` and `out` may be the same. */
+INLINE void add(void *out, const void *x, const void *skip, uint8_t *passed, const int64_t *keys, int64_t rows,
+                const int64_t *elements, int64_t half, int64_t channels, float scale, int rectified, int brief) {
     float cosines[TILE], sines[TILE], noise[2 * TILE];
     const int64_t pairs = channels / 2, most = TILE / channels * channels;
     for (int64_t row = 0; row < rows; row++)
@@ -117,41 +133,38 @@ INLINE void add(void *out, const void *x, const int64_t *keys, int64_t rows, con
             const int64_t first = 2 * half * row + from, second = first + half, pixels = 2 * half * row + 2 * from;
             const int64_t n = half - from < most ? half - from : most;
             box_muller(cosines, sines, elements, keys[row], half, from, n, scale);
-            if (channels == 1)
-                for (int64_t i = 0; i < n; i++) {
-                    put(out, first + i, get(x, first + i, brief) + cosines[i], brief);
-                    put(out, second + i, get(x, second + i, brief) + sines[i], brief);
-                }
-            else {
+            if (channels == 1) { /* two loops, as a compiler compares only so many pointers before one */
+                for (int64_t i = 0; i < n; i++)
+                    add_one(out, x, skip, passed, first + i, cosines[i], rectified, brief);
+                for (int64_t i = 0; i < n; i++)
+                    add_one(out, x, skip, passed, second + i, sines[i], rectified, brief);
+            } else {
                 if (pairs == 8) /* a constant lets the compiler unroll the short loop */
                     by_pixels(noise, cosines, sines, n, 8);
                 else
                     by_pixels(noise, cosines, sines, n, pairs);
                 for (int64_t i = 0; i < 2 * n; i++)
-                    put(out, pixels + i, get(x, pixels + i, brief) + noise[i], brief);
+                    add_one(out, x, skip, passed, pixels + i, noise[i], rectified, brief);
             }
         }
 }
 
-INLINE void add_normals(void *out, const void *x, const int64_t *keys, int64_t rows, const int64_t *elements,
-                        int64_t half, int64_t channels, float scale, int brief) {
-    if (brief)
-        add(out, x, keys, rows, elements, half, channels, scale, 1);
+INLINE void add_normals(void *out, const void *x, const void *skip, uint8_t *passed, const int64_t *keys, int64_t rows,
+                        const int64_t *elements, int64_t half, int64_t channels, float scale, int rectified,
+                        int brief) {
+    if (rectified && brief)
+        add(out, x, skip, passed, keys, rows, elements, half, channels, scale, 1, 1);
+    else if (rectified)
+        add(out, x, skip, passed, keys, rows, elements, half, channels, scale, 1, 0);
+    else if (brief)
+        add(out, x, skip, passed, keys, rows, elements, half, channels, scale, 0, 1);
     else
-        add(out, x, keys, rows, elements, half, channels, scale, 0);
+        add(out, x, skip, passed, keys, rows, elements, half, channels, scale, 0, 0);
 }
 
-/* x = relu(x + skip), or relu(x) without a skip. `passed`, if it is given, receives which numbers went through; NaN
- * goes through. */
 INLINE void rectify_all(void *x, const void *skip, uint8_t *passed, int64_t n, int brief) {
-    for (int64_t i = 0; i < n; i++) {
-        float sum = get(x, i, brief);
-        if (skip) /* the compiler tests `skip` once, before the loop */
-            sum += get(skip, i, brief);
-        if (passed)
-            passed[i] = !(sum <= 0.0f);
-        put(x, i, sum <= 0.0f ? 0.0f : sum, brief);
-    }
+    for (int64_t i = 0; i < n; i++)
+        put(x, i, relu(x, skip, passed, i, brief), brief);
 }
 
 INLINE void rectify(void *x, const void *skip, uint8_t *passed, int64_t n, int brief) {
@@ -203,10 +216,10 @@ INLINE void gate(void *x, const void *skip, const uint8_t *passed, int64_t n, in
 #endif
 
 /* If the parameters or their meaning change, change the name: then a library that was built earlier is not used. */
-PUBLIC(ito_add_normals_3, add_normals,
-       (void *out, const void *x, const int64_t *keys, int64_t rows, const int64_t *elements, int64_t half,
-        int64_t channels, float scale, int brief),
-       (out, x, keys, rows, elements, half, channels, scale, brief))
+PUBLIC(ito_add_normals_4, add_normals,
+       (void *out, const void *x, const void *skip, uint8_t *passed, const int64_t *keys, int64_t rows,
+        const int64_t *elements, int64_t half, int64_t channels, float scale, int rectified, int brief),
+       (out, x, skip, passed, keys, rows, elements, half, channels, scale, rectified, brief))
 PUBLIC(ito_rectify_2, rectify, (void *x, const void *skip, uint8_t *passed, int64_t n, int brief),
        (x, skip, passed, n, brief))
 PUBLIC(ito_gate_2, gate, (void *x, const void *skip, const uint8_t *passed, int64_t n, int brief),

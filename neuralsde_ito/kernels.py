@@ -13,6 +13,7 @@ import warnings
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,20 +27,14 @@ def _load() -> ctypes.CDLL | None:
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     try:
         library = ctypes.CDLL(spec.origin)
-        library.ito_add_normals_3.argtypes = [
-            pointer,
-            pointer,
-            pointer,
-            number,
-            pointer,
-            number,
-            number,
-            ctypes.c_float,
-            flag,
+        library.ito_add_normals_4.argtypes = [
+            *(pointer, pointer, pointer, pointer),
+            *(pointer, number, pointer, number, number),
+            *(ctypes.c_float, flag, flag),
         ]
         library.ito_rectify_2.argtypes = [pointer, pointer, pointer, number, flag]
         library.ito_gate_2.argtypes = [pointer, pointer, pointer, number, flag]
-        for function in (library.ito_add_normals_3, library.ito_rectify_2, library.ito_gate_2):
+        for function in (library.ito_add_normals_4, library.ito_rectify_2, library.ito_gate_2):
             function.restype = None
     except (OSError, AttributeError):  # built for another system, or from another version of kernels.c
         return None
@@ -98,7 +93,42 @@ def layout(x: Tensor, out: Tensor) -> int:
     return x.shape[1] if even and 0 < x.shape[1] <= 256 else 0
 
 
-def add_normals(x: Tensor, addressed: Tensor, elements: Tensor, scale: float, channels: int, out: Tensor) -> None:
+class Rectifier(NamedTuple):
+    """A ReLU in place, ``relu(x + skip)``, by itself (`rectify_`) or on the way of `add_normals`; see `rectifier`.
+
+    Attributes:
+        skip: None, or of the shape and memory format of ``x``.
+        passed: None, or bool in the shape and memory format of ``x``: it receives which numbers went through.
+    """
+
+    skip: Tensor | None
+    passed: Tensor | None
+
+    def of(self, rows: slice) -> Rectifier:
+        """The same for some of the states."""
+        return Rectifier(*(None if part is None else part[rows] for part in self))
+
+
+def rectifier(x: Tensor, skip: Tensor | None = None, remember: bool = True) -> Rectifier:
+    """What a ReLU of ``x + skip`` needs. A skip in another memory format is added to ``x`` at once.
+
+    Args:
+        x: dense in memory, in any memory format; `takes` it. No one else uses it.
+        skip: of the same shape.
+        remember: whether to keep which numbers go through, for `gate_`.
+    """
+    return Rectifier(_alike(x, skip), torch.empty_like(x, dtype=torch.bool) if remember else None)
+
+
+def add_normals(
+    x: Tensor,
+    addressed: Tensor,
+    elements: Tensor,
+    scale: float,
+    channels: int,
+    out: Tensor,
+    relu: Rectifier | None = None,
+) -> None:
     """``out = x + scale * normals`` for addressed keys ``(N,)`` and mixed elements ``(1, C)``; it releases the GIL.
 
     In bfloat16 the sum is made in float32 and rounded once.
@@ -109,42 +139,36 @@ def add_normals(x: Tensor, addressed: Tensor, elements: Tensor, scale: float, ch
         elements: `noise.normals.mixed_elements`.
         scale: not negative.
         channels: the `layout`.
+        relu: takes ``x + skip`` before the noise is added.
     """
     assert library is not None
-    library.ito_add_normals_3(
+    skip, passed = relu or (None, None)
+    library.ito_add_normals_4(
         out.data_ptr(),
         x.data_ptr(),
+        _pointer(skip),
+        _pointer(passed),
         addressed.data_ptr(),
         len(addressed),
         elements.data_ptr(),
         elements.numel(),
         channels,
         scale,
+        relu is not None,
         _brief(x),
     )
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # a graph that saved the old content must notice
 
 
-def rectify_(x: Tensor, skip: Tensor | None = None, remember: bool = True) -> Tensor | None:
-    """``x = relu(x + skip)`` in place.
-
-    Args:
-        x: dense in memory, in any memory format; `takes` it. No one else uses it.
-        skip: of the same shape.
-        remember: whether to return which numbers went through.
-
-    Returns:
-        With ``remember``, bool in the shape and memory format of ``x``: which numbers went through.
-    """
-    passed = torch.empty_like(x, dtype=torch.bool) if remember else None
-    skip = _alike(x, skip)
+def rectify_(x: Tensor, relu: Rectifier) -> Tensor:
+    """``x = relu(x + skip)`` in place, for a state for which the `rectifier` was made."""
     if gpu := on_gpu(x.device):
-        gpu.rectify(x, skip, passed)
+        gpu.rectify(x, *relu)
     else:
         assert library is not None
-        library.ito_rectify_2(x.data_ptr(), _pointer(skip), _pointer(passed), x.numel(), _brief(x))
-    return passed
+        library.ito_rectify_2(x.data_ptr(), *map(_pointer, relu), x.numel(), _brief(x))
+    return x
 
 
 def gate_(gradient: Tensor, passed: Tensor, skip: Tensor | None = None) -> Tensor:

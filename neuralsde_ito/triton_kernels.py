@@ -77,15 +77,30 @@ def _offset(number, pixels, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _add(out, x, offset, mask, noise):
-    sum = tl.load(x + offset, mask).to(tl.float32) + noise
-    tl.store(out + offset, sum.to(out.dtype.element_ty), mask)
+def _relu(x, skip, passed, offset, mask, SKIP: tl.constexpr, REMEMBER: tl.constexpr):
+    sum = tl.load(x + offset, mask).to(tl.float32)
+    if SKIP:
+        sum += tl.load(skip + offset, mask).to(tl.float32)
+    stopped = sum <= 0.0  # NaN goes through
+    if REMEMBER:
+        tl.store(passed + offset, tl.where(stopped, 0, 1).to(tl.uint8), mask)
+    return tl.where(stopped, 0.0, sum)
+
+
+@triton.jit
+def _add(out, x, skip, passed, offset, mask, noise, RECTIFY: tl.constexpr, SKIP: tl.constexpr, REMEMBER: tl.constexpr):
+    if RECTIFY:
+        state = _relu(x, skip, passed, offset, mask, SKIP, REMEMBER)
+    else:
+        state = tl.load(x + offset, mask).to(tl.float32)
+    tl.store(out + offset, (state + noise).to(out.dtype.element_ty), mask)
 
 
 @triton.jit
 def _add_normals(
-    out, x, keys, rows, size, pixels, blocks, scale,
-    CHANNELS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    out, x, skip, passed, keys, rows, size, pixels, blocks, scale,
+    CHANNELS: tl.constexpr, RECTIFY: tl.constexpr, SKIP: tl.constexpr, REMEMBER: tl.constexpr, PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     half = (size + 1) // 2
     pair = tl.program_id(0) % blocks * PAIRS + tl.arange(0, PAIRS)
@@ -102,20 +117,15 @@ def _add_normals(
         radius, angle = _half_word(key, element, pair), _half_word(key, other_element, other)
         first, second = _box_muller(radius, angle)
         start = row * size
-        _add(out, x, start + offset, mask, scale * first)
-        _add(out, x, start + other_offset, mask & (other < size), scale * second)
+        _add(out, x, skip, passed, start + offset, mask, scale * first, RECTIFY, SKIP, REMEMBER)
+        mask = mask & (other < size)
+        _add(out, x, skip, passed, start + other_offset, mask, scale * second, RECTIFY, SKIP, REMEMBER)
 
 
 @triton.jit
 def _rectify(x, skip, passed, n, SKIP: tl.constexpr, REMEMBER: tl.constexpr, NUMBERS: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
-    sum = tl.load(x + i, i < n).to(tl.float32)
-    if SKIP:
-        sum += tl.load(skip + i, i < n).to(tl.float32)
-    stopped = sum <= 0.0  # NaN goes through
-    if REMEMBER:
-        tl.store(passed + i, tl.where(stopped, 0, 1).to(tl.uint8), i < n)
-    tl.store(x + i, tl.where(stopped, 0.0, sum).to(x.dtype.element_ty), i < n)
+    tl.store(x + i, _relu(x, skip, passed, i, i < n, SKIP, REMEMBER).to(x.dtype.element_ty), i < n)
 
 
 @triton.jit
@@ -127,7 +137,14 @@ def _gate(x, skip, passed, n, SKIP: tl.constexpr, NUMBERS: tl.constexpr):
     tl.store(x + i, tl.where(tl.load(passed + i, i < n) != 0, sum, 0.0).to(x.dtype.element_ty), i < n)
 
 
-def add_normals(x: Tensor, addressed: Tensor, scale: float, channels: int, out: Tensor) -> None:
+def add_normals(
+    x: Tensor,
+    addressed: Tensor,
+    scale: float,
+    channels: int,
+    out: Tensor,
+    relu: tuple[Tensor | None, Tensor | None] | None = None,
+) -> None:
     """``out = x + scale * normals`` for addressed keys ``(N,)``.
 
     Args:
@@ -135,25 +152,33 @@ def add_normals(x: Tensor, addressed: Tensor, scale: float, channels: int, out: 
         addressed: see `noise.normals`.
         scale: not negative.
         channels: 1 if the states are contiguous, the channels if they are channels_last.
+        relu: `kernels.Rectifier`; it takes ``x + skip`` before the noise is added.
     """
+    skip, passed = relu or (None, None)
     rows, size = len(x), math.prod(x.shape[1:])
     blocks = triton.cdiv((size + 1) // 2, _PAIRS)
     grid = (blocks * triton.cdiv(rows, _ROWS),)
     with torch.cuda.device_of(x):
         _add_normals[grid](
-            out, x, addressed, rows, size, size // channels, blocks, scale, CHANNELS=channels, PAIRS=_PAIRS, ROWS=_ROWS
-        )
+            out, x, x if skip is None else skip, _bytes(x, passed), addressed, rows, size, size // channels, blocks,
+            scale, CHANNELS=channels, RECTIFY=relu is not None, SKIP=skip is not None, REMEMBER=passed is not None,
+            PAIRS=_PAIRS, ROWS=_ROWS,
+        )  # fmt: skip
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # as in `kernels.add_normals`
+
+
+def _bytes(x: Tensor, passed: Tensor | None) -> Tensor:
+    """Booleans as the bytes that a kernel writes; without them any tensor, which it does not touch."""
+    return x if passed is None else passed.view(torch.uint8)
 
 
 def rectify(x: Tensor, skip: Tensor | None, passed: Tensor | None) -> None:
     """``x = relu(x + skip)`` in place; ``passed``, bool, receives which numbers went through. One memory format."""
     n = x.numel()
-    mask = x if passed is None else passed.view(torch.uint8)
     with torch.cuda.device_of(x):
         _rectify[(triton.cdiv(n, _NUMBERS),)](
-            x, x if skip is None else skip, mask, n, SKIP=skip is not None, REMEMBER=passed is not None,
+            x, x if skip is None else skip, _bytes(x, passed), n, SKIP=skip is not None, REMEMBER=passed is not None,
             NUMBERS=_NUMBERS,
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The passes for a GPU, through Triton's interpreter on a CPU: what `kernels.c` and tensor operations compute."""
 
 import importlib
+import itertools
 import subprocess
 import sys
 
@@ -53,6 +54,13 @@ def state(shape, order, dtype=torch.float32) -> Tensor:
     return x.contiguous(memory_format=order) if x.dim() == 4 else x
 
 
+def rectify(x: Tensor, skip: Tensor | None, remember: bool = True) -> Tensor | None:
+    """``x = relu(x + skip)``, and which numbers went through."""
+    relu = kernels.rectifier(x, skip, remember)
+    kernels.rectify_(x, relu)
+    return relu.passed
+
+
 def close(found: Tensor, wanted: Tensor) -> bool:
     """Within 1e-6; in bfloat16 within one of its steps: the interpreter cuts where a GPU rounds."""
     relative = 2**-7 if found.dtype == torch.bfloat16 else 0
@@ -91,6 +99,29 @@ def test_the_noise_is_that_of_a_cpu(shape, order, dtype, monkeypatch):
     for library in (kernels.library, None):
         monkeypatch.setattr(kernels, "library", library)
         assert close(found, noise.add_normals(x.float(), keys, scale, *ADDRESS))
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_relu_and_noise_in_one_pass_are_those_of_a_cpu(shape, order, dtype, skipped, monkeypatch):
+    x, keys = state(shape, order, dtype), make_keys(7, "report", index=torch.arange(shape[0]))
+    skip = x.flip(0).contiguous(memory_format=order if x.dim() == 4 else torch.contiguous_format) if skipped else None
+    found = []
+    for remember in (True, False):
+        out = x.clone()
+        relu = kernels.rectifier(out, skip, remember)
+        assert noise.add_normals(out, keys, 0.7, *ADDRESS, in_place=True, relu=relu) is out
+        found.append((out, relu.passed))
+    (out, passed), (silent, nothing) = found
+    assert torch.equal(out, silent)
+    assert nothing is None
+    total = x.float() if skip is None else x.float() + skip.float()
+    assert torch.equal(passed, total > 0)
+    monkeypatch.undo()
+    assert close(out, noise.add_normals(total.relu(), keys, 0.7, *ADDRESS))
 
 
 @pytest.mark.parametrize("size", [1, 513, 4096])
@@ -149,8 +180,8 @@ def test_rectifying_and_its_way_back_are_torch_s(order, skipped, dtype):
     )
     start, silent = x.detach().clone(), x.detach().clone()
     x = x.detach().clone()
-    passed = kernels.rectify_(x, skip)
-    assert kernels.rectify_(silent, skip, remember=False) is None
+    passed = rectify(x, skip)
+    assert rectify(silent, skip, remember=False) is None
     for found in (x, silent):
         assert torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True)
     assert passed.stride() == x.stride()
@@ -229,8 +260,13 @@ def test_the_kernels_compile_for_a_gpu(capability, dtype, monkeypatch, tmp_path)
         return triton.compile(source, target=target).asm["ptx"]
 
     sizes = {"PAIRS": 256, "ROWS": 4}
-    code = [ptx(module._add_normals, CHANNELS=channels, **sizes) for channels in (1, 3, 16)]
-    code += [ptx(module._add_normals, CHANNELS=1, rows=1, size=1, pixels=1, blocks=1, **sizes)]  # as Triton takes ones
+    alone = {"RECTIFY": False, "SKIP": False, "REMEMBER": False}
+    code = [ptx(module._add_normals, CHANNELS=channels, **alone, **sizes) for channels in (1, 3, 16)]
+    ones = dict.fromkeys(("rows", "size", "pixels", "blocks"), 1)  # as Triton takes ones
+    code += [ptx(module._add_normals, CHANNELS=1, **ones, **alone, **sizes)]
+    for skip, remember in itertools.product((True, False), repeat=2):
+        relu = {"RECTIFY": True, "SKIP": skip, "REMEMBER": remember}
+        code += [ptx(module._add_normals, CHANNELS=16, **relu, **sizes)]
     assert all("cvt.rn.bf16" in one for one in code) == (dtype == "bf16")  # rounded, not cut
     code = [ptx(module._rectify, SKIP=a, REMEMBER=b, NUMBERS=1024) for a in (True, False) for b in (True, False)]
     code += [ptx(module._gate, SKIP=skip, NUMBERS=1024) for skip in (True, False)]

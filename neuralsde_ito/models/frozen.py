@@ -91,12 +91,13 @@ class _FrozenBlocks(torch.autograd.Function):
             for i, conv in enumerate(convs, 1):
                 shapes.append(x.shape)
                 x = conv(x)
-                mask = kernels.rectify_(x, skip if i == len(convs) else None, remember=recorded)
-                if mask is not None:
-                    passed.append(mask)
+                last = i == len(convs)
+                relu = kernels.rectifier(x, skip if last else None, remember=recorded)
+                x = diffuse(sde, x, keys, in_place=True, relu=relu) if last else kernels.rectify_(x, relu)
+                if relu.passed is not None:
+                    passed.append(relu.passed)
             if recorded:
                 ctx.records.append(_BlockRecord(convs, shapes, passed, shortcut))
-            x = diffuse(sde, x, keys, in_place=True)
         return x
 
     @staticmethod

@@ -10,6 +10,7 @@ import torch
 import torchsde
 from torch import Tensor
 
+from ..kernels import Rectifier
 from ..validation import ItoError
 from .keys import absorb, fold_address, fold_addresses
 from .normals import add_normals, by_rows, scaled_normals
@@ -142,10 +143,10 @@ class BrownianPath(torchsde.BaseBrownian):
             )
         return round(position)
 
-    def add_to(self, x: Tensor, sigma: float, in_place: bool = False) -> Tensor:
-        """``x + sigma W`` over the whole block, for states ``(N, ...)``, as `add_normals` adds."""
+    def add_to(self, x: Tensor, sigma: float, in_place: bool = False, relu: Rectifier | None = None) -> Tensor:
+        """``x + sigma W`` over the whole block, for states ``(N, ...)``, as `add_normals` adds and rectifies."""
         scale = sigma * math.sqrt(self.t1 - self.t0)
-        return add_normals(x, self.keys, scale, self.block, 0, 0, 0, in_place=in_place)
+        return add_normals(x, self.keys, scale, self.block, 0, 0, 0, in_place=in_place, relu=relu)
 
     def increment(self, level: int, index: int) -> Tensor:
         """``W`` over cell ``index`` of ``2**level``: ``(N, size)``. Skips the normals that only ``H`` needs."""

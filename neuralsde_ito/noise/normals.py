@@ -79,23 +79,36 @@ def scaled_normals(addressed: Tensor, size: int, dtype: torch.dtype, scale: floa
 
 
 @outside_of_graphs
-def add_normals(x: Tensor, keys: Tensor, scale: float, *address: int, in_place: bool = False) -> Tensor:
+def add_normals(
+    x: Tensor,
+    keys: Tensor,
+    scale: float,
+    *address: int,
+    in_place: bool = False,
+    relu: kernels.Rectifier | None = None,
+) -> Tensor:
     """``x + scale * normals``, for states ``(N, ...)`` and keys ``(N,)``; it never holds all the normals.
 
     With ``in_place``, and where nothing is recorded for a gradient, the sum is written into ``x``. Under the
     transforms of ``torch.func``, forward-mode derivatives, tracing and export it is made of operations that they know.
 
+    With ``relu``, ``x`` is rectified before the noise is added: in the same pass, where `kernels` has one. It goes with
+    ``in_place`` only, and where nothing is recorded.
+
     Raises:
         ItoError: not one int64 key for each state, on the state's device.
     """
-    if not (kernels.ordinary(x) and kernels.ordinary(keys)):
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    ordinary = kernels.ordinary(x) and kernels.ordinary(keys)
+    assert relu is None or (in_place and ordinary and not recorded)
+    if not ordinary:
         _check(keys)
         work = torch.promote_types(x.dtype, torch.float32)
         draws = transformable_normals(absorb(keys, fold_address(address)), math.prod(x.shape[1:]), work)
         return (x + scale * draws.reshape(x.shape)).to(x.dtype)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if recorded:
         return _AddNormals.apply(x, keys, scale, address)
-    return _add(x, keys, scale, address, x if in_place else torch.empty_like(x))
+    return _add(x, keys, scale, address, x if in_place else torch.empty_like(x), relu)
 
 
 def transformable_normals(addressed: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -130,8 +143,15 @@ class _AddNormals(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: Tensor) -> Tensor:
-    """``out = x + scale * normals`` for ordinary tensors; ``out`` may be ``x``."""
+def _add(
+    x: Tensor,
+    keys: Tensor,
+    scale: float,
+    address: tuple[int, ...],
+    out: Tensor,
+    relu: kernels.Rectifier | None = None,
+) -> Tensor:
+    """``out = x + scale * normals`` for ordinary tensors; ``out`` may be ``x``, and is ``x`` with ``relu``."""
     _check(keys)
     if len(keys) != len(x) or keys.device != x.device:
         raise ItoError(
@@ -139,8 +159,10 @@ def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: T
         )
     addressed = absorb(keys, fold_address(address))
     if channels := kernels.layout(x, out):
-        _add_in_one_pass(x, addressed, scale, channels, out)
+        _add_in_one_pass(x, addressed, scale, channels, out, relu)
     else:
+        if relu is not None:
+            kernels.rectify_(x, relu)
         size = math.prod(x.shape[1:])
 
         def add(rows: slice, buffers: _Buffers) -> None:
@@ -152,16 +174,19 @@ def _add(x: Tensor, keys: Tensor, scale: float, address: tuple[int, ...], out: T
     return out
 
 
-def _add_in_one_pass(x: Tensor, addressed: Tensor, scale: float, channels: int, out: Tensor) -> None:
+def _add_in_one_pass(
+    x: Tensor, addressed: Tensor, scale: float, channels: int, out: Tensor, relu: kernels.Rectifier | None = None
+) -> None:
     """``out = x + scale * normals`` by `kernels`, for states with ``channels`` from `kernels.layout`."""
     if gpu := kernels.on_gpu(x.device):
-        gpu.add_normals(x, addressed, scale, channels, out)
+        gpu.add_normals(x, addressed, scale, channels, out, relu)
         return
     half = math.prod(x.shape[1:]) // 2
     elements = mixed_elements(half, addressed.device, channels)
 
     def add(rows: slice) -> None:
-        kernels.add_normals(x[rows], addressed[rows], elements, scale, channels, out[rows])
+        part = None if relu is None else relu.of(rows)
+        kernels.add_normals(x[rows], addressed[rows], elements, scale, channels, out[rows], part)
 
     by_rows(add, len(x), half, x.device)
 

@@ -72,14 +72,19 @@ def integrate(
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def diffuse(sde: BlockSDE, x: Tensor, keys: Tensor, in_place: bool = False) -> Tensor:
+def diffuse(
+    sde: BlockSDE, x: Tensor, keys: Tensor, in_place: bool = False, relu: kernels.Rectifier | None = None
+) -> Tensor:
     """The second half of an Euler step over a whole block with additive noise: from ``B(x)`` to ``B(x) + sigma W``.
 
-    Many paths may share one ``B(x)``. With ``in_place`` the result may be written into ``x``.
+    Many paths may share one ``B(x)``. With ``in_place`` the result may be written into ``x``. With ``relu``, only in
+    place and without a gradient, ``x`` is what the block's last ReLU is yet to take.
     """
     sigma = sde.schedule.sigma(sde.t0)
     path = BrownianPath(keys, math.prod(x.shape[1:]), sde.index, sde.t0, sde.t1, dtype=x.dtype)
-    return path.add_to(x, sigma, in_place) if sigma else x
+    if sigma:
+        return path.add_to(x, sigma, in_place, relu)
+    return x if relu is None else kernels.rectify_(x, relu)
 
 
 class BlockSteps:

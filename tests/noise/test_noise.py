@@ -555,6 +555,41 @@ def test_one_pass_adds_what_tensors_add(shape, layout, fits, scale, monkeypatch)
     assert torch.equal(changed, found)
 
 
+@pytest.mark.skipif(kernels.library is None, reason="the package was built without a C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("remember", [False, True])
+@pytest.mark.parametrize("skipped", [None, "same order", "other order"])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((3, 4, 5, 7), torch.contiguous_format),
+        ((3, 5, 5, 3), torch.contiguous_format),  # an odd number of normals: tensors draw them
+        ((40, 16, 32, 32), torch.channels_last),  # several pieces
+        ((3, 32, 6, 4), torch.channels_last),
+        ((2, 100, 17, 6), torch.channels_last),
+    ],
+)
+def test_a_relu_in_the_pass_of_the_noise_is_one_before_it(shape, layout, skipped, remember, dtype):
+    keys = make_keys(7, "report", index=torch.arange(shape[0]))
+    generator = torch.Generator().manual_seed(0)
+    x, skip = (torch.randn(shape, generator=generator).to(dtype, memory_format=layout) for _ in range(2))
+    x[0, 0, 0, :3] = torch.tensor([0.0, -0.0, torch.nan])
+    if skipped == "other order":
+        orders = torch.contiguous_format, torch.channels_last
+        skip = skip.contiguous(memory_format=orders[layout == orders[0]])
+    skip = skip if skipped else torch.zeros_like(x)
+    # A skip in the other order is added, and rounded, beforehand; else all is made in float32 and rounded once.
+    total = (x + skip).float() if skipped == "other order" else x.float() + skip.float()
+    once = kernels.layout(x, x) or dtype == torch.float32
+    wanted = noise.add_normals(total.relu() if once else total.relu().to(dtype).float(), keys, 0.3, 2, 0, 0, 1)
+    relu = kernels.rectifier(x, skip if skipped else None, remember)
+    assert noise.add_normals(x, keys, 0.3, 2, 0, 0, 1, in_place=True, relu=relu) is x
+    assert torch.equal(x.nan_to_num(-7), wanted.to(dtype).nan_to_num(-7))
+    if remember:
+        assert torch.equal(relu.passed, ~(total <= 0))
+        assert relu.passed.stride() == x.stride()
+
+
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("keys", [make_keys(0, "report", index=torch.arange(n)) for n in (1, 4)])
 def test_a_state_without_a_key_is_refused(keys):
