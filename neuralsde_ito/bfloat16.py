@@ -9,8 +9,8 @@ import torch
 
 def computes_in_bfloat16(device: torch.device) -> bool:
     """Whether a device has instructions for bfloat16, as far as this version of torch can tell."""
-    if device.type == "cuda":
-        return True
+    if device.type == "cuda":  # NVIDIA's since Ampere
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
@@ -19,8 +19,8 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 
 def warn_of_imitation(device: torch.device) -> None:
-    """Warn where bfloat16 is asked for and a CPU can only imitate it."""
-    if device.type == "cpu" and not computes_in_bfloat16(device):
+    """Warn where bfloat16 is asked for and a CPU or an older GPU can only imitate it."""
+    if device.type in ("cpu", "cuda") and not computes_in_bfloat16(device):
         warnings.warn(
             "This processor has no instructions for bfloat16: what is computed in it can take ten times as long as in "
             "float32. With precision auto attacks, with precision native trainings take it only where it is there.",

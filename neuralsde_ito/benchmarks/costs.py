@@ -104,7 +104,7 @@ def bench_votes(net: nn.Module, ensemble: ItoEnsemble, x: Tensor, repeats: int) 
         total, members = len(voting.members) * voting.inferences, len(voting.members)
         least = (members // 2 + 1) * (voting.inferences // 2 + 1) if rule == "hierarchical" else total // 2 + 1
         same = "same labels" if torch.equal(early.labels, full.labels) else "LABELS DIFFER"
-        notes.append(f"{float(early.drawn.double().mean()):.1f} of {total} drawn, at least {least}; {same}")
+        notes.append(f"{float(early.drawn.float().mean()):.1f} of {total} drawn, at least {least}; {same}")
         cases[f"decision, {rule}"] = partial(voting.predict, x)
     with evaluating(net):
         rows = interleaved("vote", cases, repeats, x.device)

@@ -130,8 +130,8 @@ class Fit(_Section):
     consistency: float = Field(0.0, ge=0, description="Weight of the consistency between two paths of an image.")
     precision: Literal["auto", "native", "float32", "bfloat16"] = Field(
         "auto",
-        description="Of convolutions in training; auto: bfloat16 on CUDA, float32 elsewhere; native: bfloat16 also on "
-        "a CPU that has instructions for it.",
+        description="Of convolutions in training; auto: bfloat16 on an NVIDIA or AMD GPU that has instructions for it, "
+        "float32 elsewhere; native: bfloat16 also on such a CPU.",
     )
 
     @model_validator(mode="after")

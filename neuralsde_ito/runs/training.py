@@ -339,10 +339,10 @@ def training_precision(asked: str, device: torch.device) -> str:
     """In which precision convolutions are trained, ``float32`` or ``bfloat16``; see `Fit.precision`.
 
     It follows from the names of settings and device and from what the processor has, not from a measurement: the same
-    command gives the same weights again. Warns where bfloat16 is asked for and a CPU can only imitate it.
+    command gives the same weights again. Warns where bfloat16 is asked for and the device can only imitate it.
     """
     if asked == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
+        return "bfloat16" if device.type == "cuda" and computes_in_bfloat16(device) else "float32"
     if asked == "native":
         return "bfloat16" if computes_in_bfloat16(device) else "float32"
     if asked == "bfloat16":

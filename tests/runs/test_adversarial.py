@@ -263,8 +263,9 @@ def test_held_out_images_are_not_trained_on():
         data.without(len(data))
 
 
-def processor(monkeypatch, **capabilities: object) -> None:
-    """As if the processor had these instructions."""
+def processor(monkeypatch, cuda: tuple[int, int] = (8, 0), **capabilities: object) -> None:
+    """As if the processor had these instructions, and a card this capability."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cuda)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
@@ -278,9 +279,11 @@ def processor(monkeypatch, **capabilities: object) -> None:
         ("native", "cpu", {"avx512_bf16": False, "cpu_name": "x", "l2_cache_size": 1}, "float32"),
         ("native", "cpu", {}, "float32"),
         ("native", "cuda", {}, "bfloat16"),
+        ("native", "cuda", {"cuda": (7, 5)}, "float32"),  # a card of 2018 imitates it
         ("native", "mps", {"avx512_bf16": True}, "float32"),
         ("auto", "cpu", {"avx512_bf16": True}, "float32"),
         ("auto", "cuda", {}, "bfloat16"),
+        ("auto", "cuda", {"cuda": (7, 0)}, "float32"),
         ("bfloat16", "cpu", {"avx512_bf16": True}, "bfloat16"),
         ("float32", "cuda", {}, "float32"),
     ],
@@ -291,9 +294,10 @@ def test_the_precision_of_a_training(asked, device, capabilities, taken, monkeyp
 
 
 def test_bfloat16_that_a_processor_imitates_is_obeyed_and_said(monkeypatch):
-    processor(monkeypatch)
-    with pytest.warns(UserWarning, match="no instructions for bfloat16.*precision native"):
-        assert training_precision("bfloat16", torch.device("cpu")) == "bfloat16"
+    processor(monkeypatch, cuda=(7, 5))
+    for device in ("cpu", "cuda"):
+        with pytest.warns(UserWarning, match="no instructions for bfloat16.*precision native"):
+            assert training_precision("bfloat16", torch.device(device)) == "bfloat16"
 
 
 def test_a_training_that_goes_on_with_another_processor_keeps_its_precision(model, tmp_path, monkeypatch):
