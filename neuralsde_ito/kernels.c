@@ -71,6 +71,14 @@ INLINE void mix(union halves *out, const int64_t *elements, int64_t key, int64_t
     }
 }
 
+/* A key with an address mixed in, as noise/keys.py absorbs it. */
+INLINE int64_t absorb(int64_t key, int64_t address) {
+    uint64_t z = (uint64_t)key * 0xBF58476D1CE4E5B9u + (uint64_t)address;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return (int64_t)(z ^ z >> 31);
+}
+
 /* Pairs first to first + n - 1 of a row. The halves of the row's first words give the radii, those of the others the
  * angles. */
 INLINE void box_muller(float *cosines, float *sines, const int64_t *elements, int64_t key, int64_t half, int64_t first,
@@ -123,16 +131,19 @@ INLINE void add_one(void *out, const void *x, const void *skip, uint8_t *passed,
 
 /* out = x + scale * normals, or relu(x + skip) + scale * normals if `rectified`, for states of `rows` images with
  * 2 * half numbers each. They are contiguous (channels = 1), or channels_last with an even number of channels (at most
- * 256) and of pixels. `elements` are in the order of the state. `x` and `out` may be the same. */
-INLINE void add(void *out, const void *x, const void *skip, uint8_t *passed, const int64_t *keys, int64_t rows,
-                const int64_t *elements, int64_t half, int64_t channels, float scale, int rectified, int brief) {
+ * 256) and of pixels. `elements` are in the order of the state. `address` is mixed into the keys, unless it is NULL. `x`
+ * and `out` may be the same. */
+INLINE void add(void *out, const void *x, const void *skip, uint8_t *passed, const int64_t *keys, const int64_t *address,
+                int64_t rows, const int64_t *elements, int64_t half, int64_t channels, float scale, int rectified,
+                int brief) {
     float cosines[TILE], sines[TILE], noise[2 * TILE];
     const int64_t pairs = channels / 2, most = TILE / channels * channels;
-    for (int64_t row = 0; row < rows; row++)
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t key = address ? absorb(keys[row], *address) : keys[row];
         for (int64_t from = 0; from < half; from += most) {
             const int64_t first = 2 * half * row + from, second = first + half, pixels = 2 * half * row + 2 * from;
             const int64_t n = half - from < most ? half - from : most;
-            box_muller(cosines, sines, elements, keys[row], half, from, n, scale);
+            box_muller(cosines, sines, elements, key, half, from, n, scale);
             if (channels == 1) { /* two loops, as a compiler compares only so many pointers before one */
                 for (int64_t i = 0; i < n; i++)
                     add_one(out, x, skip, passed, first + i, cosines[i], rectified, brief);
@@ -147,19 +158,20 @@ INLINE void add(void *out, const void *x, const void *skip, uint8_t *passed, con
                     add_one(out, x, skip, passed, pixels + i, noise[i], rectified, brief);
             }
         }
+    }
 }
 
-INLINE void add_normals(void *out, const void *x, const void *skip, uint8_t *passed, const int64_t *keys, int64_t rows,
-                        const int64_t *elements, int64_t half, int64_t channels, float scale, int rectified,
-                        int brief) {
+INLINE void add_normals(void *out, const void *x, const void *skip, uint8_t *passed, const int64_t *keys,
+                        const int64_t *address, int64_t rows, const int64_t *elements, int64_t half, int64_t channels,
+                        float scale, int rectified, int brief) {
     if (rectified && brief)
-        add(out, x, skip, passed, keys, rows, elements, half, channels, scale, 1, 1);
+        add(out, x, skip, passed, keys, address, rows, elements, half, channels, scale, 1, 1);
     else if (rectified)
-        add(out, x, skip, passed, keys, rows, elements, half, channels, scale, 1, 0);
+        add(out, x, skip, passed, keys, address, rows, elements, half, channels, scale, 1, 0);
     else if (brief)
-        add(out, x, skip, passed, keys, rows, elements, half, channels, scale, 0, 1);
+        add(out, x, skip, passed, keys, address, rows, elements, half, channels, scale, 0, 1);
     else
-        add(out, x, skip, passed, keys, rows, elements, half, channels, scale, 0, 0);
+        add(out, x, skip, passed, keys, address, rows, elements, half, channels, scale, 0, 0);
 }
 
 INLINE void rectify_all(void *x, const void *skip, uint8_t *passed, int64_t n, int brief) {
@@ -216,10 +228,10 @@ INLINE void gate(void *x, const void *skip, const uint8_t *passed, int64_t n, in
 #endif
 
 /* If the parameters or their meaning change, change the name: then a library that was built earlier is not used. */
-PUBLIC(ito_add_normals_4, add_normals,
-       (void *out, const void *x, const void *skip, uint8_t *passed, const int64_t *keys, int64_t rows,
-        const int64_t *elements, int64_t half, int64_t channels, float scale, int rectified, int brief),
-       (out, x, skip, passed, keys, rows, elements, half, channels, scale, rectified, brief))
+PUBLIC(ito_add_normals_5, add_normals,
+       (void *out, const void *x, const void *skip, uint8_t *passed, const int64_t *keys, const int64_t *address,
+        int64_t rows, const int64_t *elements, int64_t half, int64_t channels, float scale, int rectified, int brief),
+       (out, x, skip, passed, keys, address, rows, elements, half, channels, scale, rectified, brief))
 PUBLIC(ito_rectify_2, rectify, (void *x, const void *skip, uint8_t *passed, int64_t n, int brief),
        (x, skip, passed, n, brief))
 PUBLIC(ito_gate_2, gate, (void *x, const void *skip, const uint8_t *passed, int64_t n, int brief),

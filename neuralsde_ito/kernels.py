@@ -27,14 +27,14 @@ def _load() -> ctypes.CDLL | None:
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     try:
         library = ctypes.CDLL(spec.origin)
-        library.ito_add_normals_4.argtypes = [
+        library.ito_add_normals_5.argtypes = [
             *(pointer, pointer, pointer, pointer),
-            *(pointer, number, pointer, number, number),
+            *(pointer, pointer, number, pointer, number, number),
             *(ctypes.c_float, flag, flag),
         ]
         library.ito_rectify_2.argtypes = [pointer, pointer, pointer, number, flag]
         library.ito_gate_2.argtypes = [pointer, pointer, pointer, number, flag]
-        for function in (library.ito_add_normals_4, library.ito_rectify_2, library.ito_gate_2):
+        for function in (library.ito_add_normals_5, library.ito_rectify_2, library.ito_gate_2):
             function.restype = None
     except (OSError, AttributeError):  # built for another system, or from another version of kernels.c
         return None
@@ -53,7 +53,7 @@ def on_gpu(device: torch.device) -> ModuleType | None:
         from . import triton_kernels
 
         x = torch.zeros(1, 2, device=device)
-        triton_kernels.add_normals(x, torch.zeros(1, dtype=torch.int64, device=device), 1.0, 1, x)
+        triton_kernels.add_normals(x, torch.zeros(1, dtype=torch.int64, device=device), None, 1.0, 1, x)
     except Exception as error:  # what compilers and drivers raise has no common class
         warnings.warn(f"Triton does not work on {device}; tensor operations take its place. ({error})", stacklevel=2)
         return None
@@ -122,20 +122,21 @@ def rectifier(x: Tensor, skip: Tensor | None = None, remember: bool = True) -> R
 
 def add_normals(
     x: Tensor,
-    addressed: Tensor,
+    keys: Tensor,
+    address: int | None,
     elements: Tensor,
     scale: float,
     channels: int,
     out: Tensor,
     relu: Rectifier | None = None,
 ) -> None:
-    """``out = x + scale * normals`` for addressed keys ``(N,)`` and mixed elements ``(1, C)``; it releases the GIL.
+    """``out = x + scale * normals`` for keys ``(N,)`` and mixed elements ``(1, C)``; it releases the GIL.
 
     In bfloat16 the sum is made in float32 and rounded once.
 
     Args:
         x, out: states ``(N, ...)`` of one `layout`; they may be the same tensor.
-        addressed: see `noise.normals`.
+        keys: into which ``address`` is mixed, `noise.keys.mixed_integer` of one; without it they are addressed already.
         elements: `noise.normals.mixed_elements`.
         scale: not negative.
         channels: the `layout`.
@@ -143,13 +144,14 @@ def add_normals(
     """
     assert library is not None
     skip, passed = relu or (None, None)
-    library.ito_add_normals_4(
+    library.ito_add_normals_5(
         out.data_ptr(),
         x.data_ptr(),
         _pointer(skip),
         _pointer(passed),
-        addressed.data_ptr(),
-        len(addressed),
+        keys.data_ptr(),
+        None if address is None else ctypes.byref(ctypes.c_int64(address)),
+        len(keys),
         elements.data_ptr(),
         elements.numel(),
         channels,

@@ -21,12 +21,17 @@ _M1, _M2 = tl.constexpr(-0x40A7B892E31B1A47), tl.constexpr(-0x6B2FB644ECCEEE15)
 
 
 @triton.jit
-def _mixed_element(number):
-    """Where in a row's words a number comes from: the element of its word, mixed as `keys.mix_` mixes."""
-    z = (number // 2 + 1).to(tl.int64) * _GOLDEN
+def _mix(z):
+    """As `keys.mix_` mixes."""
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _M1  # shifts of int64 are arithmetic
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _M2
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def _mixed_element(number):
+    """Where in a row's words a number comes from: the element of its word, mixed."""
+    return _mix((number // 2 + 1).to(tl.int64) * _GOLDEN)
 
 
 @triton.jit
@@ -96,11 +101,11 @@ def _add(out, x, skip, passed, offset, mask, noise, RECTIFY: tl.constexpr, SKIP:
     tl.store(out + offset, (state + noise).to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["address"])  # or Triton would compile once more for multiples of 16
 def _add_normals(
-    out, x, skip, passed, keys, rows, size, pixels, blocks, scale,
-    CHANNELS: tl.constexpr, RECTIFY: tl.constexpr, SKIP: tl.constexpr, REMEMBER: tl.constexpr, PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
+    out, x, skip, passed, keys, address, rows, size, pixels, blocks, scale,
+    CHANNELS: tl.constexpr, ABSORB: tl.constexpr, RECTIFY: tl.constexpr, SKIP: tl.constexpr, REMEMBER: tl.constexpr,
+    PAIRS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     half = (size + 1) // 2
     pair = tl.program_id(0) % blocks * PAIRS + tl.arange(0, PAIRS)
@@ -114,6 +119,8 @@ def _add_normals(
         row = (tl.program_id(0) // blocks * ROWS + i).to(tl.int64)
         mask = inside & (row < rows)
         key = tl.load(keys + row, row < rows)
+        if ABSORB:
+            key = _mix(key * _M1 + address)
         radius, angle = _half_word(key, element, pair), _half_word(key, other_element, other)
         first, second = _box_muller(radius, angle)
         start = row * size
@@ -139,17 +146,18 @@ def _gate(x, skip, passed, n, SKIP: tl.constexpr, NUMBERS: tl.constexpr):
 
 def add_normals(
     x: Tensor,
-    addressed: Tensor,
+    keys: Tensor,
+    address: int | None,
     scale: float,
     channels: int,
     out: Tensor,
     relu: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> None:
-    """``out = x + scale * normals`` for addressed keys ``(N,)``.
+    """``out = x + scale * normals`` for keys ``(N,)``.
 
     Args:
         x, out: not empty, ``(N, ...)`` of one dtype and layout; they may be the same tensor.
-        addressed: see `noise.normals`.
+        keys, address: see `kernels.add_normals`.
         scale: not negative.
         channels: 1 if the states are contiguous, the channels if they are channels_last.
         relu: `kernels.Rectifier`; it takes ``x + skip`` before the noise is added.
@@ -160,9 +168,9 @@ def add_normals(
     grid = (blocks * triton.cdiv(rows, _ROWS),)
     with torch.cuda.device_of(x):
         _add_normals[grid](
-            out, x, x if skip is None else skip, _bytes(x, passed), addressed, rows, size, size // channels, blocks,
-            scale, CHANNELS=channels, RECTIFY=relu is not None, SKIP=skip is not None, REMEMBER=passed is not None,
-            PAIRS=_PAIRS, ROWS=_ROWS,
+            out, x, x if skip is None else skip, _bytes(x, passed), keys, address or 0, rows, size, size // channels,
+            blocks, scale, CHANNELS=channels, ABSORB=address is not None, RECTIFY=relu is not None,
+            SKIP=skip is not None, REMEMBER=passed is not None, PAIRS=_PAIRS, ROWS=_ROWS,
         )  # fmt: skip
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # as in `kernels.add_normals`

@@ -254,18 +254,19 @@ def test_the_kernels_compile_for_a_gpu(capability, dtype, monkeypatch, tmp_path)
     module, target = fresh(), compiler.GPUTarget("cuda", capability, 32)
 
     def ptx(kernel, **constants):
-        kinds = dict.fromkeys(("out", "x", "skip"), f"*{dtype}") | {"keys": "*i64", "passed": "*u8", "scale": "fp32"}
+        kinds = dict.fromkeys(("out", "x", "skip"), f"*{dtype}")
+        kinds |= {"keys": "*i64", "address": "i64", "passed": "*u8", "scale": "fp32"}
         signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
         source = triton.compiler.ASTSource(kernel, signature, constexprs=constants)
         return triton.compile(source, target=target).asm["ptx"]
 
     sizes = {"PAIRS": 256, "ROWS": 4}
-    alone = {"RECTIFY": False, "SKIP": False, "REMEMBER": False}
+    alone = {"ABSORB": False, "RECTIFY": False, "SKIP": False, "REMEMBER": False}
     code = [ptx(module._add_normals, CHANNELS=channels, **alone, **sizes) for channels in (1, 3, 16)]
     ones = dict.fromkeys(("rows", "size", "pixels", "blocks"), 1)  # as Triton takes ones
     code += [ptx(module._add_normals, CHANNELS=1, **ones, **alone, **sizes)]
     for skip, remember in itertools.product((True, False), repeat=2):
-        relu = {"RECTIFY": True, "SKIP": skip, "REMEMBER": remember}
+        relu = {"ABSORB": True, "RECTIFY": True, "SKIP": skip, "REMEMBER": remember}
         code += [ptx(module._add_normals, CHANNELS=16, **relu, **sizes)]
     assert all("cvt.rn.bf16" in one for one in code) == (dtype == "bf16")  # rounded, not cut
     code = [ptx(module._rectify, SKIP=a, REMEMBER=b, NUMBERS=1024) for a in (True, False) for b in (True, False)]

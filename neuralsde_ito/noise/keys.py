@@ -58,15 +58,15 @@ def absorb(state: Tensor, field: Tensor | int) -> Tensor:
         if field.is_floating_point() or field.is_complex():
             raise ItoError(f"Noise is named by whole numbers, got {field.dtype}.")
         return mix_(state * M1 + mix_(field.to(state.device, torch.int64) + GOLDEN))
-    return mix_(state * M1 + _mixed_integer(field))
+    return mix_(state * M1 + mixed_integer(field))
 
 
 def absorb_integer(state: int, field: int) -> int:
     """`absorb` of integers alone: the same number, without a tensor."""
-    return _mixed_integer(state * M1 + _mixed_integer(field) - GOLDEN)
+    return mixed_integer(state * M1 + mixed_integer(field) - GOLDEN)
 
 
-def _mixed_integer(field: int) -> int:
+def mixed_integer(field: int) -> int:
     """`mix_` of ``field`` plus the increment, in Python's integers: any 64 bits, signed or not."""
     z = (int(field) + GOLDEN) % 2**64
     for shift, factor in ((30, M1), (27, M2)):

@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import kernels
 from ..parallel import spread
 from ..validation import ItoError
-from .keys import GOLDEN, M1, M2, absorb, fold_address, mix_, outside_of_graphs
+from .keys import GOLDEN, M1, M2, absorb, fold_address, mix_, mixed_integer, outside_of_graphs
 
 _WORDS = 1 << 17  # words in a piece: a MiB. Smaller pieces cost more calls, larger ones leave the cache
 
@@ -72,7 +72,7 @@ def scaled_normals(addressed: Tensor, size: int, dtype: torch.dtype, scale: floa
     work = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.empty(addressed.shape[0], 2 * half, dtype=work, device=addressed.device)
     if channels := kernels.layout(out, out):
-        _add_in_one_pass(out.zero_(), addressed, scale, channels, out)
+        _add_in_one_pass(out.zero_(), addressed, None, scale, channels, out)
     else:
         _with_buffers(addressed, half, work, lambda rows, buffers: buffers.write_normals(out[rows], scale))
     return out[:, :size].to(dtype).contiguous()
@@ -157,9 +157,9 @@ def _add(
         raise ItoError(
             f"Every state needs a key beside it: {len(x)} states on {x.device}, {len(keys)} keys on {keys.device}."
         )
-    addressed = absorb(keys, fold_address(address))
+    folded = fold_address(address)
     if channels := kernels.layout(x, out):
-        _add_in_one_pass(x, addressed, scale, channels, out, relu)
+        _add_in_one_pass(x, keys, mixed_integer(folded), scale, channels, out, relu)
     else:
         if relu is not None:
             kernels.rectify_(x, relu)
@@ -170,23 +170,31 @@ def _add(
             # Sums of a narrower state are made in float32 and rounded once.
             torch.add(x[rows], draws[:, :size].reshape(x[rows].shape), alpha=scale, out=out[rows])
 
+        addressed = absorb(keys, folded)
         _with_buffers(addressed, (size + 1) // 2, torch.float64 if x.dtype == torch.float64 else torch.float32, add)
     return out
 
 
 def _add_in_one_pass(
-    x: Tensor, addressed: Tensor, scale: float, channels: int, out: Tensor, relu: kernels.Rectifier | None = None
+    x: Tensor,
+    keys: Tensor,
+    address: int | None,
+    scale: float,
+    channels: int,
+    out: Tensor,
+    relu: kernels.Rectifier | None = None,
 ) -> None:
     """``out = x + scale * normals`` by `kernels`, for states with ``channels`` from `kernels.layout`."""
+    keys = keys.contiguous()
     if gpu := kernels.on_gpu(x.device):
-        gpu.add_normals(x, addressed, scale, channels, out, relu)
+        gpu.add_normals(x, keys, address, scale, channels, out, relu)
         return
     half = math.prod(x.shape[1:]) // 2
-    elements = mixed_elements(half, addressed.device, channels)
+    elements = mixed_elements(half, keys.device, channels)
 
     def add(rows: slice) -> None:
         part = None if relu is None else relu.of(rows)
-        kernels.add_normals(x[rows], addressed[rows], elements, scale, channels, out[rows], part)
+        kernels.add_normals(x[rows], keys[rows], address, elements, scale, channels, out[rows], part)
 
     by_rows(add, len(x), half, x.device)
 

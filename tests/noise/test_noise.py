@@ -591,6 +591,14 @@ def test_a_relu_in_the_pass_of_the_noise_is_one_before_it(shape, layout, skipped
 
 
 @pytest.mark.usefixtures("way")
+def test_keys_that_lie_apart_in_memory_draw_the_same():
+    keys = make_keys(0, "report", inference=torch.arange(2), index=torch.arange(3)[:, None])
+    x = torch.rand(3, 4, 2, 2)
+    for apart in (keys[:, 1], keys[:1, 0].expand(3), keys[:, 0].flip(0)):
+        assert torch.equal(noise.add_normals(x, apart, 0.3, 2), noise.add_normals(x, apart.clone(), 0.3, 2))
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("keys", [make_keys(0, "report", index=torch.arange(n)) for n in (1, 4)])
 def test_a_state_without_a_key_is_refused(keys):
     with pytest.raises(ValueError, match=rf"3 states on cpu, {len(keys)} keys on cpu"):
