@@ -59,14 +59,22 @@ class Report:
 
 def same_as_cpu(report: Report, words: argparse.Namespace, device: torch.device) -> None:
     """Normals, compiled passes and votes of the device beside those of the CPU."""
-    largest = 0.0
+    largest = rectified = 0.0
     for shape in SHAPES:
         for order in (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]:
             x = torch.zeros(shape).contiguous(memory_format=order)
             keys = ito.make_keys(words.seed, "report", index=torch.arange(len(x)))
             there = add_normals(x.to(device), keys.to(device), 1.0, 2, 0)
             largest = max(largest, float((there.cpu() - add_normals(x, keys, 1.0, 2, 0)).abs().max()))
+            x, skip = (0.1 * torch.randn_like(x) for _ in range(2))
+            there = x.to(device)
+            if kernels.takes(there):
+                relu = kernels.rectifier(there, skip.to(device))
+                add_normals(there, keys.to(device), 1.0, 2, 0, in_place=True, relu=relu)
+                wanted = add_normals((x + skip).relu(), keys, 1.0, 2, 0)
+                rectified = max(rectified, float((there.cpu() - wanted).abs().max()))
     report.add("same", "normals, largest difference from the CPU's", f"{largest:.1e}", "at most 1e-6")
+    report.add("same", "with a ReLU and a skip in the same pass", f"{rectified:.1e}", "at most 2e-6")
     report.add("same", "Triton's passes take its states", str(kernels.takes(torch.zeros(1, 2, device=device))))
 
     net = load(words).eval()
