@@ -10,7 +10,7 @@ from problems import digits_resnet
 from torch import Tensor, nn
 
 import neuralsde_ito as ito
-from neuralsde_ito import ABSTAIN, ItoEnsemble, decide, make_keys
+from neuralsde_ito import ABSTAIN, ItoEnsemble, decide, kernels, make_keys
 from neuralsde_ito.data import InMemory
 from neuralsde_ito.models import ensemble as ensemble_module
 from neuralsde_ito.models.votes import RULES
@@ -187,7 +187,15 @@ def heard(monkeypatch) -> Heard:
             drawn[key, *address, size] = row.clone()
         return out
 
-    def add(x: Tensor, keys: Tensor, scale: float, *address: int, in_place: bool = False) -> Tensor:
+    def add(
+        x: Tensor,
+        keys: Tensor,
+        scale: float,
+        *address: int,
+        in_place: bool = False,
+        relu: kernels.Rectifier | None = None,
+    ) -> Tensor:
+        x = x if relu is None else kernels.rectify_(x, relu)
         return x + scale * record(keys, x[0].numel(), *address, dtype=x.dtype).view(x.shape)
 
     monkeypatch.setattr(noise, "normals", record)
