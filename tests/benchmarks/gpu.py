@@ -67,7 +67,7 @@ def same_as_cpu(report: Report, words: argparse.Namespace, device: torch.device)
             there = add_normals(x.to(device), keys.to(device), 1.0, 2, 0)
             largest = max(largest, float((there.cpu() - add_normals(x, keys, 1.0, 2, 0)).abs().max()))
             x, skip = (0.1 * torch.randn_like(x) for _ in range(2))
-            there = x.to(device)
+            there = x.to(device, copy=True)
             if kernels.takes(there):
                 relu = kernels.rectifier(there, skip.to(device))
                 add_normals(there, keys.to(device), 1.0, 2, 0, in_place=True, relu=relu)
