@@ -1,4 +1,4 @@
-"""What solvers are measured with, and small networks."""
+"""What solvers are measured with, small networks, and what several tests do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from neuralsde_ito import kernels
 from neuralsde_ito.data import load_data
 from neuralsde_ito.models.recast import Chain
 from neuralsde_ito.models.resnets import load_resnet
@@ -88,3 +89,10 @@ def random_resnet(arch: str, **options) -> nn.Module:
 
 def random_images(n: int, size: int = 32, channels: int = 3, seed: int = 0, dtype=torch.float32) -> Tensor:
     return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def rectify(x: Tensor, skip: Tensor | None, remember: bool = True) -> Tensor | None:
+    """``x = relu(x + skip)``, and which numbers went through."""
+    relu = kernels.rectifier(x, skip, remember)
+    kernels.rectify_(x, relu)
+    return relu.passed

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from problems import trained
+from problems import rectify, trained
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -159,13 +159,6 @@ def test_an_image_that_is_no_number_stays_so():
 
 
 VALUES = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, torch.inf, -torch.inf, torch.nan])
-
-
-def rectify(x: Tensor, skip: Tensor | None, remember: bool = True) -> Tensor | None:
-    """``x = relu(x + skip)``, and which numbers went through."""
-    relu = kernels.rectifier(x, skip, remember)
-    kernels.rectify_(x, relu)
-    return relu.passed
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 1, 9), (2, 9, 3, 9), (0, 9, 2, 9)])
